@@ -1,0 +1,49 @@
+# One virtual environment, made on first use. Another torch (a CUDA build): make test TORCH=torch
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help install demo test lint types bench compile-all clean
+
+help:
+	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
+	@echo "make test         set up and run all tests (no GPU needed)"
+	@echo "make lint types   ruff and basedpyright"
+	@echo "make bench        time and memory of the head path on this machine, written to bench/results"
+	@echo "make compile-all  compile every kernel for every dtype and architecture (long)"
+
+install: $(VENV)/installed
+
+# torch first and alone: asked for as a dependency it could resolve to another build.
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test,demo,bench]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m fusedkd demo
+
+test: install
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The installed package, because a type checker cannot follow an editable install's package mapping.
+types: install
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/fusedkd
+
+bench: install
+	$(BIN)/python -m bench.heads --out bench/results
+
+compile-all: install
+	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) tests/test_compile.py
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,173 @@
+"""α-β divergence, −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)].
+
+(1, 0) is FKL, (0, 1) RKL, (α, 1−α) the α-divergence, (½, ½) is 4(1 − Σ√(pq)), (1, 1) is ½‖p − q‖².
+
+Summand: with c = α + β and φ_a(x) = expm1(a x)/a (φ_0(x) = x), f = q^c [φ_c(δ) − φ_α(δ)]/β, or, the same number,
+p^c [φ_c(−δ) − φ_β(−δ)]/α; every f ≥ 0. Far from δ = 0 the form with the larger divisor is used; near, the divided
+difference as a series, q^c δ² Σ_n h_n δ^n/(n+2)! with h_n = c h_{n−1} + α^n, which divides by nothing. So every limit
+(α = 0, β = 0, α + β = 0, both 0) is the same code, and continuous.
+Gradient: phi = q^β (q^α − p^α)/α = −q^c φ_α(δ), at all limits; dL/dz_k = phi_k − q_k Σ phi.
+One sweep: W = Σ w, P = Σ w φ_α(d), G = Σ w [φ_c(d) − φ_α(d)]/β with w = e^{c z} shift exactly when d moves by x:
+    φ_a(d − x) = e^{−ax} φ_a(d) + φ_a(−x)
+    G ← e^{−cx} G + (e^{−cx} − e^{−αx})/β P + [φ_c(−x) − φ_α(−x)]/β W
+  so a raised maximum and the row's own r are one function (`shift`). Far apart the plain sums of p^α q^β and p^c are
+  used. This needs α, β and α + β well away from 0 and positive; otherwise two sweeps evaluate the summand itself.
+Edge cases: α, β ≥ 0, α + β > 0 is safe everywhere. A negative exponent weighs the least likely tokens: the value can
+overflow float32 (q = e^−60, β = −1.5 gives e^90) and is then inf. q = 0 < p gives inf if β ≤ 0, p^c/(βc) otherwise.
+Source: Cichocki, Cruces and Amari, Entropy 2011, eq. 17 and the limits of eq. 18; distillation: ABKD (Wang et al., ICML 2025).
+ABKD's own code divides by α, β instead of α², β² at the limits; here they are the true limits.
+"""
+
+from types import MappingProxyType
+
+import torch
+
+from ..divergence import Definition, Online
+from ..language import formula, jit, tl
+from ..online import moments_advance, moments_ratio
+
+_MARGIN = 0.05  # smallest exponent at which the one-sweep sums keep their digits
+
+
+@formula
+def slope(w, v, a, x):
+    """w·φ_a(x), given v = w·e^{a x}."""
+    y = a * x
+    series = 1 / 720 + y * (1 / 5040 + y * (1 / 40320))
+    series = 1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * series))))
+    near = tl.abs(y) < 0.5
+    return tl.where(near, w * tl.where(near, x, 0.0) * series, (v - w) / tl.where(a == 0, 1.0, a))
+
+
+@formula
+def bend(w, v, u, alpha, beta, x):
+    """w·[φ_c(x) − φ_α(x)]/β ≥ 0, given v = w·e^{α x} and u = w·e^{c x}."""
+    c = alpha + beta
+    h1 = c + alpha
+    a2 = alpha * alpha
+    h2 = c * h1 + a2
+    h3 = c * h2 + a2 * alpha
+    h4 = c * h3 + a2 * a2
+    h5 = c * h4 + a2 * a2 * alpha
+    h6 = c * h5 + a2 * a2 * a2
+    near = (tl.abs(c * x) < 0.5) & (tl.abs(alpha * x) < 0.5) & (tl.abs(beta * x) < 0.5)
+    y = tl.where(near, x, 0.0)
+    series = h4 / 720 + y * (h5 / 5040 + y * (h6 / 40320))
+    series = 1 / 2 + y * (h1 / 6 + y * (h2 / 24 + y * (h3 / 120 + y * series)))
+    by_beta = (slope(w, u, c, x) - slope(w, v, alpha, x)) / tl.where(beta == 0, 1.0, beta)
+    by_alpha = (slope(v, u, beta, x) - slope(w, u, c, x)) / tl.where(alpha == 0, 1.0, alpha)
+    far = tl.where(tl.abs(beta) >= tl.abs(alpha), by_beta, by_alpha)
+    return tl.where(near, w * (y * y) * series, far)
+
+
+@formula
+def term(q, p, logq, logp, delta, theta):
+    """f = q^c [φ_c(δ) − φ_α(δ)]/β, phi = −q^c φ_α(δ)."""
+    alpha, beta = theta
+    c = alpha + beta
+    qc = tl.exp(c * logq)
+    mixed = tl.exp(alpha * logp + beta * logq)
+    pc = tl.exp(c * logp)
+    return bend(qc, mixed, pc, alpha, beta, delta), -slope(qc, mixed, alpha, delta)
+
+
+@jit
+def init():
+    """Z_s, Z_t, A, B for r; W, P, G near; Σ p^α q^β and Σ p^c far."""
+    return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@jit
+def _shift(weight, first, second, w, v, u, alpha, beta, x):
+    """(P, G) after d moves by −x, given w, v = w·e^{−αx}, u = w·e^{−cx}."""
+    mixed = slope(v, u, beta, -x)  # w (e^{−cx} − e^{−αx})/β
+    moved = v * first + slope(w, v, alpha, -x) * weight
+    return moved, u * second + mixed * first + bend(w, v, u, alpha, beta, -x) * weight
+
+
+@jit
+def advance(state, move, z, u, d, ez, eu, live, theta):
+    """Moments for r, and the α-β sums beside them."""
+    z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum = state
+    alpha, beta = theta
+    c = alpha + beta
+    log_s, log_t, x = move
+    z_s, z_t, a, b = moments_advance((z_s, z_t, a, b), move, z, u, d, ez, eu, live, theta)
+    to_w = tl.exp(c * log_s)
+    to_v = tl.exp(alpha * log_t + beta * log_s)
+    to_u = tl.exp(c * log_t)
+    first, second = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
+    w = tl.exp(c * z)
+    v = tl.exp(alpha * u + beta * z)
+    p = tl.exp(c * u)
+    weight = to_w * weight + tl.sum(tl.where(live, w, 0.0))
+    first += tl.sum(tl.where(live, slope(w, v, alpha, d), 0.0))
+    second += tl.sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
+    mixed_sum = to_v * mixed_sum + tl.sum(tl.where(live, v, 0.0))
+    teacher_sum = to_u * teacher_sum + tl.sum(tl.where(live, p, 0.0))
+    return z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum
+
+
+@jit
+def ratio(state):
+    """r = log(Z_t/Z_s)."""
+    z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum = state
+    return moments_ratio((z_s, z_t, a, b))
+
+
+@jit
+def sums(state, l_s, l_t, r, theta):
+    """F = Σ q^c [φ_c(δ) − φ_α(δ)]/β and Φ = −Σ q^c φ_α(δ)."""
+    z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum = state
+    alpha, beta = theta
+    c = alpha + beta
+    w = tl.exp(-c * l_s)
+    v = tl.exp(-alpha * l_t - beta * l_s)
+    u = tl.exp(-c * l_t)
+    near_slope, near_total = _shift(weight, first, second, w, v, u, alpha, beta, r)
+    qq = w * weight
+    pq = v * mixed_sum
+    far_slope = (pq - qq) / alpha
+    far_total = ((u * teacher_sum - qq) / c - far_slope) / beta
+    near = (b < 0.5 * z_s) | (tl.abs(r) < 0.5)
+    total = tl.where(near, near_total, far_total)
+    return tl.where(total < 0, 0.0, total), -tl.where(near, near_slope, far_slope)
+
+
+def reference(logp: torch.Tensor, logq: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    """The published sum and its limits, one case after the other."""
+    x, y = logp, logq
+    if alpha == 0 and beta == 0:
+        return 0.5 * (y - x).square().sum(-1)
+    if alpha == 0:
+        return ((beta * y).exp() * beta * (y - x) - (beta * y).exp() + (beta * x).exp()).sum(-1) / beta**2
+    if beta == 0:
+        return ((alpha * x).exp() * alpha * (x - y) - (alpha * x).exp() + (alpha * y).exp()).sum(-1) / alpha**2
+    if alpha + beta == 0:
+        return (alpha * (y - x) + (alpha * (x - y)).exp() - 1).sum(-1) / alpha**2
+    c = alpha + beta
+    terms = (alpha * x + beta * y).exp() - alpha / c * (c * x).exp() - beta / c * (c * y).exp()
+    return -terms.sum(-1) / (alpha * beta)
+
+
+def check(alpha: float, beta: float) -> None:
+    """Any finite pair: the divergence is defined everywhere, if not finite everywhere."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not -16 <= value <= 16:
+            raise ValueError(f"{name} must be a number between -16 and 16 (float32 overflows beyond), got {value}")
+
+
+def one_sweep(alpha: float, beta: float) -> bool:
+    """Both exponents positive and away from the limits."""
+    return alpha >= _MARGIN and beta >= _MARGIN
+
+
+AB = Definition(
+    "ab",
+    term,
+    reference,
+    parameters=MappingProxyType({"alpha": 0.2, "beta": 0.7}),
+    check=check,
+    online=Online(init, advance, ratio, sums, tile="heavy"),
+    one_sweep=one_sweep,
+)

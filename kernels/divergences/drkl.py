@@ -1,0 +1,27 @@
+"""DRKL: reverse KL whose student-dependent non-target weight 1 − q_y is replaced by a constant γ.
+
+    DRKL_γ = KL(b_q‖b_p) + γ·KL(q̂‖p̂)
+
+b is the binary distribution (target, rest), hats are the rows renormalised without the target. It is the decoupled form
+(split.py) of rkl.py with weights (1, γ).
+Gradient: dL/dz_y = B = q_y (1 − q_y)(a_q − a_p), a = log-odds of the target; dL/dz_k = q̂_k [γ (d_k − E_q̂[d]) − B].
+RKL's push on the target logit by the non-target tokens, −q_y (1 − q_y) KL(q̂‖p̂), is gone exactly, and the tail keeps
+its gradient as q_y → 1.
+Edge cases: V = 2 leaves the binary part (= RKL); V = 1 gives 0.
+Source: Luong, Tran and Chen, arXiv 2604.00223, eq. 9. The authors' default γ is not published; 0.5 lies in the range
+they report as stable.
+"""
+
+from types import MappingProxyType
+
+from ..divergence import Decoupled
+from .rkl import RKL
+
+
+def check(gamma: float) -> None:
+    """γ > 0."""
+    if not gamma > 0:
+        raise ValueError(f"gamma must be > 0 (a weight; 0.5 is the published setting), got {gamma}")
+
+
+DRKL = Decoupled("drkl", RKL, target=1.0, nontarget="gamma", parameters=MappingProxyType({"gamma": 0.5}), check=check)

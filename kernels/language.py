@@ -1,0 +1,66 @@
+"""The one place that knows whether Triton is here, and how one formula serves both backends.
+
+A `formula` is written once, with plain operators, other formulas and `tl.exp`, `tl.log`, `tl.abs`, `tl.where`.
+Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
+counterpart, which is what the CPU path runs. Where the two backends need different arithmetic for the same number
+(only in `maths.py`), the torch version is given explicitly.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+    class _NoTriton:
+        """Lets kernels be defined, never launched, where Triton is absent."""
+
+        constexpr = None
+
+    triton = None  # type: ignore[assignment]
+    tl = _NoTriton()  # type: ignore[assignment]
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """triton.jit; without Triton a kernel stays a plain function that nothing calls."""
+    fn.__globals__.setdefault("tl", tl)  # the interpreter wants to see it, also in a file that needs no tl itself
+    return fn if triton is None else triton.jit(fn)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when fusedkd was imported)."""
+    return HAS_TRITON and not isinstance(_probe, triton.JITFunction)
+
+
+def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The code of `fn` with `tl` and every formula it names replaced by torch and the formula's torch version."""
+    names = {
+        name: torch if value is tl else getattr(value, "torch", value)
+        for name, value in fn.__globals__.items()
+        if name in fn.__code__.co_names
+    }
+    return types.FunctionType(fn.__code__, {"__builtins__": __builtins__, **names}, fn.__name__, fn.__defaults__)
+
+
+def formula(fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] | None = None) -> Any:
+    """Decorator: a Triton function whose attribute `torch` computes the same in torch."""
+
+    def define(fn: Callable[..., Any]) -> Any:
+        compiled = jit(fn)
+        compiled.torch = torch if torch is not None else torch_twin(fn)
+        return compiled
+
+    return define if fn is None else define(fn)
+
+
+@jit
+def _probe():
+    pass

@@ -1,0 +1,85 @@
+"""Elementary functions that keep their digits near zero, for both backends.
+
+Triton has no expm1, log1p or tanh of its own and libdevice does not run in the interpreter, so they are built here
+from exp and log. The `_product` forms take the weight w together with v = w·e^x, which the caller holds anyway: far
+from zero the answer is then a difference of two bounded numbers, and nothing overflows.
+"""
+
+import torch
+
+from .language import formula, tl
+
+_SERIES = 0.125  # |x| up to which the torch forms use their (shorter) series
+_FAR = 80.0  # e^x overflows float32 beyond 88
+_PLAIN = 0.02  # relative size from which a plain difference of weights keeps its digits
+
+
+def _torch_expm1_product(w, v, x):
+    # v − w is off by rounding of w: fine for a row's gradient unless all of it is that small.
+    plain = v - w
+    size = torch.linalg.vector_norm
+    if x.dim() < 2 or not (size(plain, dim=-1) > _PLAIN * size(w, dim=-1)).all():
+        precise = torch.expm1(x.clamp(max=_FAR)).mul_(w)
+        return torch.where(x > _FAR, plain, precise) if (x > _FAR).any() else precise
+    return plain
+
+
+def _torch_rem2_product(w, v, x):
+    plain = (v - w).sub_(w * x)
+    if x.dim() == 2 and (plain.sum(-1) > _PLAIN).all():
+        return plain
+    # S(c) + [(e^x − e^c) − (x − c)] with c = clamp(x): the bracket is exactly 0 in the series' range, so nothing is
+    # selected (torch.where costs more on a CPU than all the arithmetic here).
+    near = x.clamp(-_SERIES, _SERIES)
+    series = near * (1 / 120) if x.dtype == torch.float32 else near * (1 / 120) * (1 + near / 6 * (1 + near / 7))
+    series.add_(1 / 24).mul_(near).add_(1 / 6).mul_(near).add_(0.5).mul_(near).mul_(near)
+    bracket = x.clamp(max=_FAR).exp_().sub_(near.exp()).sub_(x).add_(near)
+    precise = series.add_(bracket).mul_(w)
+    return torch.where(x > _FAR, plain, precise) if (x > _FAR).any() else precise
+
+
+def _torch_softplus(x):
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+@formula(torch=_torch_expm1_product)
+def expm1_product(w, v, x):
+    """w·(e^x − 1), given v = w·e^x."""
+    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
+    series = 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
+    return tl.where(tl.abs(x) < 0.5, w * x * series, v - w)
+
+
+@formula(torch=_torch_rem2_product)
+def rem2_product(w, v, x):
+    """w·(e^x − 1 − x) ≥ 0, given v = w·e^x."""
+    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
+    series = 1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series)))
+    return tl.where(tl.abs(x) < 0.5, w * (x * x) * series, v - w - w * x)
+
+
+@formula(torch=torch.expm1)
+def expm1(x):
+    """e^x − 1."""
+    return expm1_product(1.0, tl.exp(x), x)
+
+
+@formula(torch=torch.log1p)
+def log1p(x):
+    """log(1 + x): the rounding of 1 + x is divided out again (Kahan)."""
+    u = 1.0 + x
+    lost = u == 1.0
+    return tl.where(lost, x, tl.log(u) * (x / tl.where(lost, 1.0, u - 1.0)))
+
+
+@formula(torch=_torch_softplus)
+def softplus(x):
+    """log(1 + e^x)."""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@formula(torch=torch.tanh)
+def tanh(x):
+    """Hyperbolic tangent, relatively accurate near 0 (a soft cap must not blur small logits)."""
+    e = expm1(tl.where(x < 0, 2.0 * x, -2.0 * x))
+    return tl.where(x < 0, e, -e) / (2.0 + e)

@@ -1,0 +1,83 @@
+"""From row sums to loss, gradient coefficients and the target/non-target split: derived once, for every divergence.
+
+A divergence is D(p, q) = Σ_k f(p_k, q_k) with phi = ∂f/∂log q (p teacher, q student, z = student logit / τ). The label
+column y is always held out of the vocabulary sweeps: F = Σ_{k≠y} f_k, Φ = Σ_{k≠y} phi_k. Write P = 1 − p_y,
+Q = 1 − q_y, and hats for the rows renormalised without y. Two structures cover the literature:
+
+joint       L = w_T L_T + w_N L_N with L_T = f(p_y, q_y) + f(P, Q) (D of the binary pair) and L_N = F − f(P, Q), so
+            that D = L_T + L_N exactly. With h = ∂L/∂log q (the log q taken as free) and H = Σ h,
+            dL/dz_k = h_k − q_k H:
+              dL/dz_k = w_N phi_k + [(w_T − w_N) phi(P,Q)/Q − H] q_k          (k ≠ y)
+              dL/dz_y = w_T [Q phi_y − q_y phi(P,Q)] − w_N q_y [Φ − phi(P,Q)]
+decoupled   L = w_T L_T + w_N D(p̂, q̂): the non-target rows are renormalised, their weight no longer depends on q.
+              dL/dz_y = T = w_T [Q phi_y − q_y phi(P,Q)]
+              dL/dz_k = w_N phi(p̂_k, q̂_k) − (w_N Φ̂ + T) q̂_k                 (k ≠ y)
+
+Either way the gradient sweep is dL/dz_k = a·phi_k + b·q_k with phi and q taken at the row's own offsets, and T at y.
+The forms above subtract nothing that cancels when q_y → 1; h_y − q_y H would.
+
+Offsets: log q_k = z_k − c_s − l_s and δ_k = log p_k − log q_k = d_k − r, where d is centred on the two row maxima and
+r = log(Z_t/Z_s) comes from second-order sums (online.py), never from a difference of two log-sum-exps.
+
+Sources: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7 (decoupled FKL: TCKD, NCKD); Luong, Tran and
+Chen, arXiv 2604.00223 (decoupled RKL with a constant weight). The two structures for a general f are derived here.
+"""
+
+from .language import formula, tl
+from .maths import expm1, log1p, softplus
+
+ABSENT = -1e30  # log-probability of a column that is not there; finite, so that 0 · ABSENT = 0
+
+
+@formula
+def binary(log_zs, log_zt, r, zy, uy, dy):
+    """Target against rest: log q_y, log p_y, δ_y, log Q, log P, δ_Q.
+
+    zy, uy, dy are the label's centred student logit, teacher logit and their difference; ABSENT, ABSENT, r if no label
+    is held out.
+    """
+    odds_q = zy - log_zs
+    odds_p = uy - log_zt
+    gap = dy - r  # log-odds of p minus log-odds of q, without cancellation
+    logq_y = -softplus(-odds_q)
+    log_rest_q = -softplus(odds_q)
+    logp_y = -softplus(-odds_p)
+    log_rest_p = -softplus(odds_p)
+    near = tl.abs(gap) < 0.5
+    small = tl.where(near, gap, 0.0)
+    delta_y = tl.where(near, -log1p(tl.exp(log_rest_q) * expm1(-small)), logp_y - logq_y)
+    delta_rest = tl.where(near, -log1p(tl.exp(logq_y) * expm1(small)), log_rest_p - log_rest_q)
+    return logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest
+
+
+@formula
+def offsets(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, DECOUPLED: tl.constexpr):
+    """(l_s, l_t, r) at which the non-target columns are evaluated: conditional if decoupled, full otherwise."""
+    if DECOUPLED:
+        return log_zs, log_zt, r
+    else:
+        return log_zs - log_rest_q, log_zt - log_rest_p, r - delta_rest
+
+
+@formula
+def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
+    """Loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient sweep's a, b, T, from F = total and Φ = mass."""
+    q_y = tl.exp(logq_y)
+    rest = tl.exp(log_rest_q)
+    target_loss = f_y + f_rest
+    target_grad = rest * phi_y - q_y * phi_rest
+    if DECOUPLED:
+        nontarget_loss = total
+        nontarget_grad = 0.0 * q_y
+        loss = target * target_loss + nontarget * total
+        grad_y = target * target_grad
+        slope = -nontarget * mass - grad_y
+    else:
+        nontarget_loss = tl.where(tl.abs(total) == float("inf"), total, total - f_rest)
+        nontarget_grad = -q_y * (mass - phi_rest)
+        skew = target - nontarget
+        loss = target * f_y + nontarget * total + tl.where(skew == 0, 0.0, skew * f_rest)
+        grad_y = target * target_grad + nontarget * nontarget_grad
+        per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
+        slope = skew * per_q - (target * phi_y + nontarget * mass + skew * phi_rest)
+    return loss, target_loss, nontarget_loss, target_grad, nontarget_grad, nontarget + 0.0 * q_y, slope, grad_y

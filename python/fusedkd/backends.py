@@ -1,0 +1,41 @@
+"""Which implementation does the row work."""
+
+from types import ModuleType
+
+import torch
+
+from . import cpu
+from .kernels import rows as triton_rows
+from .kernels.language import HAS_TRITON, interpreted
+
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+
+
+def row_functions(backend: str) -> ModuleType:
+    """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
+    return triton_rows if backend == "triton" else cpu
+
+
+def choose_backend(asked: str, device: torch.device) -> str:
+    """ "triton" or "torch" for a request. Raises where the request cannot be met: nothing falls back silently."""
+    if asked not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend must be "auto", "triton" or "torch", got {asked!r}')
+    if asked == "torch":
+        return "torch"
+    if device.type in TRITON_DEVICES:
+        if not HAS_TRITON:
+            raise ValueError(
+                f"backend={asked!r} on {device.type} tensors needs Triton, which is not installed: "
+                'pip install triton, or pass backend="torch" for the slow path'
+            )
+        return "triton"
+    if asked == "auto":
+        if device.type != "cpu":
+            raise ValueError(f'backend="auto" knows cuda, xpu and cpu tensors, got {device.type}; pass backend="torch"')
+        return "torch"
+    if not (HAS_TRITON and interpreted()):
+        raise ValueError(
+            f'backend="triton" on {device.type} tensors runs only in Triton\'s interpreter: install triton and set '
+            'TRITON_INTERPRET=1 before importing fusedkd, or pass backend="torch"'
+        )
+    return "triton"

@@ -1,0 +1,184 @@
+"""Arguments of the public functions: every wrong one is named before any work starts."""
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from .divergence import Divergence
+from .head import Head
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def side(name: str, value: Any) -> None:
+    """A side is a floating-point tensor of logits or a Head of consistent shapes and dtypes."""
+    if isinstance(value, Head):
+        _head(name, value)
+        return
+    tensor(name, value)
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
+
+
+def _head(name: str, head: Head) -> None:
+    tensor(f"{name}.hidden", head.hidden)
+    tensor(f"{name}.weight", head.weight)
+    if head.weight.dim() != 2 or head.weight.shape[0] < 1:
+        raise ValueError(f"{name}.weight must have shape (V, D), got {tuple(head.weight.shape)}")
+    if head.hidden.dim() < 1 or head.hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{name}.hidden must have shape (..., D) with D = {head.weight.shape[1]} as in {name}.weight, "
+            f"got {tuple(head.hidden.shape)}"
+        )
+    _alike(f"{name}.weight", head.weight, f"{name}.hidden", head.hidden)
+    if head.bias is not None:
+        tensor(f"{name}.bias", head.bias)
+        if head.bias.shape != head.weight.shape[:1]:
+            raise ValueError(
+                f"{name}.bias must have shape ({head.weight.shape[0]},) like the rows of {name}.weight, "
+                f"got {tuple(head.bias.shape)}"
+            )
+        _alike(f"{name}.bias", head.bias, f"{name}.hidden", head.hidden)
+    positive(f"{name}.scale", head.scale)
+    if head.softcap is not None:
+        positive(f"{name}.softcap", head.softcap)
+
+
+def _alike(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    autocast = torch.is_autocast_enabled(other.device.type)
+    if value.dtype != other.dtype and not autocast:
+        raise TypeError(
+            f"{name} is {value.dtype} and {other_name} {other.dtype}: cast one, or call under torch.autocast"
+        )
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device} and {other_name} on {other.device}: move one")
+
+
+def tensor(name: str, value: Any) -> None:
+    """A plain floating-point tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or (for a side) a fusedkd.Head, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name} is a DTensor, which is not supported: pass {name}.full_tensor()")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: pass {name}.to_dense()")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def positive(name: str, value: Any) -> None:
+    """A finite number above 0."""
+    number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def number(name: str, value: Any) -> None:
+    """A finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """One of a few values."""
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def leading(side_value: torch.Tensor | Head) -> torch.Size:
+    """(...) of a side."""
+    x = side_value.hidden if isinstance(side_value, Head) else side_value
+    return x.shape[:-1]
+
+
+def width(side_value: torch.Tensor | Head) -> int:
+    """V of a side."""
+    return side_value.weight.shape[0] if isinstance(side_value, Head) else side_value.shape[-1]
+
+
+def device(side_value: torch.Tensor | Head) -> torch.device:
+    """Where a side lives."""
+    return (side_value.hidden if isinstance(side_value, Head) else side_value).device
+
+
+def pair(student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> None:
+    """Both sides describe the same tokens, in the same place."""
+    if leading(student) != leading(teacher):
+        raise ValueError(
+            f"teacher must have the leading shape of student, {tuple(leading(student))}, got {tuple(leading(teacher))}"
+        )
+    if device(student) != device(teacher):
+        raise ValueError(f"student is on {device(student)} and teacher on {device(teacher)}: move one")
+
+
+def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> int:
+    """The number of compared columns."""
+    common = min(width(student), width(teacher))
+    if value is None:
+        return common
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"vocab_size must be an int or None, got {type(value).__name__}")
+    if not 1 <= value <= common:
+        raise ValueError(f"vocab_size must be between 1 and {common}, the smaller of the two vocabularies, got {value}")
+    return value
+
+
+def labels(value: Any, shape: torch.Size, where: torch.device, ignore_index: int, columns: int) -> None:
+    """int64 labels of the leading shape, in range where that can be seen without a synchronisation."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"labels must be a torch.Tensor or None, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {value.dtype}: pass labels.long()")
+    if value.shape != shape:
+        raise ValueError(
+            f"labels must have the leading shape {tuple(shape)} of student (already shifted), got {tuple(value.shape)}"
+        )
+    if value.device != where:
+        raise ValueError(f"labels is on {value.device} and student on {where}: move one")
+    if torch.compiler.is_compiling():
+        return
+    if where.type == "cpu" or os.environ.get("FUSEDKD_CHECK") == "1":
+        wrong = (value != ignore_index) & ((value < 0) | (value >= columns))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels must lie in [0, {columns}) or equal ignore_index={ignore_index}, "
+                f"got {int(value[wrong][0])} (vocab_size={columns})"
+            )
+
+
+def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> None:
+    """A floating-point tensor that broadcasts to the leading shape and needs no gradient."""
+    tensor(name, value)
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad; gradients flow to the student only: pass {name}.detach()")
+    if value.device != where:
+        raise ValueError(f"{name} is on {value.device} and student on {where}: move one")
+    try:
+        fits = torch.broadcast_shapes(value.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to the leading shape {tuple(shape)} of student, got {tuple(value.shape)}"
+        )
+
+
+def targets(chosen: Divergence, given_labels: Any, ce_weight: float) -> None:
+    """What needs labels has them."""
+    if given_labels is None and chosen.needs_target:
+        raise ValueError(
+            f"divergence {chosen.name!r} with these weights splits off a target token: pass labels "
+            "(or target == nontarget for a divergence without a target)"
+        )
+    if given_labels is None and ce_weight:
+        raise ValueError("ce_weight adds a cross-entropy with the labels: pass labels, or ce_weight=0")

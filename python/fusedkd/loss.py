@@ -1,0 +1,431 @@
+"""`kd_loss` and `kd_value_and_grad`: checks, flattening, choice of path, reduction."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checks, ops
+from .backends import choose_backend
+from .divergence import Divergence, as_divergence
+from .gemm import gradient_dtype
+from .head import Head
+from .plan import Shape, choose, logit_dtype
+
+Side = torch.Tensor | Head
+
+
+class KDStats(NamedTuple):
+    """Detached per-token float32 numbers in the leading shape, nats, 0 on ignored rows.
+
+    Taken before token weights, τ² and cross-entropy, of softmax(s/τ) and softmax(t/τ) on the compared columns. `loss` =
+    target·target_loss + nontarget·nontarget_loss; `target_grad`, `nontarget_grad` are dL_T/dz_y and dL_N/dz_y of the
+    raw terms (z = s/τ). The first five and the two log-probabilities are about the label: NaN without labels, but
+    `loss`; log-probabilities are −inf for a label outside the teacher's support.
+    """
+
+    loss: torch.Tensor
+    target_loss: torch.Tensor
+    nontarget_loss: torch.Tensor
+    target_grad: torch.Tensor
+    nontarget_grad: torch.Tensor
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    student_logprob: torch.Tensor
+    teacher_logprob: torch.Tensor
+    student_lse: torch.Tensor
+    teacher_lse: torch.Tensor
+
+
+class _Call(NamedTuple):
+    """A checked call, flattened to rows and to what the operators take."""
+
+    operands: list[torch.Tensor | None]
+    names: str
+    numbers: list[float]
+    shape: torch.Size
+    weights: torch.Tensor | None  # (N,) token weights
+    counted: torch.Tensor | None  # (N,) bool
+    student: Side
+
+
+def kd_loss(
+    student: Side,
+    teacher: Side,
+    labels: torch.Tensor | None = None,
+    *,
+    divergence: str | Divergence = "fkl",
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    reduction: str = "mean",
+    num_items: float | torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    support: str = "teacher",
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    drop_ignored: bool | str = "auto",
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Any:
+    """The divergence between a teacher's and a student's next-token distributions, in nats.
+
+        loss = Σ_n w_n [c·D(softmax(t_n/τ), softmax(s_n/τ)) + ce_weight·CE_n] / (number of counted tokens)
+
+    with c = τ² if `temperature_squared`, else 1. D is the true divergence: never negative, exactly 0 at p == q and
+    accurate when tiny. Nothing of N·V elements is made for a side given as a `Head`.
+
+    Args:
+        student: (..., V) logits, float32, bfloat16, float16 (float64 with backend="torch"), any strides; or a `Head`.
+            Gradients flow here, to the logits or to hidden, weight and bias.
+        teacher: likewise, with its own V and width. No gradient ever flows into it.
+        labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count. Others must lie in
+            [0, vocab_size): an error on the CPU; on a GPU, where looking would synchronise, such a row is masked like an
+            ignored one, unless FUSEDKD_CHECK=1 asks for the error.
+        divergence: a name from `fusedkd.divergences()` or a `fusedkd.divergence(...)`.
+        temperature: τ > 0, divides both logits. The gradient is that of the returned value.
+        temperature_squared: multiply D by τ².
+        reduction: "mean" over counted tokens (0 if there is none), "sum", or "none" -> (...).
+        num_items: number or 0-d tensor that replaces the denominator of "mean" (a global token count).
+        token_weights: broadcastable to (...), multiplies each token's loss; weight 0 still counts.
+        ce_weight: adds ce_weight times the cross-entropy of the student's full vocabulary at temperature 1.
+        ignore_index: the label of rows that do not count.
+        vocab_size: compare the first `vocab_size` columns; default the smaller vocabulary. Columns beyond are masked.
+        support: what a teacher logit of −inf means. "teacher": the column is removed from both sides. "floor": teacher
+            log-probabilities below −50 are raised to −50, so that mass there is punished. Both −inf: removed.
+        schedule: for Heads: "auto" or "chunked". ("streaming" is not there yet.)
+        memory_budget: for Heads: bytes the call may hold beyond inputs, loss and gradients, the float32 weight gradient
+            included; chunks shrink to keep it.
+        drop_ignored: for Heads: leave ignored rows out of the matrix products. "auto": on the CPU; True costs a GPU one
+            synchronisation.
+        logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 is faster and makes
+            the gradient several per cent wrong where teacher and student are close (bfloat16 operands only).
+        backend: "auto": Triton for GPU tensors, torch for CPU tensors. "triton" on CPU tensors needs
+            TRITON_INTERPRET=1; "torch" runs anywhere.
+        return_stats: also return `KDStats`.
+
+    Returns:
+        A float32 scalar, or (...) for reduction="none" (float64 for float64 inputs); with `return_stats`,
+        (loss, KDStats).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what would work. NotImplementedError for
+        schedule="streaming". RuntimeError on double backward.
+
+    Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
+        parameters), one more and one write backward. Heads: four matrix products and `memory_budget` bytes at most;
+        reduction="none" repeats the forward products in its backward.
+    """
+    options = _options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
+    call = _prepare(
+        student, teacher, labels, divergence, temperature, temperature_squared, token_weights, ce_weight,
+        ignore_index, vocab_size, support, backend,
+    )  # fmt: skip
+    if isinstance(call.student, Head) or isinstance(teacher, Head):
+        loss, stats = _from_heads(call, teacher, options, reduction, memory_budget, logits_dtype)
+    else:
+        _no_head_options(schedule, memory_budget, logits_dtype)
+        rows, stats, _, _ = ops.rows(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
+        loss = _weighted(rows, call) if reduction == "none" else _weighted(rows, call).sum()
+    loss = loss.view(call.shape) if reduction == "none" else _reduce(loss, call, reduction, num_items)
+    return (loss, _stats(stats, call.shape)) if return_stats else loss
+
+
+def kd_value_and_grad(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    divergence: str | Divergence = "fkl",
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    reduction: str = "mean",
+    num_items: float | torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    support: str = "teacher",
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    drop_ignored: bool | str = "auto",
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Any:
+    """Loss and its gradient with respect to the student's logits in one launch, without autograd.
+
+    The value sweep and the gradient sweep of a row run back to back, so the second one meets the tiles still in cache:
+    the least memory traffic there is. Arguments and errors as `kd_loss`, logits only.
+
+    Returns:
+        (loss, grad): grad has the student's shape and dtype and is the gradient of the reduced loss, or of each token's
+        own loss for reduction="none". With `return_stats`, (loss, grad, KDStats).
+    """
+    for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if isinstance(value, Head):
+            raise TypeError(f"{name} must be logits, got a Head: use kd_loss and backward for hidden states")
+        checks.side(name, value)
+    _options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
+    _no_head_options(schedule, memory_budget, logits_dtype)
+    call = _prepare(
+        student_logits.detach(), teacher_logits, labels, divergence, temperature, temperature_squared, token_weights,
+        ce_weight, ignore_index, vocab_size, support, backend,
+    )  # fmt: skip
+    weights = call.weights
+    if reduction == "mean":
+        scale = 1.0 / _denominator(call, num_items)
+        weights = scale.expand(call.shape.numel()).contiguous() if weights is None else weights * scale
+    call.operands[7] = weights
+    rows, stats, grad = ops.rows_both(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
+    loss = _weighted(rows, call)
+    loss = loss.view(call.shape) if reduction == "none" else _reduce(loss.sum(), call, reduction, num_items)
+    grad = grad.view(student_logits.shape)
+    return (loss, grad, _stats(stats, call.shape)) if return_stats else (loss, grad)
+
+
+def _options(
+    reduction: Any,
+    num_items: Any,
+    schedule: Any,
+    memory_budget: Any,
+    drop_ignored: Any,
+    logits_dtype: Any,
+    return_stats: Any,
+) -> tuple[bool, bool | str]:
+    """Checks what does not depend on the tensors; returns (return_stats, drop_ignored)."""
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    if num_items is not None:
+        if reduction != "mean":
+            raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
+        if isinstance(num_items, torch.Tensor):
+            if num_items.dim():
+                raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+        else:
+            checks.positive("num_items", num_items)
+    checks.one_of("schedule", schedule, ("auto", "chunked", "streaming"))
+    if schedule == "streaming":
+        raise NotImplementedError('schedule="streaming" is not implemented: use "auto" or "chunked"')
+    if memory_budget is not None:
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+            raise TypeError(f"memory_budget must be an int (bytes) or None, got {type(memory_budget).__name__}")
+        checks.positive("memory_budget", memory_budget)
+    checks.one_of("drop_ignored", drop_ignored, ("auto", True, False))
+    checks.one_of("logits_dtype", logits_dtype, (None, torch.float32, torch.bfloat16))
+    checks.flag("return_stats", return_stats)
+    return return_stats, drop_ignored
+
+
+def _no_head_options(schedule: str, memory_budget: int | None, logits_dtype: torch.dtype | None) -> None:
+    for name, value, default in (
+        ("schedule", schedule, "auto"),
+        ("memory_budget", memory_budget, None),
+        ("logits_dtype", logits_dtype, None),
+    ):
+        if value != default:
+            raise ValueError(f"{name}={value!r} is about heads, and both sides are logits: leave it at {default!r}")
+
+
+def _prepare(
+    student: Side,
+    teacher: Side,
+    labels: torch.Tensor | None,
+    divergence: str | Divergence,
+    temperature: float,
+    temperature_squared: bool,
+    token_weights: torch.Tensor | None,
+    ce_weight: float,
+    ignore_index: int,
+    vocab_size: int | None,
+    support: str,
+    backend: str,
+) -> _Call:
+    checks.side("student", student)
+    checks.side("teacher", teacher)
+    checks.pair(student, teacher)
+    chosen = as_divergence(divergence)
+    checks.positive("temperature", temperature)
+    checks.flag("temperature_squared", temperature_squared)
+    checks.number("ce_weight", ce_weight)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    checks.one_of("support", support, ("teacher", "floor"))
+    columns = checks.vocab_size(vocab_size, student, teacher)
+    shape, where = checks.leading(student), checks.device(student)
+    checks.targets(chosen, labels, ce_weight)
+    if labels is not None:
+        checks.labels(labels, shape, where, ignore_index, columns)
+    if token_weights is not None:
+        checks.per_token("token_weights", token_weights, shape, where)
+    resolved = choose_backend(backend, where)
+    student, teacher = _autocast(student), _autocast(_detached(teacher))
+    for side in (student, teacher):
+        _check_dtype(side, resolved)
+
+    counted = y = None
+    if labels is not None:
+        flat = labels.reshape(-1)
+        counted = (flat != ignore_index) & (flat >= 0) & (flat < columns)
+        y = torch.where(counted, flat, -1)
+    weights = None if token_weights is None else _rows_of(token_weights, shape).to(_wide(student, teacher))
+    values = (*chosen.parameters, chosen.target, chosen.nontarget)
+    per_row: list[torch.Tensor | None] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            checks.per_token(f"a parameter of {chosen.name!r}", value, shape, where)
+        per_row.append(_rows_of(value, shape).float() if isinstance(value, torch.Tensor) else None)
+    factor = temperature * temperature if temperature_squared else 1.0
+    numbers = [float(columns), float(temperature), float(factor), float(ce_weight)]
+    numbers += [*_transform(student), *_transform(teacher)]
+    numbers += [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
+    names = f"{chosen.definition.name} {'decoupled' if chosen.decoupled else 'joint'} {resolved} {support}"
+    return _Call(
+        [*_flat(student), *_flat(teacher), y, None, *per_row], names, numbers, shape, weights, counted, student
+    )
+
+
+def _from_heads(
+    call: _Call,
+    teacher: Side,
+    options: tuple[bool, bool | str],
+    reduction: str,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ weight·loss, or weight·loss per row for reduction="none", and the statistics."""
+    return_stats, drop_ignored = options
+    x, weight, bias = call.operands[:3]
+    assert x is not None
+    _check_logits_dtype(call, logits_dtype)
+    live = torch.is_grad_enabled()
+    wanted = [live and part is not None and part.requires_grad for part in (x, weight, bias)]
+    drop = x.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
+    drop = drop and call.counted is not None
+    chunks = choose(_shape(call, wanted, drop, logits_dtype), memory_budget)
+    flags = [return_stats, drop, *wanted]
+    sizes = [chunks.outer, chunks.inner]
+    if reduction == "none":
+        rows, stats = ops.heads_rows(
+            *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype
+        )
+        return _weighted(rows, call), stats
+    call.operands[7] = call.weights
+    total, _, stats, *_ = ops.heads(
+        *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype
+    )
+    return total, stats
+
+
+def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dtype | None) -> Shape:
+    x, weight, _, teacher_x, teacher_weight, _ = call.operands[:6]
+    assert x is not None and teacher_x is not None
+    columns = int(call.numbers[0])
+    operand = x if weight is not None else teacher_x
+    wide = 8 if torch.float64 in (x.dtype, teacher_x.dtype) else 4
+    return Shape(
+        rows=call.shape.numel(),
+        student_width=0 if weight is None else (weight.shape[0] if call.numbers[3] else columns),
+        teacher_width=0 if teacher_weight is None else columns,
+        student_dim=0 if weight is None else weight.shape[1],
+        teacher_dim=0 if teacher_weight is None else teacher_weight.shape[1],
+        weight_rows=0 if weight is None else weight.shape[0],
+        logit_bytes=logit_dtype(operand.dtype, logits_dtype).itemsize,
+        dz_bytes=gradient_dtype(x).itemsize,
+        hidden_bytes=operand.element_size(),
+        accumulator_bytes=wide,
+        on_cpu=x.device.type == "cpu",
+        gather=gather,
+        student_logit_bytes=x.element_size() if weight is None else teacher_x.element_size(),
+        needs_hidden=wanted[0],
+        needs_weight=wanted[1] or wanted[2],
+    )
+
+
+def _check_logits_dtype(call: _Call, logits_dtype: torch.dtype | None) -> None:
+    if logits_dtype is None:
+        return
+    for i, name in ((0, "student"), (3, "teacher")):
+        x, weight = call.operands[i : i + 2]
+        assert x is not None
+        if weight is not None and logits_dtype == torch.bfloat16 and x.dtype != torch.bfloat16:
+            raise ValueError(f"logits_dtype=torch.bfloat16 needs a bfloat16 {name} Head, got {x.dtype}")
+        if weight is not None and x.dtype == torch.float64:
+            raise ValueError(f"logits_dtype must be None for a float64 {name} Head")
+
+
+def _check_dtype(side: Side, backend: str) -> None:
+    x = side.hidden if isinstance(side, Head) else side
+    if x.dtype == torch.float64 and backend == "triton":
+        raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
+
+
+def _autocast(side: Side) -> Side:
+    """Under autocast a Head's operands take its dtype, as in nn.Linear; logits stay as they are."""
+    if not isinstance(side, Head) or not torch.is_autocast_enabled(side.hidden.device.type):
+        return side
+    dtype = torch.get_autocast_dtype(side.hidden.device.type)
+    bias = None if side.bias is None else side.bias.to(dtype)
+    return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype), bias=bias)
+
+
+def _detached(side: Side) -> Side:
+    if not isinstance(side, Head):
+        return side.detach()
+    bias = None if side.bias is None else side.bias.detach()
+    return side._replace(hidden=side.hidden.detach(), weight=side.weight.detach(), bias=bias)
+
+
+def _flat(side: Side) -> list[torch.Tensor | None]:
+    """x, weight, bias: hidden states as (N, D), logits as (outer, inner, V) without a copy wherever strides allow."""
+    if isinstance(side, Head):
+        return [side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias]
+    if side.dim() <= 3:
+        return [side[(None,) * (3 - side.dim())], None, None]
+    for split in range(1, side.dim() - 1):
+        try:
+            outer, inner = side.shape[:split].numel(), side.shape[split:-1].numel()
+            return [side.view(outer, inner, side.shape[-1]), None, None]
+        except RuntimeError:
+            continue
+    return [side.reshape(1, -1, side.shape[-1]), None, None]
+
+
+def _transform(side: Side) -> tuple[float, float]:
+    return (float(side.scale), float(side.softcap or 0.0)) if isinstance(side, Head) else (1.0, 0.0)
+
+
+def _wide(student: Side, teacher: Side) -> torch.dtype:
+    dtypes = {(side.hidden if isinstance(side, Head) else side).dtype for side in (student, teacher)}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """(N,) contiguous values of a tensor broadcast to the leading shape."""
+    return value.detach().expand(shape).reshape(-1).contiguous()
+
+
+def _weighted(rows: torch.Tensor, call: _Call) -> torch.Tensor:
+    return rows if call.weights is None else torch.where(call.weights == 0, 0.0, rows * call.weights)
+
+
+def _denominator(call: _Call, num_items: float | torch.Tensor | None) -> torch.Tensor:
+    where = call.operands[0]
+    assert where is not None
+    if isinstance(num_items, torch.Tensor):
+        return num_items.detach().to(device=where.device, dtype=torch.float32)
+    if num_items is not None:
+        return torch.full((), float(num_items), device=where.device)
+    if call.counted is None:
+        return torch.full((), float(max(call.shape.numel(), 1)), device=where.device)
+    return call.counted.sum().clamp(min=1).float()
+
+
+def _reduce(total: torch.Tensor, call: _Call, reduction: str, num_items: float | torch.Tensor | None) -> torch.Tensor:
+    return total / _denominator(call, num_items) if reduction == "mean" else total
+
+
+def _stats(stats: torch.Tensor, shape: torch.Size) -> KDStats:
+    return KDStats(*(column.view(shape) for column in stats.float().t().contiguous()))

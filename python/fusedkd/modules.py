@@ -1,0 +1,31 @@
+"""`DistillationLoss`: kd_loss with its options held by a module."""
+
+from typing import Any
+
+import torch
+
+from .divergence import Divergence, as_divergence
+from .loss import Side, kd_loss
+
+
+class DistillationLoss(torch.nn.Module):
+    """nn.Module shell of `kd_loss`: options at construction, (student, teacher, labels) at call.
+
+    Any option of `kd_loss` can be given again at call time (num_items and token_weights usually are).
+    """
+
+    def __init__(self, divergence: str | Divergence = "fkl", **options: Any) -> None:
+        super().__init__()
+        unknown = options.keys() - (kd_loss.__kwdefaults__ or {}).keys()
+        if unknown:
+            raise TypeError(f"DistillationLoss has no option {sorted(unknown)[0]!r}; options are those of kd_loss")
+        self.divergence = as_divergence(divergence)
+        self.options = options
+
+    def forward(self, student: Side, teacher: Side, labels: torch.Tensor | None = None, **options: Any) -> Any:
+        """kd_loss(student, teacher, labels) with this module's options, `options` on top."""
+        return kd_loss(student, teacher, labels, **{"divergence": self.divergence, **self.options, **options})
+
+    def extra_repr(self) -> str:
+        """The divergence and the options that differ from kd_loss's defaults."""
+        return ", ".join([repr(self.divergence.name), *(f"{key}={value!r}" for key, value in self.options.items())])

@@ -1,0 +1,398 @@
+"""The registered operators and their autograd: the only file that knows torch.library.
+
+fusedkd::rows               logits on both sides -> per-row loss; its backward is one gradient sweep
+fusedkd::rows_gradient      that sweep, for any upstream weight per row
+fusedkd::rows_both          per-row loss and weighted gradient in one launch, no autograd
+fusedkd::heads              a Head on at least one side -> Σ weight·loss with the gradient formed beside it; its
+                            backward multiplies by the upstream scalar
+fusedkd::heads_rows         the same sides -> per-row loss; its backward runs `heads` with the upstream as row weights
+
+All are opaque to torch.compile, so a call crosses the boundary as plain values:
+    x, weight, bias   the student: hidden states (N, D) and its head, or logits (outer, inner, V) alone
+    others     teacher x, weight, bias; labels; row weights; then one per divergence parameter and for the two term
+               weights: a (N,) tensor where it is per row, else None
+    names      definition, "joint" or "decoupled", backend and support, with spaces between
+    numbers    vocab_size, temperature, factor, ce_weight; scale and softcap (0: none) of student and teacher; then the
+               divergence parameters and the two term weights
+    flags      statistics wanted, ignored rows dropped, gradients wanted of x, weight, bias
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .backends import row_functions
+from .kernels.divergences import REGISTRY
+from .kernels.rows import SAVED, STATS, Problem, Side
+from .plan import Chunks
+
+Operands = Sequence[Optional[Tensor]]  # [x, weight, bias, *others]
+PER_ROW = 8  # where the per-row parameters start in operands, and the parameters in `numbers`
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _outside_autocast(fn: F) -> F:
+    """Autocast has been applied to the operands already; inside an op it would undo the float32 arithmetic."""
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return fn(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def _problem(operands: Operands, names: str, numbers: Sequence[float]) -> Problem:
+    values = tuple(
+        number if tensor is None else tensor
+        for number, tensor in zip(numbers[PER_ROW:], operands[PER_ROW:], strict=True)
+    )
+    definition: Any = REGISTRY[names.split()[0]]
+    vocab_size, temperature, factor, ce_weight = numbers[:4]
+    return Problem(
+        definition,
+        names.split()[1] == "decoupled",
+        values[:-2],
+        values[-2:],
+        int(vocab_size),
+        temperature,
+        factor,
+        ce_weight,
+    )
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fusedkd has no second derivative: its gradient is formed by the kernel. Call backward or autograd.grad "
+            "with create_graph=False, or use a plain torch loss where you need double backward"
+        )
+
+
+def _given(tensor: Optional[Tensor]) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _wide(operands: Operands) -> torch.dtype:
+    double = any(operands[i] is not None and operands[i].dtype == torch.float64 for i in (0, 3))  # type: ignore[union-attr]
+    return torch.float64 if double else torch.float32
+
+
+def _row_count(operands: Operands) -> Any:
+    x = _given(operands[0])
+    return x.shape[0] if operands[1] is not None else x.shape[0] * x.shape[1]
+
+
+def _outputs(operands: Operands, with_stats: bool) -> tuple[Tensor, Tensor]:
+    """Empty loss (N,) and statistics (N, 11) or (0, 11)."""
+    x, n = _given(operands[0]), _row_count(operands)
+    return (
+        x.new_empty(n, dtype=_wide(operands)),
+        x.new_empty((n if with_stats else 0, STATS), dtype=_wide(operands)),
+    )
+
+
+def _like_contiguous(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+# Logits on both sides ------------------------------------------------------------------------------------------------
+
+
+def _empty_floors(operands: Operands, names: str) -> Tensor:
+    n = _row_count(operands) if names.split()[3] == "floor" else 0
+    return _given(operands[0]).new_empty(n, dtype=_wide(operands))
+
+
+def _teacher(operands: Operands, floors: Tensor) -> Side:
+    return Side(_given(operands[3]), floor=floors if floors.numel() else None)
+
+
+def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
+    """Where support="floor" raises the teacher's logits to, per row; empty otherwise."""
+    floors = _empty_floors(operands, names)
+    if floors.numel():
+        row_functions(names.split()[2]).floor_rows(problem, Side(_given(operands[3])), floors, chunked.FLOOR_DEPTH)
+    return floors
+
+
+@torch.library.custom_op("fusedkd::rows", mutates_args=())
+@_outside_autocast
+def rows(
+    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), statistics, saved row scalars (N, 11), floors."""
+    operands = [x, None, None, *others]
+    problem = _problem(operands, names, numbers)
+    loss, stats = _outputs(operands, flags[0])
+    saved = loss.new_empty((loss.shape[0], SAVED))
+    floors = _floors(operands, names, problem)
+    row_functions(names.split()[2]).value(
+        problem, Side(_given(operands[0])), _teacher(operands, floors), operands[6], loss, saved,
+        stats if flags[0] else None,
+    )  # fmt: skip
+    return loss, stats, saved, floors
+
+
+@rows.register_fake
+def _(
+    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = [x, None, None, *others]
+    loss, stats = _outputs(operands, flags[0])
+    return loss, stats, loss.new_empty((loss.shape[0], SAVED)), _empty_floors(operands, names)
+
+
+@torch.library.custom_op("fusedkd::rows_gradient", mutates_args=())
+@_outside_autocast
+def rows_gradient(
+    x: Tensor,
+    others: Operands,
+    saved: Tensor,
+    floors: Tensor,
+    upstream: Tensor,
+    names: str,
+    numbers: Sequence[float],
+) -> Tensor:
+    """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
+    operands = [x, None, None, *others]
+    grad = _like_contiguous(x)
+    row_functions(names.split()[2]).gradient(
+        _problem(operands, names, numbers), Side(_given(operands[0])), _teacher(operands, floors), operands[6], saved,
+        upstream, grad.view(-1, grad.shape[2]),
+    )  # fmt: skip
+    return grad
+
+
+@rows_gradient.register_fake
+def _(
+    x: Tensor,
+    others: Operands,
+    saved: Tensor,
+    floors: Tensor,
+    upstream: Tensor,
+    names: str,
+    numbers: Sequence[float],
+) -> Tensor:
+    return _like_contiguous(x)
+
+
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, others, ctx.names, ctx.numbers, _ = inputs
+    _, stats, saved, floors = output
+    ctx.mark_non_differentiable(stats, saved, floors)
+    ctx.save_for_backward(saved, floors, x, *others)
+
+
+def _no_gradients(others: Operands) -> Optional[list[None]]:
+    """What torch.library wants back for the list: one None each if it took it for a list of tensors."""
+    return None if any(tensor is None for tensor in others) else [None] * len(others)
+
+
+def _rows_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    saved, floors, x, *others = ctx.saved_tensors
+    grad = rows_gradient(x, others, saved, floors, upstream.contiguous(), ctx.names, ctx.numbers)
+    return grad, _no_gradients(others), None, None, None
+
+
+rows.register_autograd(_rows_backward, setup_context=_rows_setup)
+
+
+@torch.library.custom_op("fusedkd::rows_both", mutates_args=())
+@_outside_autocast
+def rows_both(
+    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (N,), statistics, weight_n · dloss_n/dstudent."""
+    operands = [x, None, None, *others]
+    problem = _problem(operands, names, numbers)
+    loss, stats = _outputs(operands, flags[0])
+    grad = _like_contiguous(x)
+    row_functions(names.split()[2]).value_and_gradient(
+        problem, Side(_given(operands[0])), _teacher(operands, _floors(operands, names, problem)), operands[6],
+        operands[7], grad.view(-1, grad.shape[2]), loss, stats if flags[0] else None,
+    )  # fmt: skip
+    return loss, stats, grad
+
+
+@rows_both.register_fake
+def _(
+    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_outputs([x, None, None, *others], flags[0]), _like_contiguous(x)
+
+
+# A Head on at least one side -----------------------------------------------------------------------------------------
+
+
+def _source(operands: Operands, first: int, scale: float, softcap: float) -> chunked.Source:
+    x, weight, bias = operands[first : first + 3]
+    return chunked.Source(_given(x), weight, bias, None if scale == 1.0 else scale, softcap or None)
+
+
+def _run(
+    operands: Operands,
+    names: str,
+    numbers: Sequence[float],
+    chunks: Sequence[int],
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> chunked.Result:
+    return chunked.run(
+        _problem(operands, names, numbers),
+        _source(operands, 0, numbers[4], numbers[5]),
+        _source(operands, 3, numbers[6], numbers[7]),
+        operands[6],
+        operands[7],
+        (flags[2], flags[3], flags[4]),
+        Chunks(chunks[0], chunks[1], 0),
+        backend=names.split()[2],
+        floor=names.split()[3] == "floor",
+        with_stats=flags[0],
+        drop_ignored=flags[1],
+        logits_dtype=logits_dtype,
+    )
+
+
+@torch.library.custom_op("fusedkd::heads", mutates_args=())
+@_outside_autocast
+def heads(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    names: str,
+    numbers: Sequence[float],
+    chunks: Sequence[int],
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Σ weight·loss, loss (N,), statistics, gradients of the sum: x, weight, bias, empty where not wanted."""
+    result = _run([x, weight, bias, *others], names, numbers, chunks, flags, logits_dtype)
+    weights = others[4]
+    total = result.rows.sum() if weights is None else torch.where(weights == 0, 0.0, weights * result.rows).sum()
+    return total, result.rows, result.stats, result.x, result.weight, result.bias
+
+
+@heads.register_fake
+def _(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    names: str,
+    numbers: Sequence[float],
+    chunks: Sequence[int],
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    operands = [x, weight, bias, *others]
+    loss, stats = _outputs(operands, flags[0])
+    grads = [x.new_empty(0), x.new_empty(0), x.new_empty(0)]
+    if weight is None and flags[2]:
+        grads[0] = x.new_empty((_row_count(operands), x.shape[2]))
+    elif weight is not None:
+        shapes = (x.shape, weight.shape, weight.shape[:1])
+        grads = [
+            x.new_empty(shape, dtype=loss.dtype) if wanted else x.new_empty(0)
+            for shape, wanted in zip(shapes, flags[2:], strict=True)
+        ]
+    return loss.new_empty(()), loss, stats, grads[0], grads[1], grads[2]
+
+
+@torch.library.custom_op("fusedkd::scaled", mutates_args=())
+def scaled(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
+    """grad · by in the shape and dtype of `like`: one rounding, no temporary, and `grad` stays for another backward."""
+    out = _like_contiguous(like)
+    torch.mul(grad.view(like.shape), by, out=out)
+    return out
+
+
+@scaled.register_fake
+def _(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
+    return _like_contiguous(like)
+
+
+def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, others, _, _, _, flags, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.wanted = list(flags[2:])
+    ctx.no_gradients = _no_gradients(others)
+    ctx.save_for_backward(x, weight, bias, *output[3:])
+
+
+def _heads_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    saved = ctx.saved_tensors
+    found = [
+        scaled(grad, upstream, like) if wanted else None
+        for like, grad, wanted in zip(saved[:3], saved[3:], ctx.wanted, strict=True)
+    ]
+    return *found, ctx.no_gradients, None, None, None, None, None
+
+
+heads.register_autograd(_heads_backward, setup_context=_heads_setup)
+
+
+@torch.library.custom_op("fusedkd::heads_rows", mutates_args=())
+@_outside_autocast
+def heads_rows(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    names: str,
+    numbers: Sequence[float],
+    chunks: Sequence[int],
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor]:
+    """Loss (N,) and statistics; the gradients that `flags` want are formed in the backward pass."""
+    result = _run([x, weight, bias, *others], names, numbers, chunks, [*flags[:2], False, False, False], logits_dtype)
+    return result.rows, result.stats
+
+
+@heads_rows.register_fake
+def _(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    names: str,
+    numbers: Sequence[float],
+    chunks: Sequence[int],
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor]:
+    return _outputs([x, weight, bias, *others], flags[0])
+
+
+def _heads_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, flags, ctx.logits_dtype = inputs
+    ctx.flags = [False, *flags[1:]]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, *others)
+
+
+def _heads_rows_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    x, weight, bias, *others = ctx.saved_tensors
+    no_gradients = _no_gradients(others)
+    size = upstream.abs().amax().clamp(min=torch.finfo(upstream.dtype).tiny)  # keeps half-precision dZ in range
+    others[4] = upstream / size
+    _, _, _, *grads = heads(x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, ctx.flags, ctx.logits_dtype)
+    found = [
+        scaled(grad, size, like) if wanted else None
+        for like, grad, wanted in zip((x, weight, bias), grads, ctx.flags[2:], strict=True)
+    ]
+    return *found, no_gradients, None, None, None, None, None
+
+
+heads_rows.register_autograd(_heads_rows_backward, setup_context=_heads_rows_setup)

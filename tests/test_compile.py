@@ -1,0 +1,46 @@
+"""Every kernel × divergence compiles for real GPUs at the tiles of the table: no spills, 16-byte loads. Needs no GPU.
+
+Compilation runs in subprocesses, one per architecture and dtype: a compiler crash must be a red test, not a dead pytest.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+aot = pytest.importorskip("fusedkd.kernels.aot")
+if not aot.rows.triton:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+FULL = os.environ.get("FUSEDKD_COMPILE") == "all"
+# One dtype per architecture in CI, chosen so that each dtype is compiled; the full product by `make compile-all`.
+SAMPLE = [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_100", "float32"), ("gfx942", "bfloat16")]
+PAIRS = [(arch, dtype) for arch in aot.ARCHITECTURES for dtype in aot.DTYPES] if FULL else SAMPLE
+
+
+def compiled(architecture: str, dtype: str) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "fusedkd.kernels.aot", architecture, dtype],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, f"compiler exit {run.returncode} after {run.stdout[-300:]}\n{run.stderr[-3000:]}"
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), PAIRS, ids=lambda value: str(value))
+def test_compile(architecture: str, dtype: str) -> None:
+    reports = compiled(architecture, dtype)
+    expected = {(v.name, v.kernel) for v in aot.variants(aot.DTYPES[dtype][1])}
+    assert {(r["name"], r["kernel"]) for r in reports} == expected
+    for report in reports:
+        assert report["stack"] == 0, report
+        assert report["shared"] <= aot.SHARED[architecture], report
+        if architecture.startswith("sm_"):
+            assert report["load_bytes"] == 16, report
