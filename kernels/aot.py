@@ -4,6 +4,7 @@
 prints a JSON line for each: registers and stack are read with the cuobjdump that ships in the Triton wheel.
 """
 
+import importlib
 import json
 import pathlib
 import re
@@ -88,8 +89,10 @@ def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
         fixed["stats_ptr"] = None
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    constexprs = {(names.index(name),): value for name, value in fixed.items() if name in names}
-    aligned = {}
+    constexprs: dict[tuple[int, ...], Any] = {
+        (names.index(name),): value for name, value in fixed.items() if name in names
+    }
+    aligned: dict[tuple[int, ...], Any] = {}
     for name in names:
         at = names.index(name)
         if name in ("student", "teacher"):
@@ -100,18 +103,16 @@ def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
             aligned |= {(at, i): _ALIGNED for i in (0, 1, 3)}
         elif name == "V" or (name.endswith("_ptr") and name not in ("stats_ptr",)):
             aligned[at,] = _ALIGNED
-    from triton.compiler import ASTSource
-
-    return ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    compiler = importlib.import_module("triton.compiler")
+    return compiler.ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
 
 
 def compile_variant(variant: Variant, dtype: str, architecture: str) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes."""
-    from triton.backends.compiler import GPUTarget
-
+    target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
     built = triton.compile(
         source(variant, dtype),
-        target=GPUTarget(*ARCHITECTURES[architecture]),
+        target=target,
         options={"num_warps": variant.tile.num_warps},
     )
     report: dict[str, Any] = {

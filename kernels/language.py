@@ -6,27 +6,28 @@ counterpart, which is what the CPU path runs. Where the two backends need differ
 (only in `maths.py`), the torch version is given explicitly.
 """
 
+import contextlib
+import importlib
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
 
-    HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
+class _NoTriton:
+    """Lets kernels be defined, never launched, where Triton is absent."""
 
-    class _NoTriton:
-        """Lets kernels be defined, never launched, where Triton is absent."""
+    constexpr = None
 
-        constexpr = None
 
-    triton = None  # type: ignore[assignment]
-    tl = _NoTriton()  # type: ignore[assignment]
+triton: Any = None
+tl: Any = _NoTriton()
+with contextlib.suppress(ImportError):
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+
+HAS_TRITON = triton is not None
 
 
 def jit(fn: Callable[..., Any]) -> Any:

@@ -249,7 +249,7 @@ def _row_scalars(
 
 @jit
 def _gradient_sweep(student, teacher, row, y, V, scales, ce, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr):
-    """The last sweep, tiles in reverse: writes upstream · dL/d(stored student number) over the student's whole width."""
+    """The last sweep, tiles in reverse: writes upstream · dL/d(stored student number) over the student's width."""
     inv_tau, factor = scales
     centre, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
     grad_ptr, stride_n, _, width = grad
@@ -373,10 +373,7 @@ def _value_and_gradient(
 
 def _arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
     """Everything the three kernels take in common."""
-    if problem.ce_weight:
-        ce = (float(problem.ce_weight), student.x.shape[2])
-    else:
-        ce = None
+    ce = (float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
     return {
         "student": _pack(student),
         "teacher": _pack(teacher),

@@ -14,8 +14,8 @@ One sweep: W = Σ w, P = Σ w φ_α(d), G = Σ w [φ_c(d) − φ_α(d)]/β with 
   used. This needs α, β and α + β well away from 0 and positive; otherwise two sweeps evaluate the summand itself.
 Edge cases: α, β ≥ 0, α + β > 0 is safe everywhere. A negative exponent weighs the least likely tokens: the value can
 overflow float32 (q = e^−60, β = −1.5 gives e^90) and is then inf. q = 0 < p gives inf if β ≤ 0, p^c/(βc) otherwise.
-Source: Cichocki, Cruces and Amari, Entropy 2011, eq. 17 and the limits of eq. 18; distillation: ABKD (Wang et al., ICML 2025).
-ABKD's own code divides by α, β instead of α², β² at the limits; here they are the true limits.
+Source: Cichocki, Cruces and Amari, Entropy 2011 (the α-β divergence and its limits); distillation: Wang et al., ABKD,
+ICML 2025. ABKD's own code divides by α, β instead of α², β² at the limits; here they are the true limits.
 """
 
 from types import MappingProxyType

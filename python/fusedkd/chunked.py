@@ -7,8 +7,8 @@
         dH = dZ @ W;   dW += dZᵀ @ H   (float32)
 
 The gradient is formed in the forward pass, from the row weights alone; the backward pass multiplies by the upstream
-scalar. Four GEMMs in all, fewer where something is frozen; buffers are made once, before the loop. Where S has dZ's dtype the
-row kernel writes dZ over it.
+scalar. Four GEMMs in all, fewer where something is frozen; buffers are made once, before the loop. Where S has dZ's
+dtype the row kernel writes dZ over it.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Losses and statistics per row; gradients of Σ weight·loss, float32 for half-precision heads, empty if not asked."""
+    """Losses and statistics per row; gradients of Σ weight·loss (float32 for heads), empty where not asked for."""
 
     rows: torch.Tensor
     stats: torch.Tensor

@@ -7,7 +7,7 @@ gradient from the same phi. Computed in float32 (float64 for float64 logits); ig
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -284,7 +284,7 @@ def _evaluate(
 ) -> tuple[list[tuple[_Tile, torch.Tensor]], tuple[torch.Tensor, ...]]:
     """Loss and statistics of a block; its tiles with their phi if `keep`, and the row scalars of its gradient."""
     tiles = list(_tiles(problem, student, teacher, block))
-    z_s, z_t = (sum(x.sum(-1) for x in weights) for weights in zip(*((t.ez, t.eu) for t in tiles), strict=True))
+    z_s, z_t = _total(t.ez.sum(-1) for t in tiles), _total(t.eu.sum(-1) for t in tiles)
     empty = z_t == 0
     tiny = torch.finfo(loss.dtype).tiny
     log_zs, log_zt = z_s.clamp(min=tiny).log(), z_t.clamp(min=tiny).log()
@@ -340,6 +340,10 @@ def _evaluate(
     return kept, (*block.centre, *at, live * a, live * b, live * grad_y, ce_lse)
 
 
+def _total(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
 def _entropies(
     tiles: list[_Tile],
     full_s: torch.Tensor,
@@ -350,8 +354,8 @@ def _entropies(
     uy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Entropies of q and p: lse − E[z], the label's share added."""
-    warmth_s = sum(torch.xlogy(t.ez, t.ez).sum(-1) for t in tiles)
-    warmth_t = sum(torch.xlogy(t.eu, t.eu).sum(-1) for t in tiles)
+    warmth_s = _total(torch.xlogy(t.ez, t.ez).sum(-1) for t in tiles)
+    warmth_t = _total(torch.xlogy(t.eu, t.eu).sum(-1) for t in tiles)
     return (
         full_s - warmth_s * (-full_s).exp() - logq_y.exp() * zy,
         full_t - warmth_t * (-full_t).exp() - logp_y.exp() * uy,
@@ -360,11 +364,11 @@ def _entropies(
 
 def _log_ratio(tiles: list[_Tile], z_s: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
     """r = log(Z_t/Z_s): log1p(E_q[expm1(d)]) where the distributions are close, the quotient where they are not."""
-    mean = sum(torch.linalg.vecdot(t.ez, t.d) for t in tiles) / z_s
+    mean = _total(torch.linalg.vecdot(t.ez, t.d) for t in tiles) / z_s
     near = far - mean < 0.5  # the naive KL(q‖p): good enough to choose
     if not near.any():
         return far
-    x = sum(torch.linalg.vecdot(t.d.clamp(max=80.0).expm1_(), t.ez) for t in tiles) / z_s
+    x = _total(torch.linalg.vecdot(t.d.clamp(max=80.0).expm1_(), t.ez) for t in tiles) / z_s
     return torch.where(near, torch.log1p(x), far)
 
 
@@ -432,7 +436,7 @@ def _write_rest(
 ) -> None:
     """The student's columns beyond the compared ones: cross-entropy only, or zero."""
     V, width = problem.vocab_size, out.shape[1]
-    if V == width:
+    if width == V:
         return
     if not problem.ce_weight:
         _place(out, block.rows, slice(V, width), torch.zeros((), dtype=out.dtype, device=out.device))

@@ -182,11 +182,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"distil with this divergence; may be repeated (default: {' '.join(CPU.divergences)})",
     )
     parser.add_argument("--text", metavar="DIR", type=Path, help="learn the text files below DIR, not Python's library")
-    parser.add_argument("--teacher-seconds", metavar="S", type=_seconds, help="time to train the teacher (default: 60)")
     parser.add_argument(
-        "--student-seconds", metavar="S", type=_seconds, help="most time for each student (default: 20)"
+        "--teacher-seconds", metavar="S", type=partial(_positive, float), help="time to train the teacher (default: 60)"
     )
-    parser.add_argument("--student-steps", metavar="N", type=_steps, help="steps to train each student (default: 300)")
+    parser.add_argument(
+        "--student-seconds",
+        metavar="S",
+        type=partial(_positive, float),
+        help="most time for each student (default: 20)",
+    )
+    parser.add_argument(
+        "--student-steps", metavar="N", type=partial(_positive, int), help="steps to train each student (default: 300)"
+    )
     parser.add_argument("--device", type=_usable_device, help="default: cuda or xpu if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny models for a few seconds, to see that all runs")
@@ -218,17 +225,13 @@ def _known_divergence(name: str) -> str:
     return name
 
 
-def _seconds(text: str) -> float:
-    return _positive(float(text))
-
-
-def _steps(text: str) -> int:
-    return _positive(int(text))
-
-
-def _positive(number: N) -> N:
+def _positive(kind: Callable[[str], N], text: str) -> N:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = kind("0")
     if not number > 0:
-        raise argparse.ArgumentTypeError(f"{number} is not above zero")
+        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
     return number
 
 

@@ -61,28 +61,33 @@ def divergence(name: str, **parameters: Any) -> Divergence:
     if member is None:
         raise ValueError(f"divergence {name!r} is unknown; known names: {', '.join(REGISTRY)}")
     known = _signature(member)
-    if isinstance(member, Decoupled) and member.base is None:
-        base = parameters.get("base", known["base"])
-        base_member = REGISTRY.get(base) if isinstance(base, str) else None
-        if not isinstance(base_member, Definition):
-            bases = ", ".join(key for key, value in REGISTRY.items() if isinstance(value, Definition))
-            raise ValueError(f"base of {name!r} must be one of {bases}, got {base!r}")
-        known = {**known, **base_member.parameters}
-    else:
-        base_member = member.base if isinstance(member, Decoupled) else member
+    definition = _definition(name, member, parameters.get("base", known.get("base")))
+    known |= definition.parameters if "base" in known else {}
     for key in parameters:
         if key not in known:
             raise ValueError(f"divergence {name!r} has no parameter {key!r}; it takes: {', '.join(known) or 'none'}")
     values = {key: _parameter(name, key, parameters.get(key, known[key])) for key in known if key != "base"}
     _check(member, values)
-    if base_member is not member:
-        _check(base_member, values)
-    theta = tuple(values[key] for key in base_member.parameters)
+    if definition is not member and "base" in known:
+        _check(definition, values)
+    theta = tuple(values[key] for key in definition.parameters)
     if isinstance(member, Decoupled):
-        return Divergence(
-            name, base_member, True, theta, _weight(member.target, values), _weight(member.nontarget, values)
-        )
-    return Divergence(name, base_member, False, theta, values["target"], values["nontarget"])
+        target, nontarget = _weight(member.target, values), _weight(member.nontarget, values)
+        return Divergence(name, definition, True, theta, target, nontarget)
+    return Divergence(name, definition, False, theta, values["target"], values["nontarget"])
+
+
+def _definition(name: str, member: Definition | Decoupled, base: Any) -> Definition:
+    """The definition behind a member; `base` chooses it where the member leaves that open."""
+    if isinstance(member, Definition):
+        return member
+    if member.base is not None:
+        return member.base
+    chosen = REGISTRY.get(base) if isinstance(base, str) else None
+    if not isinstance(chosen, Definition):
+        bases = ", ".join(key for key, value in REGISTRY.items() if isinstance(value, Definition))
+        raise ValueError(f"base of {name!r} must be one of {bases}, got {base!r}")
+    return chosen
 
 
 def as_divergence(value: "str | Divergence") -> Divergence:

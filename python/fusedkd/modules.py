@@ -24,7 +24,8 @@ class DistillationLoss(torch.nn.Module):
 
     def forward(self, student: Side, teacher: Side, labels: torch.Tensor | None = None, **options: Any) -> Any:
         """kd_loss(student, teacher, labels) with this module's options, `options` on top."""
-        return kd_loss(student, teacher, labels, **{"divergence": self.divergence, **self.options, **options})
+        chosen: dict[str, Any] = {"divergence": self.divergence, **self.options, **options}
+        return kd_loss(student, teacher, labels, **chosen)
 
     def extra_repr(self) -> str:
         """The divergence and the options that differ from kd_loss's defaults."""

@@ -19,7 +19,7 @@ All are opaque to torch.compile, so a call crosses the boundary as plain values:
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -33,10 +33,8 @@ from .plan import Chunks
 Operands = Sequence[Optional[Tensor]]  # [x, weight, bias, *others]
 PER_ROW = 8  # where the per-row parameters start in operands, and the parameters in `numbers`
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def _outside_autocast(fn: F) -> F:
+def _outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast has been applied to the operands already; inside an op it would undo the float32 arithmetic."""
 
     @functools.wraps(fn)
@@ -44,11 +42,11 @@ def _outside_autocast(fn: F) -> F:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return fn(*args, **kwargs)
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def _problem(operands: Operands, names: str, numbers: Sequence[float]) -> Problem:
-    values = tuple(
+    values: tuple[Any, ...] = tuple(
         number if tensor is None else tensor
         for number, tensor in zip(numbers[PER_ROW:], operands[PER_ROW:], strict=True)
     )
@@ -80,7 +78,7 @@ def _given(tensor: Optional[Tensor]) -> Tensor:
 
 
 def _wide(operands: Operands) -> torch.dtype:
-    double = any(operands[i] is not None and operands[i].dtype == torch.float64 for i in (0, 3))  # type: ignore[union-attr]
+    double = torch.float64 in (_given(operands[0]).dtype, _given(operands[3]).dtype)
     return torch.float64 if double else torch.float32
 
 
