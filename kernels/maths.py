@@ -14,19 +14,24 @@ _FAR = 80.0  # e^x overflows float32 beyond 88
 _PLAIN = 0.02  # relative size from which a plain difference of weights keeps its digits
 
 
+def _clearly(size: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether in every row the norm of a difference is no small part of the norm of w."""
+    rows = zip(size, w, strict=True)
+    return len(w) <= 64 and all(float(torch.dot(a, a)) > _PLAIN**2 * float(torch.dot(b, b)) for a, b in rows)
+
+
 def _torch_expm1_product(w, v, x):
     # v − w is off by rounding of w: fine for a row's gradient unless all of it is that small.
     plain = v - w
-    size = torch.linalg.vector_norm
-    if x.dim() < 2 or not (size(plain, dim=-1) > _PLAIN * size(w, dim=-1)).all():
-        precise = torch.expm1(x.clamp(max=_FAR)).mul_(w)
-        return torch.where(x > _FAR, plain, precise) if (x > _FAR).any() else precise
-    return plain
+    if x.dim() == 2 and _clearly(plain, w):
+        return plain
+    precise = torch.expm1(x.clamp(max=_FAR)).mul_(w)
+    return torch.where(x > _FAR, plain, precise) if (x > _FAR).any() else precise
 
 
 def _torch_rem2_product(w, v, x):
-    plain = (v - w).sub_(w * x)
-    if x.dim() == 2 and (plain.sum(-1) > _PLAIN).all():
+    plain = (v - w).addcmul_(w, x, value=-1) if x.dim() == 2 and w.shape == x.shape else v - w - w * x
+    if x.dim() == 2 and (plain.sum(-1) > _PLAIN * w.sum(-1)).all():
         return plain
     # S(c) + [(e^x − e^c) − (x − c)] with c = clamp(x): the bracket is exactly 0 in the series' range, so nothing is
     # selected (torch.where costs more on a CPU than all the arithmetic here).

@@ -23,13 +23,46 @@ from types import MappingProxyType
 import torch
 
 from ..divergence import Definition, Online
-from ..language import formula, jit, tl
+from ..language import formula, jit, tl, torch_twin
 from ..online import moments_advance, moments_ratio
 
-_MARGIN = 0.05  # smallest exponent at which the one-sweep sums keep their digits
+_MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
+_PLAIN = 0.1  # relative size from which a plain difference of weights keeps its digits
+_FAR = 80.0  # e^x overflows float32 beyond 88
 
 
-@formula
+def _plain_exponents(*exponents):
+    """The exponents as numbers if they are the same for all rows and away from 0, else None."""
+    if any(a.dim() or a.device.type != "cpu" for a in exponents):
+        return None
+    values = [float(a) for a in exponents]
+    return values if min(map(abs, values)) >= _MARGIN else None
+
+
+def _torch_slope(w, v, a, x):
+    known = _plain_exponents(a)
+    if known is not None and x.dim() == 2:
+        plain = v - w
+        size = torch.linalg.vector_norm
+        if (size(plain, dim=-1) > _PLAIN * size(w, dim=-1)).all():
+            return plain.mul_(1 / known[0])
+    a = torch.where(a.abs() < 1e-9, 1e-9, a)
+    y = a * x
+    precise = torch.expm1(y.clamp(max=_FAR)).mul_(w).div_(a)
+    return torch.where(y > _FAR, (v - w) / a, precise) if (y > _FAR).any() else precise
+
+
+def _torch_bend(w, v, u, alpha, beta, x):
+    known = _plain_exponents(alpha, beta, alpha + beta)
+    if known is not None and x.dim() == 2:
+        a, b, c = known
+        plain = (u * (1 / (b * c))).add_(v, alpha=-1 / (a * b)).add_(w, alpha=1 / (a * c))
+        if (plain.sum(-1) > _PLAIN * w.sum(-1)).all():
+            return plain
+    return _precise_bend(w, v, u, alpha, beta, x)
+
+
+@formula(torch=_torch_slope)
 def slope(w, v, a, x):
     """w·φ_a(x), given v = w·e^{a x}."""
     y = a * x
@@ -39,8 +72,7 @@ def slope(w, v, a, x):
     return tl.where(near, w * tl.where(near, x, 0.0) * series, (v - w) / tl.where(a == 0, 1.0, a))
 
 
-@formula
-def bend(w, v, u, alpha, beta, x):
+def _bend(w, v, u, alpha, beta, x):
     """w·[φ_c(x) − φ_α(x)]/β ≥ 0, given v = w·e^{α x} and u = w·e^{c x}."""
     c = alpha + beta
     h1 = c + alpha
@@ -58,6 +90,10 @@ def bend(w, v, u, alpha, beta, x):
     by_alpha = (slope(v, u, beta, x) - slope(w, u, c, x)) / tl.where(alpha == 0, 1.0, alpha)
     far = tl.where(tl.abs(beta) >= tl.abs(alpha), by_beta, by_alpha)
     return tl.where(near, w * (y * y) * series, far)
+
+
+bend = formula(_bend, torch=_torch_bend)
+_precise_bend = torch_twin(_bend)
 
 
 @formula

@@ -43,7 +43,6 @@ LEAST_TEXT = 20_000
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"}
 ROWS = 1024
 REPEATS = 5
-THREADS = torch.get_num_threads()
 QUALITY_COLUMNS = ("", "steps", "seconds", "perplexity", "KL(teacher || it)", "entropy", "same top-1")
 STEP_COLUMNS = ("", "loss", "dH error", "dW error", "ms", "peak MB")
 
@@ -93,6 +92,7 @@ class Plan:
     length: int = 128
     batch: int = 8
     held_out: int = 64
+    threads: int = torch.get_num_threads()
 
 
 CPU = Plan()
@@ -105,6 +105,7 @@ GPU = Plan(
     length=256,
     batch=16,
     held_out=128,
+    threads=1,
 )
 QUICK = Plan(
     text_bytes=300_000,
@@ -113,6 +114,7 @@ QUICK = Plan(
     student=Recipe(32, 1, 5e-3, Budget(steps=80)),
     length=64,
     held_out=16,
+    threads=1,
 )
 
 
@@ -181,19 +183,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_known_divergence,
         help=f"distil with this divergence; may be repeated (default: {' '.join(CPU.divergences)})",
     )
+    seconds, steps = partial(_positive, float), partial(_positive, int)
     parser.add_argument("--text", metavar="DIR", type=Path, help="learn the text files below DIR, not Python's library")
-    parser.add_argument(
-        "--teacher-seconds", metavar="S", type=partial(_positive, float), help="time to train the teacher (default: 60)"
-    )
-    parser.add_argument(
-        "--student-seconds",
-        metavar="S",
-        type=partial(_positive, float),
-        help="most time for each student (default: 20)",
-    )
-    parser.add_argument(
-        "--student-steps", metavar="N", type=partial(_positive, int), help="steps to train each student (default: 300)"
-    )
+    parser.add_argument("--teacher-seconds", metavar="S", type=seconds, help="time to train the teacher (default: 60)")
+    parser.add_argument("--student-seconds", metavar="S", type=seconds, help="most time for each student (default: 20)")
+    parser.add_argument("--student-steps", metavar="N", type=steps, help="steps to train each student (default: 300)")
     parser.add_argument("--device", type=_usable_device, help="default: cuda or xpu if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny models for a few seconds, to see that all runs")
@@ -378,12 +372,13 @@ def train(
     bar: tqdm[Any],
 ) -> Training:
     """Minimise a loss over random windows until the budget is used; the rate warms up, then decays linearly."""
-    choose_threads()
     optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.9, 0.95))
     started = time.perf_counter()
     steps, loss = 0, torch.tensor(math.nan)
     with bar:
         for share, batch in zip(recipe.budget.shares(), _batches(text, plan), strict=False):
+            if steps % 20 == 0:
+                choose_threads(plan.threads)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate * min(1.0, 0.05 + share / 0.05) * (1 - share)
             with _autocast(plan):
@@ -401,19 +396,19 @@ def train(
     return Training(steps, time.perf_counter() - started, last)
 
 
-def choose_threads() -> None:
-    """Use all CPU threads, or one if that is faster now: on a busy machine threads mostly wait for each other."""
+def choose_threads(most: int) -> None:
+    """Use so many CPU threads, or one if they gain little now: on a busy machine threads mostly wait for each other."""
     x = torch.zeros(256, 4096)
     x.softmax(-1)
 
-    def seconds(threads: int) -> float:
+    def elapsed(threads: int) -> float:
         torch.set_num_threads(threads)
         started = time.perf_counter()
-        for _ in range(200):
+        for _ in range(50):
             x.softmax(-1)
         return time.perf_counter() - started
 
-    torch.set_num_threads(THREADS if seconds(THREADS) < seconds(1) else 1)
+    torch.set_num_threads(most if most > 1 and elapsed(most) < 0.75 * elapsed(1) else 1)
 
 
 def _autocast(plan: Plan) -> torch.autocast:

@@ -1,6 +1,5 @@
 """`kd_loss` and `kd_value_and_grad`: checks, flattening, choice of path, reduction."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +82,8 @@ def kd_loss(
             Gradients flow here, to the logits or to hidden, weight and bias.
         teacher: likewise, with its own V and width. No gradient ever flows into it.
         labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count. Others must lie in
-            [0, vocab_size): an error on the CPU; on a GPU, where looking would synchronise, such a row is masked like an
-            ignored one, unless FUSEDKD_CHECK=1 asks for the error.
+            [0, vocab_size): an error on the CPU; on a GPU (and inside torch.compile), where looking would synchronise,
+            such a row is masked like an ignored one, unless FUSEDKD_CHECK=1 asks for the error.
         divergence: a name from `fusedkd.divergences()` or a `fusedkd.divergence(...)`.
         temperature: τ > 0, divides both logits. The gradient is that of the returned value.
         temperature_squared: multiply D by τ².

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .cpu import TILE
+from .cpu import BLOCK
 
-_TILE_COPIES = 16  # tile-sized tensors alive at once in cpu.py
+_BLOCK_COPIES = 16  # block-sized tensors alive at once in cpu.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
 _CPU_INNER, _GPU_INNER = 128, 512  # a logit GEMM loses less than 10 % to re-reading the weight at these heights
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
@@ -72,7 +72,7 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
         total += 2 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
-        total += _TILE_COPIES * max(TILE, width) * max(4, shape.accumulator_bytes)
+        total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
         if (
             shape.hidden_bytes < shape.accumulator_bytes
         ):  # blocks of upcast weight, and of logits before they are placed

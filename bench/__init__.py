@@ -1,0 +1,1 @@
+"""Measurements of fusedkd beside plain torch, run from the repository: `python -m bench.heads`."""

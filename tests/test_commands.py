@@ -1,0 +1,158 @@
+"""The command line, as a user runs it: in a process of its own."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fusedkd
+
+MODULES = (
+    "argparse",
+    "ast",
+    "codecs",
+    "difflib",
+    "inspect",
+    "locale",
+    "pickle",
+    "random",
+    "shutil",
+    "tarfile",
+    "typing",
+)
+
+needs_extra = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("transformers", "tokenizers", "tqdm")),
+    reason="needs pip install 'fusedkd[demo]'",
+)
+
+
+def fusedkd_command(
+    *arguments: object, hidden: str | None = None, interpret: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m fusedkd`, as if the package `hidden` were not installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    hide = f"import runpy, sys; sys.modules['{hidden}'] = None; runpy.run_module('fusedkd', run_name='__main__')"
+    start = ["-c", hide] if hidden else ["-m", "fusedkd"]
+    command = [sys.executable, *start, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Every number in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    """A folder with text enough for a quick run."""
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    for name in MODULES:
+        source = importlib.import_module(name).__file__
+        assert source is not None
+        (folder / f"{name}.txt").write_bytes(Path(source).read_bytes())
+    return folder
+
+
+def test_alone_it_prints_help() -> None:
+    """The commands are listed."""
+    done = fusedkd_command()
+    assert done.returncode == 0
+    assert "info" in done.stdout
+    assert "demo" in done.stdout
+
+
+def test_version() -> None:
+    """One line, the package's own."""
+    assert fusedkd_command("--version").stdout == f"fusedkd {fusedkd.__version__}\n"
+
+
+def test_info_is_readable() -> None:
+    """Versions, interpreter, devices, and what each device gets."""
+    done = fusedkd_command("info")
+    assert done.returncode == 0, done.stderr
+    for word in (fusedkd.__version__, "torch", "triton", "TRITON_INTERPRET is off", "cpu", 'backend="auto" is torch'):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+def test_info_as_json(interpret: bool) -> None:
+    """The same facts for programs; a CPU takes torch even where the interpreter could run."""
+    found = json.loads(fusedkd_command("info", "--json", interpret=interpret).stdout)
+    assert found["versions"]["fusedkd"] == fusedkd.__version__
+    assert found["triton_interpret"] is (interpret and find_spec("triton") is not None)
+    cpu = found["devices"][0]
+    assert (cpu["device"], cpu["backend"]) == ("cpu", "torch")
+    assert cpu["threads"] >= 1
+
+
+def test_info_without_triton_says_how_to_get_it() -> None:
+    """No Triton is a finding, not a failure."""
+    done = fusedkd_command("info", hidden="triton")
+    assert done.returncode == 0, done.stderr
+    assert "pip install triton" in done.stdout
+
+
+@needs_extra
+def test_demo_distils(prose: Path, tmp_path: Path) -> None:
+    """Every divergence brings the student closer to the teacher, with the gradient of the plain loss."""
+    file = tmp_path / "report.json"
+    done = fusedkd_command("demo", "--quick", "--device", "cpu", "--text", prose, "--json", file)
+    assert done.returncode == 0, done.stderr
+    assert "train teacher" in done.stderr
+    report = json.loads(file.read_text())
+    assert all(math.isfinite(number) for number in numbers(report))
+    assert list(report["divergences"]) == ["fkl", "rkl", "ab", "drkl"]
+
+    before = report["student"]["held_out"]["kl"]
+    assert report["teacher"]["held_out"]["kl"] < 1e-6 < before
+    for name, student in report["divergences"].items():
+        assert name in done.stdout
+        assert student["held_out"]["kl"] < (0.5 if name == "fkl" else 1) * before
+        fused, eager = student["one_step"]["fused"], student["one_step"]["eager"]
+        assert max(fused["gradient_error"].values()) < 1e-3
+        assert fused["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+        assert fused["peak_bytes"] > 0
+
+
+def test_demo_refuses_an_unknown_divergence() -> None:
+    """The known names are listed, before anything is trained."""
+    done = fusedkd_command("demo", "--quick", "--divergence", "nonsense")
+    assert done.returncode == 2
+    assert "unknown divergence 'nonsense'; known: " in done.stderr
+    assert all(name in done.stderr for name in ("fkl", "rkl", "ab", "drkl"))
+
+
+@needs_extra
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_demo_refuses_a_folder_without_text(folder: str, tmp_path: Path) -> None:
+    """Empty or absent, the folder is named."""
+    done = fusedkd_command("demo", "--quick", "--text", tmp_path / folder)
+    assert done.returncode == 2
+    assert "error: --text: " in done.stderr
+    assert str(tmp_path) in done.stderr
+
+
+def test_demo_names_the_missing_extra() -> None:
+    """Usage and the command that installs it."""
+    done = fusedkd_command("demo", "--quick", hidden="transformers")
+    assert done.returncode == 2
+    assert "transformers" in done.stderr
+    assert "pip install 'fusedkd[demo]'" in done.stderr
