@@ -1,9 +1,10 @@
 """One sweep over the vocabulary: running maxima and the second-order sums that make the value exact.
 
-Logits are centred on running maxima c_s, c_t (student, teacher), z = (s − c_s)/τ, u = (t − c_t)/τ, and their
-difference d = u − z is formed as ((t − k) − s − k_lo)/τ with k + k_lo = c_t − c_s and k on a coarse grid: where the
-two distributions are close every subtraction is exact, whatever the offsets. First-order sums would lose the divergence
-to cancellation as it shrinks; sums of second-order remainders are of its own size:
+Logits are centred on running maxima rounded to a coarse grid, c_s and c_t (student, teacher): z = (s − c_s)/τ,
+u = (t − c_t − k)/τ, and d = u − z is formed as ((t − c_t) − (s − c_s) − k)/τ, with the small k that makes it 0 where
+both maxima stand. Where the two distributions are close every one of these subtractions is exact, whatever the offsets
+of the logits. First-order sums would lose the divergence to cancellation as it shrinks; sums of second-order remainders
+are of its own size:
 
     Z = Σ e^z    A = Σ e^z d    B = Σ e^z (e^d − 1 − d)    r = log(Z_t/Z_s) = log1p((A + B)/Z)
     Σ e^z rem2(d − x) = e^{−x} B + expm1(−x) A + rem2(−x) Z                              (shift by x)
@@ -18,7 +19,7 @@ Every online state starts with Z_s, Z_t. Functions that a divergence may bring o
     ratio(state) -> r
     sums(state, l_s, l_t, r, theta) -> (F, Φ)               at any row offsets (split.py)
 
-`move` = (log ρ_s, log ρ_t, Δ): old maxima minus new ones (≤ 0), and the change of k + k_lo, all over τ.
+`move` = (log ρ_s, log ρ_t, Δ): old centres minus new ones, and their difference by which d falls, all over τ.
 """
 
 from .language import formula, jit, tl

@@ -24,7 +24,7 @@ from .online import log_sum
 from .split import assemble, binary, offsets
 from .tiles import SMALLEST, TABLE, Tile
 
-SAVED = 11  # row scalars that the gradient sweep needs
+SAVED = 10  # row scalars that the gradient sweep needs
 STATS = 11  # per-token statistics, in the order of fusedkd.KDStats
 
 
@@ -77,7 +77,7 @@ def _spread(cols, stride):
     if stride == 1:
         return cols
     else:
-        return cols.to(tl.int64) * stride
+        return tl.cast(cols, tl.int64) * stride
 
 
 @jit
@@ -114,27 +114,40 @@ def _load_pair(student, teacher, row, cols, mask, student_mask):
 
 
 @jit
-def _move(centre, s, t, live, inv_tau):
-    """New running maxima over a tile: the centre (c_s, c_t, k, k_lo) and how it moved, over τ."""
-    c_s, c_t, k, k_lo = centre
-    n_s = tl.maximum(c_s, tl.max(tl.where(live, s, -1e20)))
-    n_t = tl.maximum(c_t, tl.max(tl.where(live, t, -1e20)))
-    n_k = tl.floor((n_t - n_s) * 4.0 + 0.5) * 0.25  # coarse, so that t − k is exact where it matters
-    n_lo = (n_t - n_k) - n_s
-    return (n_s, n_t, n_k, n_lo), ((c_s - n_s) * inv_tau, (c_t - n_t) * inv_tau, ((n_k - k) + (n_lo - k_lo)) * inv_tau)
+def _centre(maxima):
+    """(c_s, c_t, k): the maxima on a coarse grid, so that s − c_s and t − c_t are exact where it matters, and what d
+    lacks to be 0 where both maxima stand."""
+    top_s, top_t = maxima
+    c_s = tl.floor(top_s * 4.0 + 0.5) * 0.25
+    c_t = tl.floor(top_t * 4.0 + 0.5) * 0.25
+    return c_s, c_t, (top_t - c_t) - (top_s - c_s)
+
+
+@jit
+def _move(maxima, s, t, live, inv_tau):
+    """The running maxima with a tile, their centre, and how the centre moved, over τ."""
+    top_s, top_t = maxima
+    old_s, old_t, old_k = _centre(maxima)
+    raised = (tl.maximum(top_s, tl.max(tl.where(live, s, -1e20))), tl.maximum(top_t, tl.max(tl.where(live, t, -1e20))))
+    c_s, c_t, k = _centre(raised)
+    log_s = old_s - c_s
+    log_t = (old_t - c_t) + (old_k - k)
+    return raised, (c_s, c_t, k), (log_s * inv_tau, log_t * inv_tau, (log_s - log_t) * inv_tau)
 
 
 @jit
 def _centred(s, t, centre, inv_tau):
     """z, u and d = u − z."""
-    c_s, c_t, k, k_lo = centre
-    return (s - c_s) * inv_tau, (t - c_t) * inv_tau, (((t - k) - s) - k_lo) * inv_tau
+    c_s, c_t, k = centre
+    z = s - c_s
+    u = t - c_t
+    return z * inv_tau, (u - k) * inv_tau, ((u - z) - k) * inv_tau
 
 
 @jit
 def _statistics(student, teacher, row, y, V, inv_tau, ce, stats_ptr, theta, INIT, ADVANCE, BLOCK: tl.constexpr):
     """The first sweep: centre, online state, Σ e^z z and Σ e^u u (if statistics are wanted), CE's maximum and sum."""
-    centre = (-1e20, -1e20, 0.0, 0.0)
+    maxima = (-1e20, -1e20)
     state = INIT()
     warmth_s, warmth_t = 0.0, 0.0
     ce_max, ce_sum = -1e20, 0.0
@@ -149,7 +162,7 @@ def _statistics(student, teacher, row, y, V, inv_tau, ce, stats_ptr, theta, INIT
             top = tl.maximum(ce_max, tl.max(s))
             ce_sum = ce_sum * tl.exp(ce_max - top) + tl.sum(tl.where(cols < width, tl.exp(s - top), 0.0))
             ce_max = top
-        centre, move = _move(centre, s, t, live, inv_tau)
+        maxima, centre, move = _move(maxima, s, t, live, inv_tau)
         z, u, d = _centred(s, t, centre, inv_tau)
         ez = tl.exp(z)
         eu = tl.exp(u)
@@ -162,7 +175,7 @@ def _statistics(student, teacher, row, y, V, inv_tau, ce, stats_ptr, theta, INIT
             warmth_s += tl.sum(tl.where(live, ez * z, 0.0))
             warmth_t += tl.sum(tl.where(live, eu * u, 0.0))
         state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
-    return centre, state, (warmth_s, warmth_t), ce_max + log_sum(ce_sum)
+    return _centre(maxima), state, (warmth_s, warmth_t), ce_max + log_sum(ce_sum)
 
 
 @jit
@@ -193,7 +206,7 @@ def _row_scalars(
     centre, state, warmth, ce_lse = _statistics(
         student, teacher, row, y, V, inv_tau, ce, stats_ptr, theta, INIT, ADVANCE, BLOCK
     )
-    c_s, c_t, k, k_lo = centre
+    c_s, c_t, k = centre
     log_zs = log_sum(state[0])
     log_zt = log_sum(state[1])
     r = RATIO(state)
@@ -242,7 +255,7 @@ def _row_scalars(
         tl.store(stats_ptr + row * 11 + 7, tl.where(held, tl.where(present, logq_y, float("-inf")), float("nan")))
         tl.store(stats_ptr + row * 11 + 8, tl.where(held, tl.where(present, logp_y, float("-inf")), float("nan")))
         tl.store(stats_ptr + row * 11 + 9, tl.where(empty, zy, full_s) + c_s * inv_tau)
-        tl.store(stats_ptr + row * 11 + 10, tl.where(empty, uy, full_t) + c_t * inv_tau)
+        tl.store(stats_ptr + row * 11 + 10, tl.where(empty, uy, full_t) + (c_t + k) * inv_tau)
     live = tl.where(empty, 0.0, 1.0)
     return centre, l_s, l_t, r_row, live * a, live * b, live * grad_y, ce_lse
 
@@ -258,17 +271,29 @@ def _gradient_sweep(student, teacher, row, y, V, scales, ce, grad, scalars, upst
     if ce is not None:
         seen = width
     tiles = tl.cdiv(width, BLOCK)
+    top, rest = -1, 0.0
     for tile in range(0, tiles):
         cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
         s, t, live, slope = _load_pair(student, teacher, row, cols, cols < V, cols < seen)
         z, u, d = _centred(s, t, centre, inv_tau)
         q = tl.exp(z - l_s)
         f, phi = TERM(q, tl.exp(u - l_t), z - l_s, u - l_t, d - r, theta)
-        g = tl.where(live & (s > -1e30), kd * tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
+        g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
+        likeliest = live & (q > 0.5) & (cols != y)
+        rest += tl.sum(tl.where(likeliest, 0.0, g))
+        top = tl.maximum(top, tl.max(tl.where(likeliest, cols, -1)))
+        g = tl.where(s > -1e30, kd * g, 0.0)
         if ce is not None:
             g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == y, 1.0, 0.0))
         at = grad_ptr + row * stride_n + _spread(cols, grad[2])
         tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
+    if top >= 0:
+        # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
+        s, slope = _load(student, row, top, True)
+        g = -kd * rest
+        if ce is not None:
+            g += upstream * ce[0] * tl.exp(s - ce_lse)
+        tl.store(grad_ptr + row * stride_n + _spread(top, grad[2]), (g * slope).to(grad_ptr.dtype.element_ty))
 
 
 @jit
@@ -284,13 +309,8 @@ def _store_zeros(grad, row, BLOCK: tl.constexpr):
 def _ignore(row, loss_ptr, stats_ptr):
     tl.store(loss_ptr + row, 0.0)
     if stats_ptr is not None:
-        _clear(stats_ptr, row)
-
-
-@jit
-def _clear(ptr, row):
-    for i in tl.static_range(11):
-        tl.store(ptr + row * 11 + i, 0.0)
+        for i in tl.static_range(11):
+            tl.store(stats_ptr + row * 11 + i, 0.0)
 
 
 @jit
@@ -317,13 +337,14 @@ def _value(
             _row_values(weights, row), TERM, INIT, ADVANCE, RATIO, SUMS, DECOUPLED, BLOCK,
         )  # fmt: skip
         if saved_ptr is not None:
-            saved = (centre[0], centre[1], centre[2], centre[3], l_s, l_t, r, a, b, grad_y, ce_lse)
-            for i in tl.static_range(11):
-                tl.store(saved_ptr + row * 11 + i, saved[i])
+            saved = (centre[0], centre[1], centre[2], l_s, l_t, r, a, b, grad_y, ce_lse)
+            for i in tl.static_range(10):
+                tl.store(saved_ptr + row * 10 + i, saved[i])
     else:
         _ignore(row, loss_ptr, stats_ptr)
         if saved_ptr is not None:
-            _clear(saved_ptr, row)
+            for i in tl.static_range(10):
+                tl.store(saved_ptr + row * 10 + i, 0.0)
 
 
 @jit
@@ -334,11 +355,11 @@ def _gradient(
     row = tl.program_id(0).to(tl.int64)
     y, counted = _label(label_ptr, row)
     if counted:
-        at = saved_ptr + row * 11
-        centre = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
+        at = saved_ptr + row * 10
+        centre = (tl.load(at), tl.load(at + 1), tl.load(at + 2))
         scalars = (
-            centre, tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
-            tl.load(at + 9), tl.load(at + 10),
+            centre, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7),
+            tl.load(at + 8), tl.load(at + 9),
         )  # fmt: skip
         upstream = tl.load(upstream_ptr + row)
         _gradient_sweep(

@@ -46,10 +46,13 @@ def _torch_slope(w, v, a, x):
         size = torch.linalg.vector_norm
         if (size(plain, dim=-1) > _PLAIN * size(w, dim=-1)).all():
             return plain.mul_(1 / known[0])
-    a = torch.where(a.abs() < 1e-9, 1e-9, a)
+    limit = a == 0
+    a = torch.where(limit, 1.0, a)
     y = a * x
     precise = torch.expm1(y.clamp(max=_FAR)).mul_(w).div_(a)
-    return torch.where(y > _FAR, (v - w) / a, precise) if (y > _FAR).any() else precise
+    if (y > _FAR).any():
+        precise = torch.where(y > _FAR, (v - w) / a, precise)
+    return torch.where(limit, w * x, precise) if limit.any() else precise
 
 
 def _torch_bend(w, v, u, alpha, beta, x):

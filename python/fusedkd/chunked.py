@@ -219,11 +219,11 @@ def _side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: tor
 def _outputs(
     student: Source, n: int, needs: tuple[bool, bool, bool], wide: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    nothing = student.x.new_empty(0)
+    x, weight, bias = (student.x.new_empty(0) for _ in needs)
     if student.weight is None:
-        return (student.x.new_empty((n, student.width)) if needs[0] else nothing), nothing, nothing
+        return (student.x.new_empty((n, student.width)) if needs[0] else x), weight, bias
     return (
-        student.x.new_empty(student.x.shape, dtype=wide) if needs[0] else nothing,
-        student.weight.new_empty(student.weight.shape, dtype=wide) if needs[1] else nothing,
-        student.weight.new_zeros(student.width, dtype=wide) if needs[2] else nothing,
+        student.x.new_empty(student.x.shape, dtype=wide) if needs[0] else x,
+        student.weight.new_empty(student.weight.shape, dtype=wide) if needs[1] else weight,
+        student.weight.new_zeros(student.width, dtype=wide) if needs[2] else bias,
     )

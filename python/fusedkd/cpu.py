@@ -31,10 +31,12 @@ class _Block(NamedTuple):
     lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of z and u
     y: torch.Tensor | None  # (n, 1) labels
     present: torch.Tensor  # (n,) the label is in the support
-    at_label: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) z, u, and u − z − (lse_u − lse_z)
+    at_label: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) z − lse, u − lse, and d of the label
+    raw: tuple[torch.Tensor, torch.Tensor]  # (n,) z and u of the label
     dead: torch.Tensor | None  # (n, V) columns outside the support
     holes: torch.Tensor | None  # (n, V) columns with q = 0 < p
     empty: torch.Tensor | None  # (n,) nothing to compare but the label
+    top: torch.Tensor  # (n, 1) the student's likeliest token but the label
 
 
 def value(
@@ -46,7 +48,7 @@ def value(
     saved: torch.Tensor | None,
     stats: torch.Tensor | None,
 ) -> None:
-    """Fills `loss` (N,), the row scalars `saved` (N, 11) and `stats` (N, 11), as kernels.rows.value."""
+    """Fills `loss` (N,), the row scalars `saved` (N, 10) and `stats` (N, 11), as kernels.rows.value."""
     _clear(loss, stats, saved)
     for rows in _row_blocks(problem, labels, loss.shape[0], loss.device):
         block = _open(problem, student, teacher, labels, rows, loss)
@@ -187,48 +189,51 @@ def _open(
             empty = (t <= ABSENT).all(-1)
     z, u = (s, t) if problem.temperature == 1.0 else (s / problem.temperature, t / problem.temperature)
     logq, logp = z.log_softmax(-1), u.log_softmax(-1)
-    lse_s, lse_t = _lse(z, logq, special, y), _lse(u, logp, special, y)
+    top = z.argmax(-1, keepdim=True)
+    logq_top, logp_top = logq.gather(1, top), logp.gather(1, top)
+    lse_s, lse_t = (z.gather(1, top) - logq_top).squeeze(-1), (u.gather(1, top) - logp_top).squeeze(-1)
     if special:
         barren = z.amax(-1) <= ABSENT * 1e-3  # no student logit but −inf: q̂ is 0, not uniform
         logq.masked_fill_(barren.unsqueeze(-1), ABSENT)
         lse_s = torch.where(barren, -85.0, lse_s)  # as log_sum of an empty sum in kernels/online.py
     shift = lse_t - lse_s
-    d = _difference(problem, s, t, shift, coarse=False)
+    anchors = (s.gather(1, top), t.gather(1, top))
+    d = _difference(problem, s, t, shift, anchors if (shift.abs() > 8).any() else None)
     logs = (logq, logp) if problem.definition.reads_logs else None
     q, p = (logq.exp(), logp.exp()) if logs else (logq.exp_(), logp.exp_())
     mean = _dot(q, d)
     if not special and not bool(torch.isfinite(mean).all()):
         return _open(problem, student, teacher, labels, rows, like, special=True)
-    r = torch.zeros_like(mean)
     near = -mean < _NEAR
+    if near.any() and (shift.abs() > 0.125).any():
+        d = _difference(problem, s, t, shift, anchors)
+    r = (d.gather(1, top) - (logp_top - logq_top)).squeeze(-1)  # the student's likeliest token: no digits lost there
     if near.any():
-        if (shift.abs() > 0.125).any():
-            d = _difference(problem, s, t, shift, coarse=True)
         r = torch.where(near, torch.log1p(_dot(d.clamp(max=80.0).expm1_(), q)), r)
-    at_label = (s_y / problem.temperature, t_y / problem.temperature)
-    d_y = _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), shift, coarse=True).squeeze(-1)
-    return _Block(rows, q, p, logs, d, r, (lse_s, lse_t), y, present, (*at_label, d_y), dead, holes, empty)
+    raw = (s_y / problem.temperature, t_y / problem.temperature)
+    at_label = (
+        (s_y.unsqueeze(-1) - s.gather(1, top)) / problem.temperature + logq_top,
+        (t_y.unsqueeze(-1) - t.gather(1, top)) / problem.temperature + logp_top,
+        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), shift, anchors),
+    )
+    zy, uy, dy = (x.squeeze(-1) for x in at_label)
+    return _Block(rows, q, p, logs, d, r, (lse_s, lse_t), y, present, (zy, uy, dy), raw, dead, holes, empty, top)
 
 
-def _lse(z: torch.Tensor, log_softmax: torch.Tensor, special: bool, y: torch.Tensor | None) -> torch.Tensor:
-    """Log-sum-exp, read off one column: any that is neither the label nor −inf."""
-    if special:
-        column = z.argmax(-1, keepdim=True)
-    elif y is None or z.shape[1] == 1:
-        return z[:, 0] - log_softmax[:, 0]
-    else:
-        column = (y == 0).long()
-    return (z.gather(1, column) - log_softmax.gather(1, column)).squeeze(-1)
-
-
-def _difference(problem: Problem, s: torch.Tensor, t: torch.Tensor, shift: torch.Tensor, coarse: bool) -> torch.Tensor:
-    """d = (t − s)/τ − shift; `coarse` takes most of a large shift off first, so that nothing is rounded (online.py)."""
+def _difference(
+    problem: Problem,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    shift: torch.Tensor,
+    anchors: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """d = (t − s)/τ − shift, each side first brought near 0 by its anchor so that nothing is rounded (online.py)."""
     shift = (shift * problem.temperature).unsqueeze(-1)
-    if coarse:
-        k = torch.floor(shift * 4 + 0.5) / 4
-        d = (t - k).sub_(s).sub_(shift - k)
-    else:
+    if anchors is None:
         d = (t - s).sub_(shift)
+    else:
+        c_s, c_t = (torch.floor(x * 4 + 0.5) / 4 for x in anchors)
+        d = (t - c_t).sub_(s - c_s).sub_(shift - (c_t - c_s))
     return d if problem.temperature == 1.0 else d.div_(problem.temperature)
 
 
@@ -265,8 +270,8 @@ def _evaluate(
     """Loss and statistics of a block; q, phi and the row scalars of its gradient."""
     r, zero = block.r, torch.zeros_like(block.r)
     zy, uy, dy = block.at_label
-    zy = torch.where(block.present, zy - block.lse[0], ABSENT)
-    uy = torch.where(block.present, uy - block.lse[1], ABSENT)
+    zy = torch.where(block.present, zy, ABSENT)
+    uy = torch.where(block.present, uy, ABSENT)
     pair = binary.torch(zero, zero, r, zy, uy, torch.where(block.present, dy, r))
     logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     term, theta = problem.definition.term.torch, _values(problem.parameters, block.rows, loss)
@@ -303,10 +308,9 @@ def _evaluate(
         logprobs = [torch.where(block.present, x, -torch.inf) for x in (logq_y, logp_y)]
         if block.y is None:
             about_label, logprobs = [torch.full_like(result, torch.nan)] * 4, [torch.full_like(result, torch.nan)] * 2
-        at_label = block.at_label[:2]
         lses = [
             torch.where(empty, x, lse - rest)
-            for x, lse, rest in zip(at_label, block.lse, (log_rest_q, log_rest_p), strict=True)
+            for x, lse, rest in zip(block.raw, block.lse, (log_rest_q, log_rest_p), strict=True)
         ]
         columns = [result, *about_label, *(torch.where(empty, 0.0, x) for x in entropies), *logprobs, *lses]
         stats[block.rows] = torch.stack(columns, -1)
@@ -339,6 +343,12 @@ def _write(
     g.addcmul_(q, b * scale)
     if block.y is not None:
         g.scatter_(1, block.y, torch.where(block.present.unsqueeze(-1), grad_y * scale, 0.0))
+    likeliest = q.gather(1, block.top) > 0.5
+    if likeliest.any():
+        # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
+        own = g.gather(1, block.top)
+        rest = g.scatter_(1, block.top, torch.where(likeliest, 0.0, own)).sum(-1, keepdim=True)
+        g.scatter_(1, block.top, torch.where(likeliest, -rest, own))
     if block.holes is not None:
         g.masked_fill_(block.holes, 0.0)
     if problem.ce_weight or student.scale is not None or student.softcap is not None:

@@ -30,6 +30,14 @@ class Divergence:
     nontarget: Parameter = 1.0
 
     @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """What the values of (*parameters, target, nontarget) were given as."""
+        member = REGISTRY.get(self.name)
+        weights = (member.target, member.nontarget) if isinstance(member, Decoupled) else ("target", "nontarget")
+        named = (weight if isinstance(weight, str) else "weight" for weight in weights)
+        return (*self.definition.parameters, *named)
+
+    @property
     def needs_target(self) -> bool:
         """Whether the value depends on which token is the target."""
         return self.decoupled or not _same(self.target, self.nontarget)
@@ -61,8 +69,12 @@ def divergence(name: str, **parameters: Any) -> Divergence:
     if member is None:
         raise ValueError(f"divergence {name!r} is unknown; known names: {', '.join(REGISTRY)}")
     known = _signature(member)
-    definition = _definition(name, member, parameters.get("base", known.get("base")))
-    known |= definition.parameters if "base" in known else {}
+    base = parameters.get("base", known.get("base"))
+    definition = _definition(name, member, base)
+    if isinstance(base, Divergence):
+        known |= dict(zip(definition.parameters, base.parameters, strict=True))
+    elif base is not None:
+        known |= definition.parameters
     for key in parameters:
         if key not in known:
             raise ValueError(f"divergence {name!r} has no parameter {key!r}; it takes: {', '.join(known) or 'none'}")
@@ -83,10 +95,15 @@ def _definition(name: str, member: Definition | Decoupled, base: Any) -> Definit
         return member
     if member.base is not None:
         return member.base
+    if isinstance(base, Divergence) and not base.decoupled and _same(base.target, 1.0) and _same(base.nontarget, 1.0):
+        return base.definition
     chosen = REGISTRY.get(base) if isinstance(base, str) else None
     if not isinstance(chosen, Definition):
         bases = ", ".join(key for key, value in REGISTRY.items() if isinstance(value, Definition))
-        raise ValueError(f"base of {name!r} must be one of {bases}, got {base!r}")
+        shown = base.name if isinstance(base, Divergence) else base
+        raise ValueError(
+            f"base of {name!r} must be one of {bases}, or such a Divergence without weights, got {shown!r}"
+        )
     return chosen
 
 

@@ -203,6 +203,8 @@ def _options(
         if isinstance(num_items, torch.Tensor):
             if num_items.dim():
                 raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            if num_items.requires_grad:
+                raise ValueError("num_items requires grad; gradients flow to the student only: pass num_items.detach()")
         else:
             checks.positive("num_items", num_items)
     checks.one_of("schedule", schedule, ("auto", "chunked", "streaming"))
@@ -272,9 +274,9 @@ def _prepare(
     weights = None if token_weights is None else _rows_of(token_weights, shape).to(_wide(student, teacher))
     values = (*chosen.parameters, chosen.target, chosen.nontarget)
     per_row: list[torch.Tensor | None] = []
-    for value in values:
+    for key, value in zip(chosen.parameter_names, values, strict=True):
         if isinstance(value, torch.Tensor):
-            checks.per_token(f"a parameter of {chosen.name!r}", value, shape, where)
+            checks.per_token(f"{key} of divergence {chosen.name!r}", value, shape, where)
         per_row.append(_rows_of(value, shape).float() if isinstance(value, torch.Tensor) else None)
     factor = temperature * temperature if temperature_squared else 1.0
     numbers = [float(columns), float(temperature), float(factor), float(ce_weight)]

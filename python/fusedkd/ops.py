@@ -125,7 +125,7 @@ def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
 def rows(
     x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), statistics, saved row scalars (N, 11), floors."""
+    """Loss (N,), statistics, saved row scalars (N, 10), floors."""
     operands = [x, None, None, *others]
     problem = _problem(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
