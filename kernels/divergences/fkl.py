@@ -2,7 +2,7 @@
 
 Summand: f = p·rem2(−δ) with rem2(x) = e^x − 1 − x: adding Σ(q − p) = 0 makes every term non-negative, so a tiny
 divergence is a sum of tiny terms instead of a difference of large ones.
-Gradient: phi = ∂f/∂log q = q − p = −q·expm1(δ); Φ = Σ phi = 0, so dL/dz_k = q_k − p_k. No force of the non-target
+Gradient: phi = ∂f/∂log q = q − p = p·expm1(−δ); Φ = Σ phi = 0, so dL/dz_k = q_k − p_k. No force of the non-target
 tokens acts on the target logit: dL_N/dz_y = 0.
 One sweep: KL(p‖q) = B'/Z_t − (x − log1p(x)) from teacher-weighted moments, x = (A' + B')/Z_t (online.py).
 Edge cases: p = 0 contributes nothing; q = 0 < p gives inf in value, and a finite gradient elsewhere.
@@ -21,7 +21,8 @@ from ..online import moments_init, remainder_sums, teacher_moments_advance, teac
 @formula
 def term(q, p, logq, logp, delta, theta):
     """f = p·rem2(−δ), phi = q − p."""
-    return rem2_product(p, q, -delta), -expm1_product(q, p, delta)
+    x = -delta
+    return rem2_product(p, q, x), expm1_product(p, q, x)
 
 
 @jit

@@ -1,12 +1,13 @@
 """The row work in plain torch: `backend="torch"`, same results and the same interface as kernels/rows.py.
 
 Rows are taken a block of about BLOCK logits at a time, so that nothing of N·V elements is made. A block's logits are at
-hand, so no online form is needed: log-softmax, then f and phi of the divergence's own `term` at the final offsets, then
-the gradient from the same phi. Where all rows of a block are far from p == q plain differences are accurate and cost
-half as much; the primitives of kernels/maths.py choose that for themselves. Computed in float32 (float64 for float64
-logits); ignored rows are not read.
+hand, so no online form is needed: maxima, normalisers, then f and phi of the divergence's own `term` at the final
+offsets, then the gradient from the same phi. Where all rows of a block are far from p == q plain differences are
+accurate and cost half as much; the primitives of kernels/maths.py choose that for themselves. Computed in float32
+(float64 for float64 logits); ignored rows are not read.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT, assemble, binary, offsets
 
-BLOCK = 1 << 19  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
+BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
 _NEAR = 0.5  # KL(q‖p) below which r needs its exact form
 
 
@@ -26,8 +27,8 @@ class _Block(NamedTuple):
     q: torch.Tensor  # (n, V)
     p: torch.Tensor
     logs: tuple[torch.Tensor, torch.Tensor] | None  # where the term reads them
-    d: torch.Tensor
-    r: torch.Tensor  # (n,)
+    d: torch.Tensor  # 0 where both maxima stand
+    r: torch.Tensor  # (n,) log p̂ − log q̂ = d − r
     lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of z and u
     y: torch.Tensor | None  # (n, 1) labels
     present: torch.Tensor  # (n,) the label is in the support
@@ -36,7 +37,7 @@ class _Block(NamedTuple):
     dead: torch.Tensor | None  # (n, V) columns outside the support
     holes: torch.Tensor | None  # (n, V) columns with q = 0 < p
     empty: torch.Tensor | None  # (n,) nothing to compare but the label
-    top: torch.Tensor  # (n, 1) the student's likeliest token but the label
+    confident: torch.Tensor  # (n,) some q̂ exceeds one half
 
 
 def value(
@@ -187,53 +188,66 @@ def _open(
         s, t = s.scatter(1, y, ABSENT), t.scatter(1, y, ABSENT)
         if dead is not None or V == 1:
             empty = (t <= ABSENT).all(-1)
-    z, u = (s, t) if problem.temperature == 1.0 else (s / problem.temperature, t / problem.temperature)
-    logq, logp = z.log_softmax(-1), u.log_softmax(-1)
-    top = z.argmax(-1, keepdim=True)
-    logq_top, logp_top = logq.gather(1, top), logp.gather(1, top)
-    lse_s, lse_t = (z.gather(1, top) - logq_top).squeeze(-1), (u.gather(1, top) - logp_top).squeeze(-1)
+    tops = (s.amax(-1, keepdim=True), t.amax(-1, keepdim=True))
+    z, u = s - tops[0], t - tops[1]
+    if problem.temperature != 1.0:
+        z.div_(problem.temperature)
+        u.div_(problem.temperature)
+    q, p = (z.exp(), u.exp()) if problem.definition.reads_logs else (z.exp_(), u.exp_())
     if special:
-        barren = z.amax(-1) <= ABSENT * 1e-3  # no student logit but −inf: q̂ is 0, not uniform
-        logq.masked_fill_(barren.unsqueeze(-1), ABSENT)
-        lse_s = torch.where(barren, -85.0, lse_s)  # as log_sum of an empty sum in kernels/online.py
-    shift = lse_t - lse_s
-    anchors = (s.gather(1, top), t.gather(1, top))
-    d = _difference(problem, s, t, shift, anchors if (shift.abs() > 8).any() else None)
-    logs = (logq, logp) if problem.definition.reads_logs else None
-    q, p = (logq.exp(), logp.exp()) if logs else (logq.exp_(), logp.exp_())
+        q.masked_fill_(s <= ABSENT, 0.0)  # a row with nothing but −inf has its maximum there
+        p.masked_fill_(t <= ABSENT, 0.0)
+    tiny = torch.finfo(like.dtype).tiny
+    log_zs, log_zt = (x.sum(-1).clamp(min=tiny).log() for x in (q, p))
+    q.mul_((-log_zs).exp().unsqueeze(-1))
+    p.mul_((-log_zt).exp().unsqueeze(-1))
+    logs = None
+    if problem.definition.reads_logs:
+        logs = (z.sub_(log_zs.unsqueeze(-1)), u.sub_(log_zt.unsqueeze(-1)))
+    shift = ((tops[1] - tops[0]) / problem.temperature).squeeze(-1)
+    d = _difference(problem, s, t, tops, anchored=bool((shift.abs() > 8).any()))
+    r = log_zt - log_zs
     mean = _dot(q, d)
     if not special and not bool(torch.isfinite(mean).all()):
         return _open(problem, student, teacher, labels, rows, like, special=True)
-    near = -mean < _NEAR
-    if near.any() and (shift.abs() > 0.125).any():
-        d = _difference(problem, s, t, shift, anchors)
-    r = (d.gather(1, top) - (logp_top - logq_top)).squeeze(-1)  # the student's likeliest token: no digits lost there
+    near = r - mean < _NEAR
     if near.any():
+        if (shift.abs() > 0.125).any():
+            d = _difference(problem, s, t, tops, anchored=True)
         r = torch.where(near, torch.log1p(_dot(d.clamp(max=80.0).expm1_(), q)), r)
-    raw = (s_y / problem.temperature, t_y / problem.temperature)
     at_label = (
-        (s_y.unsqueeze(-1) - s.gather(1, top)) / problem.temperature + logq_top,
-        (t_y.unsqueeze(-1) - t.gather(1, top)) / problem.temperature + logp_top,
-        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), shift, anchors),
+        (s_y.unsqueeze(-1) - tops[0]) / problem.temperature - log_zs.unsqueeze(-1),
+        (t_y.unsqueeze(-1) - tops[1]) / problem.temperature - log_zt.unsqueeze(-1),
+        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), tops, anchored=True),
     )
-    zy, uy, dy = (x.squeeze(-1) for x in at_label)
-    return _Block(rows, q, p, logs, d, r, (lse_s, lse_t), y, present, (zy, uy, dy), raw, dead, holes, empty, top)
+    return _Block(
+        rows,
+        q,
+        p,
+        logs,
+        d,
+        r,
+        lse=(tops[0].squeeze(-1) / problem.temperature + log_zs, tops[1].squeeze(-1) / problem.temperature + log_zt),
+        y=y,
+        present=present,
+        at_label=(at_label[0].squeeze(-1), at_label[1].squeeze(-1), at_label[2].squeeze(-1)),
+        raw=(s_y / problem.temperature, t_y / problem.temperature),
+        dead=dead,
+        holes=holes,
+        empty=empty,
+        confident=log_zs < math.log(2),
+    )
 
 
 def _difference(
-    problem: Problem,
-    s: torch.Tensor,
-    t: torch.Tensor,
-    shift: torch.Tensor,
-    anchors: tuple[torch.Tensor, torch.Tensor] | None,
+    problem: Problem, s: torch.Tensor, t: torch.Tensor, tops: tuple[torch.Tensor, torch.Tensor], anchored: bool
 ) -> torch.Tensor:
-    """d = (t − s)/τ − shift, each side first brought near 0 by its anchor so that nothing is rounded (online.py)."""
-    shift = (shift * problem.temperature).unsqueeze(-1)
-    if anchors is None:
-        d = (t - s).sub_(shift)
+    """d = u − z; `anchored` brings each side near 0 first, so that a large offset rounds nothing (online.py)."""
+    if anchored:
+        c_s, c_t = (torch.floor(x * 4 + 0.5) / 4 for x in tops)
+        d = (t - c_t).sub_(s - c_s).sub_((tops[1] - c_t) - (tops[0] - c_s))
     else:
-        c_s, c_t = (torch.floor(x * 4 + 0.5) / 4 for x in anchors)
-        d = (t - c_t).sub_(s - c_s).sub_(shift - (c_t - c_s))
+        d = (t - s).sub_(tops[1] - tops[0])
     return d if problem.temperature == 1.0 else d.div_(problem.temperature)
 
 
@@ -268,24 +282,28 @@ def _evaluate(
     problem: Problem, student: Side, block: _Block, loss: torch.Tensor, stats: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """Loss and statistics of a block; q, phi and the row scalars of its gradient."""
-    r, zero = block.r, torch.zeros_like(block.r)
-    zy, uy, dy = block.at_label
-    zy = torch.where(block.present, zy, ABSENT)
-    uy = torch.where(block.present, uy, ABSENT)
-    pair = binary.torch(zero, zero, r, zy, uy, torch.where(block.present, dy, r))
-    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
-    term, theta = problem.definition.term.torch, _values(problem.parameters, block.rows, loss)
-    f_y, phi_y = term(logq_y.exp(), logp_y.exp(), logq_y, logp_y, delta_y, theta)
-    f_y = torch.where(block.present, torch.where(f_y > 1e25, torch.inf, f_y), 0.0)
-    phi_y = torch.where(block.present, phi_y, 0.0)
-    f_rest, phi_rest = term(log_rest_q.exp(), log_rest_p.exp(), log_rest_q, log_rest_p, delta_rest, theta)
+    zero = torch.zeros_like(block.r)
+    log_rest_q = log_rest_p = delta_rest = f_y = phi_y = f_rest = phi_rest = zero
+    logq_y = logp_y = torch.full_like(zero, ABSENT)
+    if block.y is not None:
+        zy, uy, dy = (
+            torch.where(block.present, x, absent)
+            for x, absent in zip(block.at_label, (logq_y, logp_y, block.r), strict=True)
+        )
+        pair = binary.torch(zero, zero, block.r, zy, uy, dy)
+        logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
+        term, theta = problem.definition.term.torch, _values(problem.parameters, block.rows, loss)
+        f_y, phi_y = term(logq_y.exp(), logp_y.exp(), logq_y, logp_y, delta_y, theta)
+        f_y = torch.where(block.present, torch.where(f_y > 1e25, torch.inf, f_y), 0.0)
+        phi_y = torch.where(block.present, phi_y, 0.0)
+        f_rest, phi_rest = term(log_rest_q.exp(), log_rest_p.exp(), log_rest_q, log_rest_p, delta_rest, theta)
     entropies = None
     if stats is not None:
         entropies = (
             _entropy(block.q, logq_y, log_rest_q),
             _entropy(block.p, logp_y, log_rest_p),
         )
-    at = offsets.torch(zero, zero, r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
+    at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
     q, phi, f = _term(problem, block, *at)
     total, mass = f.sum(-1), phi.sum(-1)
     if block.holes is not None:
@@ -343,12 +361,11 @@ def _write(
     g.addcmul_(q, b * scale)
     if block.y is not None:
         g.scatter_(1, block.y, torch.where(block.present.unsqueeze(-1), grad_y * scale, 0.0))
-    likeliest = q.gather(1, block.top) > 0.5
-    if likeliest.any():
+    for row in block.confident.nonzero().flatten().tolist():
         # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
-        own = g.gather(1, block.top)
-        rest = g.scatter_(1, block.top, torch.where(likeliest, 0.0, own)).sum(-1, keepdim=True)
-        g.scatter_(1, block.top, torch.where(likeliest, -rest, own))
+        top = int(q[row].argmax())
+        g[row, top] = 0.0
+        g[row, top] = -g[row].sum()
     if block.holes is not None:
         g.masked_fill_(block.holes, 0.0)
     if problem.ce_weight or student.scale is not None or student.softcap is not None:

@@ -383,7 +383,8 @@ def _heads_rows_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]
     _refuse_double_backward()
     x, weight, bias, *others = ctx.saved_tensors
     no_gradients = _no_gradients(others)
-    size = upstream.abs().amax().clamp(min=torch.finfo(upstream.dtype).tiny)  # keeps half-precision dZ in range
+    # The largest weight is taken out and put back, which keeps a half-precision dZ in range.
+    size = torch.cat((upstream.abs(), upstream.new_full((1,), torch.finfo(upstream.dtype).tiny))).amax()
     others[4] = upstream / size
     _, _, _, *grads = heads(x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, ctx.flags, ctx.logits_dtype)
     found = [

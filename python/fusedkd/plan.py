@@ -109,15 +109,14 @@ def _default(shape: Shape) -> tuple[int, int]:
     inner = min(rows, _CPU_INNER if shape.on_cpu else _GPU_INNER)
     if not (shape.student_width and shape.needs_gradient):
         return inner, inner
+    if shape.on_cpu:  # the cache holds enough of dW that a second level would save nothing
+        return inner, inner
     dim = max(1, shape.student_dim)
-    if shape.on_cpu:
-        outer = min(max(dim, _CPU_INNER), 1024)
-    else:
-        outer = min(max(_GPU_TILES // dim, 1024), 4096)
-        generous = max(_GENEROUS, 4 * dim * shape.weight_rows)
-        outer = min(outer, max(inner, generous // (shape.student_width * shape.dz_bytes)))
-        if rows <= dim + outer:
-            return rows, inner
+    outer = min(max(_GPU_TILES // dim, 1024), 4096)
+    generous = max(_GENEROUS, 4 * dim * shape.weight_rows)
+    outer = min(outer, max(inner, generous // (shape.student_width * shape.dz_bytes)))
+    if rows <= dim + outer:
+        return rows, inner
     outer = max(inner, outer // inner * inner)
     return min(rows, outer), inner
 
