@@ -213,6 +213,8 @@ def _row_scalars(
 
     s_y, t_y, present, slope_y = _load_pair(student, teacher, row, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
     zy, uy, dy = _centred(s_y, t_y, centre, inv_tau)
+    # An unlikely label stands far from both centres: without a large offset its plain difference is the exact one.
+    dy = tl.where(tl.abs(c_t - c_s) < 8.0, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
     zy = tl.where(present, zy, -1e30)
     uy = tl.where(present, uy, -1e30)
     logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = binary(

@@ -214,11 +214,17 @@ def _open(
     if near.any():
         if (shift.abs() > 0.125).any():
             d = _difference(problem, s, t, tops, anchored=True)
-        r = torch.where(near, torch.log1p(_dot(d.clamp(max=80.0).expm1_(), q)), r)
+        r = torch.where(near, torch.log1p(d.clamp(max=80.0).expm1_().mul_(q).sum(-1)), r)
+    # An unlikely label stands far from both maxima: without a large offset its plain difference is the exact one.
+    d_y = torch.where(
+        shift.unsqueeze(-1).abs() < 8,
+        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), tops, anchored=False),
+        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), tops, anchored=True),
+    )
     at_label = (
         (s_y.unsqueeze(-1) - tops[0]) / problem.temperature - log_zs.unsqueeze(-1),
         (t_y.unsqueeze(-1) - tops[1]) / problem.temperature - log_zt.unsqueeze(-1),
-        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), tops, anchored=True),
+        d_y,
     )
     return _Block(
         rows,
@@ -252,7 +258,7 @@ def _difference(
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Row by row; a loop over few long rows is several times faster than linalg.vecdot."""
+    """Row by row, to three or four digits: a loop over few long rows is several times faster than linalg.vecdot."""
     if len(x) > 64:
         return torch.linalg.vecdot(x, y)
     return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
