@@ -491,21 +491,22 @@ def value_and_gradient(
         )  # fmt: skip
 
 
-def floor_rows(problem: Problem, teacher: Side, out: torch.Tensor, depth: float) -> None:
+def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp: what support="floor" raises to."""
     n = out.shape[0]
     if n:
         block = min(4096, max(SMALLEST, triton.next_power_of_2(problem.vocab_size)))
         _floor[(n,)](
-            _pack(teacher), out, problem.vocab_size, 1.0 / problem.temperature, depth, BLOCK=block, num_warps=4
+            _pack(teacher), labels, out, problem.vocab_size, 1.0 / problem.temperature, depth, BLOCK=block, num_warps=4
         )
 
 
 @jit
-def _floor(teacher, out_ptr, V, inv_tau, depth, BLOCK: tl.constexpr):
+def _floor(teacher, label_ptr, out_ptr, V, inv_tau, depth, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    y, counted = _label(label_ptr, row)
     top, total = -1e20, 0.0
-    for start in range(0, V, BLOCK):
+    for start in range(0, tl.where(counted, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)
         t, slope = _load(teacher, row, cols, cols < V)
         new = tl.maximum(top, tl.max(t))

@@ -1,6 +1,6 @@
 """Every kernel × divergence compiles for real GPUs at the tiles of the table: no spills, 16-byte loads. Needs no GPU.
 
-Compilation runs in subprocesses, one per architecture and dtype: a compiler crash must be a red test, not a dead pytest.
+Compilation runs in subprocesses, one per architecture and dtype: a compiler crash is a red test, not a dead pytest.
 """
 
 import json

@@ -117,10 +117,10 @@ def run(
             t = _side(teacher, part.kept, i, j, teacher_buffer, problem.vocab_size)
             s = _side(student, part.kept, i, j, out if in_place else student_buffer, width)
             here = _at_rows(part.problem, rows)
-            if floors is not None:
-                functions.floor_rows(here, t, floors[rows], FLOOR_DEPTH)
-                t = t._replace(floor=floors[rows])
             label = None if part.labels is None else part.labels[rows]
+            if floors is not None:
+                functions.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
+                t = t._replace(floor=floors[rows])
             stat = None if stats is None else stats[rows]
             if out is None:
                 functions.value(here, s, t, label, loss[rows], None, stat)

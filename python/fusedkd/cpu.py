@@ -93,9 +93,10 @@ def value_and_gradient(
         _write(problem, student, block, q, phi, scalars, upstream, out)
 
 
-def floor_rows(problem: Problem, teacher: Side, out: torch.Tensor, depth: float) -> None:
+def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp, as kernels.rows.floor_rows."""
-    for rows in _row_blocks(problem, None, out.shape[0], out.device):
+    out.zero_()
+    for rows in _row_blocks(problem, labels, out.shape[0], out.device):
         t, _ = _logits(teacher, rows, problem.vocab_size, out.dtype)
         out[rows] = (torch.logsumexp(t / problem.temperature, -1) - depth) * problem.temperature
 

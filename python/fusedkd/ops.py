@@ -116,7 +116,9 @@ def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
     """Where support="floor" raises the teacher's logits to, per row; empty otherwise."""
     floors = _empty_floors(operands, names)
     if floors.numel():
-        row_functions(names.split()[2]).floor_rows(problem, Side(_given(operands[3])), floors, chunked.FLOOR_DEPTH)
+        row_functions(names.split()[2]).floor_rows(
+            problem, Side(_given(operands[3])), operands[6], floors, chunked.FLOOR_DEPTH
+        )
     return floors
 
 

@@ -1,0 +1,58 @@
+"""Session set-up: Triton's interpreter where there is no GPU, one seed, and NaN in memory nobody wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fusedkd, and with it Triton, is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+settings.register_profile(
+    "fusedkd", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("fusedkd")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the one marker of the suite."""
+    config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone in this test")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both implementations of every path."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what torch.empty and its relatives return with NaN, so that an output nobody wrote is seen."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made = make(*args, **kwargs)
+            with torch.no_grad():
+                return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        return filled
+
+    if request.node.get_closest_marker("unpoisoned") is None:
+        for name in ("empty", "empty_like", "empty_strided"):
+            monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+    yield

@@ -1,0 +1,278 @@
+"""What a call must not look like: each mistake is refused by name, with what would work, before any work is done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import each
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedkd
+
+N, V, WIDTH = 3, 7, 5
+SIZE = N * V
+
+
+class NoWork(TorchDispatchMode):
+    """Fails when an operation produces anything as large as the logits; views are free."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and look at what it returned."""
+        made = func(*args, **(kwargs or {}))
+        view = any(returned.alias_info is not None for returned in func._schema.returns)
+        assert view or not isinstance(made, torch.Tensor) or made.numel() < SIZE, f"{func} ran before the checks"
+        return made
+
+
+LOGITS, OTHERS = torch.randn(2, N, V).unbind()
+HIDDEN, WEIGHT = torch.randn(N, WIDTH), torch.randn(V, WIDTH)
+LABELS = torch.tensor([0, 6, -100])
+
+
+def head(**changed: Any) -> fusedkd.Head:
+    """A valid head, or one with something changed."""
+    return fusedkd.Head(**{"hidden": HIDDEN, "weight": WEIGHT, **changed})
+
+
+def call(**changed: Any) -> Any:
+    """A valid call, or one with something changed."""
+    options = {"student": LOGITS, "teacher": OTHERS, "labels": LABELS} | changed
+    inputs = [options.pop(name) for name in ("student", "teacher", "labels")]
+    return fusedkd.kd_loss(*inputs, **options)
+
+
+def refused(
+    words: tuple[str, ...], error: type[Exception] | tuple[type[Exception], ...], run: Callable[[], Any]
+) -> None:
+    """`run` raises, early, and the text has every word."""
+    with pytest.raises(error) as caught, NoWork():
+        run()
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+# id -> (what is changed, exception, words the message must have: the argument, its value, what would work)
+ARGUMENTS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
+    "student a list": ({"student": [[1.0]]}, TypeError, ("student", "list", "Head")),
+    "student missing": ({"student": None}, TypeError, ("student", "NoneType", "Head")),
+    "teacher an array": ({"teacher": OTHERS.numpy()}, TypeError, ("teacher", "ndarray", "Head")),
+    "student integers": ({"student": torch.ones(N, V, dtype=torch.int64)}, TypeError, ("student", "int64", "float")),
+    "teacher integers": ({"teacher": torch.ones(N, V, dtype=torch.int32)}, TypeError, ("teacher", "int32", "float")),
+    "student a number": ({"student": torch.tensor(1.0)}, ValueError, ("student",)),
+    "tokens differ": ({"teacher": torch.randn(N + 1, V)}, ValueError, ("teacher", "(4,", "(3,")),
+    "dimensions differ": ({"teacher": torch.randn(1, N, V)}, ValueError, ("teacher", "(1, 3", "(3,")),
+    "tokens of a head": ({"teacher": head(hidden=torch.randn(2, WIDTH))}, ValueError, ("teacher", "(2,", "(3,")),
+    "devices differ": ({"teacher": torch.randn(N, V, device="meta")}, ValueError, ("teacher", "meta", "cpu")),
+    "labels on another device": ({"labels": torch.zeros(N, dtype=torch.int64, device="meta")}, ValueError, ("labels",)),
+    "labels a list": ({"labels": [0, 1, 2]}, TypeError, ("labels", "list")),
+    "labels floats": ({"labels": torch.zeros(N)}, TypeError, ("labels", "float32", "int64")),
+    "labels one-hot": ({"labels": torch.zeros(N, V, dtype=torch.int64)}, ValueError, ("labels", "(3, 7)", "(3,)")),
+    "label too large": ({"labels": torch.tensor([0, 7, 1])}, ValueError, ("labels", "7")),
+    "label negative": ({"labels": torch.tensor([0, -5, 1])}, ValueError, ("labels", "-5", "-100")),
+    "divergence unknown": ({"divergence": "kl"}, ValueError, ("divergence", "'kl'", "fkl", "rkl", "drkl", "ab")),
+    "divergence a number": ({"divergence": 3}, TypeError, ("divergence", "int", "name")),
+    "temperature zero": ({"temperature": 0.0}, ValueError, ("temperature", "0", "> 0")),
+    "temperature negative": ({"temperature": -1.0}, ValueError, ("temperature", "-1", "> 0")),
+    "temperature NaN": ({"temperature": float("nan")}, ValueError, ("temperature", "nan")),
+    "temperature infinite": ({"temperature": float("inf")}, ValueError, ("temperature", "inf")),
+    "temperature text": ({"temperature": "hot"}, TypeError, ("temperature", "str")),
+    "reduction unknown": ({"reduction": "batchmean"}, ValueError, ("reduction", "batchmean", "mean", "sum", "none")),
+    "num_items of a sum": ({"num_items": 3, "reduction": "sum"}, ValueError, ("num_items", "mean", "sum")),
+    "num_items of none": ({"num_items": 3, "reduction": "none"}, ValueError, ("num_items", "mean", "none")),
+    "num_items a vector": ({"num_items": torch.ones(1)}, ValueError, ("num_items", "(1,)", "0-d")),
+    "num_items text": ({"num_items": "3"}, TypeError, ("num_items", "str")),
+    "num_items with grad": ({"num_items": torch.tensor(3.0, requires_grad=True)}, ValueError, ("num_items", "grad")),
+    "weights of a batch": ({"token_weights": torch.ones(N, V)}, ValueError, ("token_weights", "(3, 7)", "(3,)")),
+    "weights a list": ({"token_weights": [1.0, 1.0, 1.0]}, TypeError, ("token_weights", "list")),
+    "weights with grad": (
+        {"token_weights": torch.ones(N, requires_grad=True)},
+        ValueError,
+        ("token_weights", "grad", "detach"),
+    ),
+    "cross-entropy without labels": ({"ce_weight": 0.5, "labels": None}, ValueError, ("ce_weight", "labels")),
+    "cross-entropy text": ({"ce_weight": "0.5"}, TypeError, ("ce_weight", "str")),
+    "ignore_index a float": ({"ignore_index": -100.0}, TypeError, ("ignore_index", "float")),
+    "vocab_size zero": ({"vocab_size": 0}, ValueError, ("vocab_size", "0")),
+    "vocab_size too large": ({"vocab_size": V + 1}, ValueError, ("vocab_size", "8", "7")),
+    "vocab_size a float": ({"vocab_size": 7.0}, TypeError, ("vocab_size", "float")),
+    "support unknown": ({"support": "drop"}, ValueError, ("support", "drop", "teacher", "floor")),
+    "schedule unknown": ({"schedule": "fast"}, ValueError, ("schedule", "fast", "chunked")),
+    "schedule of logits": ({"schedule": "chunked"}, ValueError, ("schedule", "chunked", "head")),
+    "budget of logits": ({"memory_budget": 2**30}, ValueError, ("memory_budget", "head")),
+    "budget negative": ({"student": head(), "memory_budget": -1}, ValueError, ("memory_budget", "-1")),
+    "budget text": ({"student": head(), "memory_budget": "1GB"}, TypeError, ("memory_budget", "str")),
+    "streaming": (
+        {"student": head(), "schedule": "streaming"},
+        NotImplementedError,
+        ("schedule", "streaming", "chunked"),
+    ),
+    "drop_ignored text": ({"student": head(), "drop_ignored": "yes"}, (TypeError, ValueError), ("drop_ignored", "yes")),
+    "logits_dtype": (
+        {"student": head(), "logits_dtype": torch.float16},
+        ValueError,
+        ("logits_dtype", "float16", "float32", "bfloat16"),
+    ),
+    "backend unknown": ({"backend": "cuda"}, ValueError, ("backend", "cuda", "triton", "torch")),
+    "float64 kernels": ({"student": LOGITS.double(), "backend": "triton"}, TypeError, ("float64", "Triton", "torch")),
+    "drkl without labels": ({"divergence": "drkl", "labels": None}, ValueError, ("drkl", "labels")),
+    "decoupled without labels": ({"divergence": "decoupled", "labels": None}, ValueError, ("decoupled", "labels")),
+}
+
+
+@each("mistake", ARGUMENTS)
+def test_arguments(mistake: str) -> None:
+    """Each argument of kd_loss."""
+    changed, error, words = ARGUMENTS[mistake]
+    refused(words, error, lambda: call(**changed))
+
+
+def test_the_plain_call_is_fine() -> None:
+    """What the table changes is a valid call to begin with, for logits and for heads."""
+    assert call().isfinite()
+    assert call(student=head(), teacher=head(), labels=None).isfinite()
+
+
+DIVERGENCES: dict[str, tuple[tuple[str, dict[str, Any]], Any, tuple[str, ...]]] = {
+    "unknown name": (("kl", {}), ValueError, ("'kl'", "fkl", "rkl", "drkl", "ab", "decoupled")),
+    "unknown parameter": (("fkl", {"gamma": 0.5}), (TypeError, ValueError), ("gamma", "fkl", "target", "nontarget")),
+    "parameter of another base": (
+        ("decoupled", {"base": "rkl", "alpha": 1.0}),
+        (TypeError, ValueError),
+        ("alpha", "target"),
+    ),
+    "unknown base": (("decoupled", {"base": "kl"}), ValueError, ("base", "'kl'", "fkl", "rkl")),
+    "base decoupled already": (("decoupled", {"base": "drkl"}), ValueError, ("base", "drkl")),
+    "base a number": (("decoupled", {"base": 1}), (TypeError, ValueError), ("base", "1", "rkl")),
+    "parameter text": (("ab", {"alpha": "0.2"}), TypeError, ("alpha", "str")),
+    "parameter NaN": (("ab", {"alpha": float("nan")}), ValueError, ("alpha", "nan")),
+    "parameter with grad": (("drkl", {"gamma": torch.tensor(0.5, requires_grad=True)}), ValueError, ("gamma", "grad")),
+    "gamma negative": (("drkl", {"gamma": -0.5}), ValueError, ("gamma", "-0.5", "> 0")),
+}
+
+
+@each("mistake", DIVERGENCES)
+def test_divergences(mistake: str) -> None:
+    """Each argument of the factory."""
+    (name, params), error, words = DIVERGENCES[mistake]
+    refused(words, error, lambda: call(divergence=fusedkd.divergence(name, **params)))
+
+
+def test_parameter_of_the_wrong_shape() -> None:
+    """A parameter per token must fit the tokens."""
+    made = fusedkd.divergence("ab", alpha=torch.rand(N + 1))
+    refused(("alpha", "(4,)", "(3,)"), ValueError, lambda: call(divergence=made))
+
+
+@each("name", [name for name in fusedkd.divergences() if not fusedkd.divergence(name).decoupled])
+def test_weights_without_labels(name: str) -> None:
+    """Two different weights need a target; equal ones do not."""
+    made = fusedkd.divergence(name, target=1.0, nontarget=0.5)
+    refused(("labels", "target"), ValueError, lambda: call(divergence=made, labels=None))
+    per_token = fusedkd.divergence(name, target=torch.ones(N), nontarget=torch.ones(N))
+    refused(("labels", "target"), ValueError, lambda: call(divergence=per_token, labels=None))
+    assert call(divergence=fusedkd.divergence(name, target=2.0, nontarget=2.0), labels=None).isfinite()
+
+
+def test_listing() -> None:
+    """Names and parameters with their defaults, enough to build every divergence."""
+    listed = fusedkd.divergences()
+    assert listed["drkl"]["gamma"] == 0.5
+    assert (listed["ab"]["alpha"], listed["ab"]["beta"]) == (0.2, 0.7)
+    assert {"base": "rkl", "target": 1, "nontarget": 1}.items() <= listed["decoupled"].items()
+    for name, parameters in listed.items():
+        assert fusedkd.divergence(name, **parameters) == fusedkd.divergence(name)
+        assert fusedkd.divergence(name).name == name
+        with pytest.raises((AttributeError, TypeError)):
+            fusedkd.divergence(name).name = "other"
+
+
+HEADS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
+    "widths differ": ({"weight": torch.randn(V, WIDTH + 1)}, ValueError, ("weight", "hidden", "6", "5")),
+    "weight a vector": ({"weight": torch.randn(WIDTH)}, ValueError, ("weight", "(5,)")),
+    "weight of three dimensions": ({"weight": torch.randn(1, V, WIDTH)}, ValueError, ("weight", "(1, 7, 5)")),
+    "weight a list": ({"weight": [[1.0]]}, TypeError, ("weight", "list")),
+    "hidden a list": ({"hidden": [[1.0]]}, TypeError, ("hidden", "list")),
+    "hidden integers": ({"hidden": torch.ones(N, WIDTH, dtype=torch.int64)}, TypeError, ("hidden", "int64")),
+    "dtypes differ": (
+        {"weight": torch.randn(V, WIDTH).bfloat16()},
+        (TypeError, ValueError),
+        ("weight", "bfloat16", "float32"),
+    ),
+    "bias of hidden": ({"bias": torch.randn(WIDTH)}, ValueError, ("bias", "(5,)", "(7,)")),
+    "bias a number": ({"bias": 0.5}, TypeError, ("bias", "float")),
+    "softcap zero": ({"softcap": 0.0}, ValueError, ("softcap", "0", "> 0")),
+    "softcap negative": ({"softcap": -30.0}, ValueError, ("softcap", "-30", "> 0")),
+    "scale text": ({"scale": "1"}, TypeError, ("scale", "str")),
+    "scale NaN": ({"scale": float("nan")}, ValueError, ("scale", "nan")),
+}
+
+
+@each("mistake", HEADS)
+@each("role", ["student", "teacher"])
+def test_heads(mistake: str, role: str) -> None:
+    """Each operand of a Head, when it is made or when it is used."""
+    changed, error, words = HEADS[mistake]
+    refused(words, error, lambda: call(**{role: head(**changed)}))
+
+
+@each("entry", ["student_logits", "teacher_logits"])
+def test_value_and_grad_takes_logits(entry: str) -> None:
+    """kd_value_and_grad gives a gradient of logits: a Head has none to give."""
+    sides = {"student_logits": LOGITS, "teacher_logits": OTHERS, entry: head()}
+    refused((entry, "Head", "kd_loss"), (TypeError, ValueError), lambda: fusedkd.kd_value_and_grad(**sides))
+
+
+def test_unknown_option() -> None:
+    """A misspelt option is not swallowed, by the function or by the module."""
+    for run in (lambda: call(temprature=2.0), lambda: fusedkd.DistillationLoss(temprature=2.0)):
+        with pytest.raises(TypeError, match="temprature"):
+            run()
+
+
+def test_kernels_without_gpu_or_interpreter() -> None:
+    """Without either, backend="triton" says what is missing instead of crashing, and "auto" takes the torch path."""
+    program = """
+import torch, fusedkd
+x = torch.randn(2, 5)
+print(float(fusedkd.kd_loss(x, x)))
+try:
+    fusedkd.kd_loss(x, x, backend="triton")
+except (RuntimeError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    made = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    value, message = made.stdout.strip().split("\n", 1)
+    assert float(value) == 0
+    for word in ("Error", "backend", "triton", "cpu", "torch"):
+        assert word in message
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A device mesh of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@each("where", ["student", "teacher", "hidden", "weight"])
+def test_dtensor(where: str, mesh: Any) -> None:
+    """A distributed tensor is refused, naming the way to a plain one."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    shapes = {"hidden": (N, WIDTH), "weight": (V, WIDTH)}
+    spread = distribute_tensor(torch.randn(shapes.get(where, (N, V))), mesh, [Replicate()])
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=r"full_tensor\(\)") as caught:
+        call(**({"student": head(**{where: spread})} if where in shapes else {where: spread}))
+    assert where in str(caught.value)

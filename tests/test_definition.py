@@ -1,0 +1,289 @@
+"""Each definition by itself, in float64: phi against f, f against the reference, the reference against the literature.
+
+And the elementary functions of kernels/maths.py, in both of their forms, over the whole range of float32.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import device, each
+from torch import Tensor
+
+from fusedkd.kernels import maths
+from fusedkd.kernels.divergence import Definition
+from fusedkd.kernels.divergences import ALL
+from fusedkd.kernels.language import jit, tl
+
+DEFINITIONS = [member for member in ALL if isinstance(member, Definition)]
+FILES = sorted((Path(__file__).parent.parent / "kernels/divergences").glob("[!_]*.py"))
+AB_LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, -0.3), (0.0, 0.0), (0.0, 0.6), (0.6, 0.0), (0.01, 0.8), (1, 1)]
+SPREADS = (1e-3, 0.3, 3.0)  # how far the student is from the teacher: in the series, around its edge, beyond it
+SERIES = 2**-22  # what the series leave out at their edge: made for float32
+
+
+def settings_of(definition: Definition) -> list[tuple[float, ...]]:
+    """Defaults, and every limit of α-β."""
+    further = AB_LIMITS if definition.name == "ab" else []
+    return [tuple(definition.parameters.values()), *further]
+
+
+SETTINGS = [(d, values) for d in DEFINITIONS for values in settings_of(d)]
+IDS = ["-".join([d.name, *map(str, values)]) for d, values in SETTINGS]
+every_definition = pytest.mark.parametrize(("definition", "theta"), SETTINGS, ids=IDS)
+
+
+def pair(spread: float, rows: int = 6, vocabulary: int = 40) -> tuple[Tensor, Tensor]:
+    """Logits of teacher and student."""
+    teacher = 2 * torch.randn(rows, vocabulary, dtype=torch.float64)
+    return teacher, teacher + spread * torch.randn(rows, vocabulary, dtype=torch.float64)
+
+
+def evaluate(definition: Definition, theta: tuple[float, ...], logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+    """f and phi of the torch twin of `term`."""
+    numbers = tuple(torch.tensor(float(value), dtype=torch.float64) for value in theta)
+    return definition.term.torch(logq.exp(), logp.exp(), logq, logp, logp - logq, numbers)
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    """Relative, of the whole."""
+    return float((ours - truth).norm() / truth.norm())
+
+
+@every_definition
+@each("spread", SPREADS)
+def test_phi_is_the_derivative_of_f(definition: Definition, theta: tuple[float, ...], spread: float) -> None:
+    """phi = ∂f/∂log q at fixed p, entry by entry: central differences of fourth order."""
+    teacher, student = pair(spread)
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    _, phi = evaluate(definition, theta, logp, logq)
+    h = 1e-3
+    far, near = (
+        evaluate(definition, theta, logp, logq + x)[0] - evaluate(definition, theta, logp, logq - x)[0]
+        for x in (2 * h, h)
+    )
+    assert error((8 * near - far) / (12 * h), phi) < 1e-6
+
+
+@every_definition
+@each("spread", SPREADS)
+def test_gradient_is_that_of_the_reference(definition: Definition, theta: tuple[float, ...], spread: float) -> None:
+    """dL/dz = phi − q Φ is the derivative of the reference by the logits, and it sums to zero."""
+    teacher, student = pair(spread)
+    student.requires_grad_()
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    f, phi = evaluate(definition, theta, logp, logq.detach())
+    value = definition.reference(logp, logq, *theta)
+    (slope,) = torch.autograd.grad(value.sum(), student)
+    gradient = phi - logq.detach().exp() * phi.sum(-1, keepdim=True)
+    assert error(gradient, slope) < SERIES
+    assert (gradient.sum(-1).abs() <= 1e-12 * gradient.abs().sum(-1)).all()
+    assert error(f.sum(-1), value.detach()) < SERIES
+
+
+def jensen(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q."""
+    p, q = logp.exp(), logq.exp()
+    mixed = beta * p + (1 - beta) * q
+    return beta * (p * (p / mixed).log()).sum(-1) + (1 - beta) * (q * (q / mixed).log()).sum(-1)
+
+
+def alpha_beta(logp: Tensor, logq: Tensor, alpha: float, beta: float) -> Tensor:
+    """Cichocki's formula; a limit as the mean of the two sides of it, so that no limit is written down."""
+    h = 1e-4
+    if alpha * beta * (alpha + beta) == 0:
+        steps = [(alpha + a * h, beta + b * h) for a, b in ((1, 1.7), (-1, -1.7))]
+        return sum(alpha_beta(logp, logq, a, b) for a, b in steps) / 2
+    c = alpha + beta
+    p, q = logp.exp(), logq.exp()
+    return -(p**alpha * q**beta - alpha / c * p**c - beta / c * q**c).sum(-1) / (alpha * beta)
+
+
+def kl(one: Tensor, other: Tensor) -> Tensor:
+    """Σ x log(x/y) of probabilities."""
+    return (one * (one / other).log()).sum(-1)
+
+
+def skew(one: Tensor, other: Tensor, weight: float) -> Tensor:
+    """KL(x‖weight·x + (1 − weight)·y)."""
+    return kl(one.exp(), weight * one.exp() + (1 - weight) * other.exp())
+
+
+# As the papers print them, from probabilities; a registered definition without a line here is checked by the rest.
+PUBLISHED: dict[str, Callable[..., Tensor]] = {
+    "fkl": lambda logp, logq: kl(logp.exp(), logq.exp()),
+    "rkl": lambda logp, logq: kl(logq.exp(), logp.exp()),
+    "ab": alpha_beta,
+    "alpha": lambda logp, logq, alpha: alpha_beta(logp, logq, alpha, 1 - alpha),
+    "jsd": jensen,
+    "skl": skew,
+    "srkl": lambda logp, logq, lam, *_: skew(logq, logp, lam),
+    "tvd": lambda logp, logq: 0.5 * (logp.exp() - logq.exp()).abs().sum(-1),
+    "hellinger": lambda logp, logq: 1 - (logp.exp() * logq.exp()).sqrt().sum(-1),
+    "frkl": lambda logp, logq, w: (1 - w) * kl(logp.exp(), logq.exp()) + w * kl(logq.exp(), logp.exp()),
+}
+KNOWN = [(definition, values) for definition, values in SETTINGS if definition.name in PUBLISHED]
+
+
+@pytest.mark.parametrize(("definition", "theta"), KNOWN, ids=["-".join([d.name, *map(str, v)]) for d, v in KNOWN])
+def test_reference_is_the_published_formula(definition: Definition, theta: tuple[float, ...]) -> None:
+    """On rows that are far enough apart for a formula that cancels."""
+    teacher, student = pair(1.5)
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    limit = definition.name == "ab" and theta[0] * theta[1] * sum(theta) == 0
+    assert error(definition.reference(logp, logq, *theta), PUBLISHED[definition.name](logp, logq, *theta)) < (
+        1e-5 if limit else 1e-9
+    )
+
+
+@every_definition
+def test_zero_at_equality_and_positive_elsewhere(definition: Definition, theta: tuple[float, ...]) -> None:
+    """D(p, p) = 0 with no gradient; every summand is non-negative, and D > 0 where the rows differ."""
+    teacher, student = pair(0.5)
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    f, phi = evaluate(definition, theta, logp, logp.clone())
+    assert not f.any()
+    gradient = phi - logp.exp() * phi.sum(-1, keepdim=True)
+    assert gradient.abs().max() <= 1e-15
+    assert definition.reference(logp, logp.clone(), *theta).abs().max() < 1e-9
+    f, _ = evaluate(definition, theta, logp, logq)
+    assert f.min() >= 0
+    assert (definition.reference(logp, logq, *theta) > 0).all()
+
+
+def test_every_file_is_seen() -> None:
+    """The docstrings that are checked are those of the registered divergences."""
+    assert {path.stem for path in FILES} >= {"fkl", "rkl", "drkl", "ab"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstring(path: Path) -> None:
+    """What a reader of a divergence looks for."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for word in ("Gradient", "Edge cases", "Source"):
+        assert f"{word}" in text, f"{path.name} says nothing about: {word}"
+
+
+X = torch.tensor(
+    [0.0, *(sign * x for sign in (1, -1) for x in (
+        1e-30, 1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.1249, 0.125, 0.1251, 0.3, 0.4999, 0.5, 0.5001, 0.7, 1.0, 2.0, 3.0,
+        8.0, 20.0, 50.0, 80.0,
+    ))],
+    dtype=torch.float32,
+)  # fmt: skip
+FAR = torch.tensor([1e30, -1e30])
+WEIGHTS = (1.0, 0.37, 1e-6)
+
+
+def weighted() -> tuple[Tensor, Tensor, Tensor]:
+    """w, v = w·e^x, x: every weight at every x, and the two columns where one side is absent."""
+    w, x = (side.reshape(-1) for side in torch.meshgrid(torch.tensor(WEIGHTS), X, indexing="ij"))
+    v = (w.double() * x.double().exp()).float()
+    seen = v.isfinite()
+    w, v, x = (torch.cat((side[seen], side.new_tensor(far))) for side, far in zip(
+        (w, v, x), ((0.0, 0.3), (0.3, 0.0), (1e30, -1e30)), strict=True
+    ))  # fmt: skip
+    return w, v, x
+
+
+def remainder(x: Tensor) -> Tensor:
+    """e^x − 1 − x with its digits."""
+    series = sum(x**n / torch.arange(1, n + 1).double().prod() for n in range(2, 16))
+    return torch.where(x.abs() < 0.5, series, torch.expm1(x) - x)
+
+
+def exact_expm1_product(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """An absent w leaves v."""
+    return torch.where(w == 0, v, w * torch.expm1(x))
+
+
+def exact_rem2_product(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """An absent w leaves v."""
+    return torch.where(w == 0, v, w * remainder(x))
+
+
+# name -> arguments, float64 truth, relative error of one entry. Beyond its series e^x − 1 − x is a difference of
+# numbers near 1, whose rounding is 1.5e-5 of it at the edge of the torch series (1/8), 1e-6 at the Triton one's (1/2).
+Formula = tuple[Callable[[], tuple[Tensor, ...]], Callable[..., Tensor], dict[str, float]]
+EXACT = {"torch": 1e-6, "triton": 1e-6}
+FORMULAS: dict[str, Formula] = {
+    "expm1": (lambda: (torch.cat((X, FAR)),), torch.expm1, EXACT),
+    "log1p": (lambda: (torch.cat((X[X > -1], X.new_tensor([-0.999999, 1e30]))),), torch.log1p, EXACT),
+    "softplus": (lambda: (torch.cat((X, FAR)),), lambda x: torch.logaddexp(x, torch.zeros_like(x)), EXACT),
+    "tanh": (lambda: (torch.cat((X, FAR)),), torch.tanh, EXACT),
+    "expm1_product": (weighted, exact_expm1_product, EXACT),
+    "rem2_product": (weighted, exact_rem2_product, {"torch": 1.5e-5, "triton": 2e-6}),
+}
+
+
+def test_every_formula_is_checked() -> None:
+    """A new elementary function needs a line above."""
+    assert {name for name, value in vars(maths).items() if callable(getattr(value, "torch", None))} == set(FORMULAS)
+
+
+@jit
+def _apply_1(a_ptr, out_ptr, n, FN: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, FN(tl.load(a_ptr + at, mask=at < n, other=0.0)), mask=at < n)
+
+
+@jit
+def _apply_3(w_ptr, v_ptr, x_ptr, out_ptr, n, FN: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + at, mask=at < n, other=0.0)
+    v = tl.load(v_ptr + at, mask=at < n, other=0.0)
+    tl.store(out_ptr + at, FN(w, v, tl.load(x_ptr + at, mask=at < n, other=0.0)), mask=at < n)
+
+
+def entries(ours: Tensor, truth: Tensor) -> Tensor:
+    """Relative error of each entry; 0 where both are the same, infinities included. Underflow is allowed."""
+    size = truth.abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(ours.double() == truth, 0.0, (ours.double() - truth).abs() / size)
+
+
+def float32_range(truth: Tensor) -> Tensor:
+    """The truth as float32 can hold it: what overflows is infinite."""
+    return torch.where(truth.abs() > torch.finfo(torch.float32).max, truth.sign() * torch.inf, truth)
+
+
+@each("name", FORMULAS)
+def test_formula(name: str, backend: str) -> None:
+    """Every entry keeps its digits, near zero and at the edge of the series, and nothing overflows early."""
+    make, exact, bounds = FORMULAS[name]
+    arguments = make()
+    truth = float32_range(exact(*(x.double() for x in arguments)))
+    formula = getattr(maths, name)
+    if backend == "torch":
+        ours = formula.torch(*arguments)
+    else:
+        place = device("triton")
+        ours = torch.empty(len(truth), device=place)
+        kernel = _apply_1 if len(arguments) == 1 else _apply_3
+        kernel[(1,)](*(x.to(place) for x in arguments), ours, len(truth), FN=formula, BLOCK=256)
+        ours = ours.cpu()
+    wrong = entries(ours, truth)
+    worst = int(wrong.nan_to_num(torch.inf).argmax())
+    assert wrong[worst] <= bounds[backend], (
+        f"{name}({[float(x[worst]) for x in arguments]}) = {ours[worst]}, not {truth[worst]}"
+    )
+
+
+@each("name", ["expm1_product", "rem2_product"])
+@each("size", [1e-8, 1e-4, 1e-2, 1.0, 20.0])
+def test_row_formula(name: str, size: float) -> None:
+    """The torch forms choose their arithmetic by the row: a whole row keeps its digits whatever it holds."""
+    _, exact, _ = FORMULAS[name]
+    w = torch.randn(8, 300).softmax(-1)
+    x = size * torch.randn(8, 300)
+    x -= (w * x.exp()).sum(-1, keepdim=True).log() if size < 10 else x.amax(-1, keepdim=True)
+    v = (w.double() * x.double().exp()).float()
+    truth = exact(*(side.double() for side in (w, v, x)))
+    ours = getattr(maths, name).torch(w.clone(), v.clone(), x.clone())
+    assert ((ours.double() - truth).norm(dim=-1) <= 1e-5 * truth.norm(dim=-1)).all()
+    if name == "rem2_product":
+        total = truth.sum(-1)
+        assert ((ours.double().sum(-1) - total).abs() <= 1e-5 * total).all()

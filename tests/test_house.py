@@ -1,0 +1,147 @@
+"""Rules of the house that a machine can check: who imports whom, kernel signatures, and life without Triton."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+PYTHON = sorted((ROOT / "python").rglob("*.py"))
+MOST_PARAMETERS = 19
+
+
+def relative_name(path: Path) -> str:
+    """A readable test id."""
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, module) of every import statement and importlib call, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                dots = len(name.value) - len(name.value.lstrip("."))
+                yield dots, name.value[dots:]
+
+
+def roots(path: Path) -> set[str]:
+    """Top-level names of the absolute imports."""
+    return {module.split(".")[0] for level, module in imports(path) if level == 0}
+
+
+def test_there_is_something_to_check() -> None:
+    """The rooms are where this file looks for them, and an import is seen when there is one."""
+    assert {path.name for path in KERNELS} >= {"rows.py", "language.py", "fkl.py"}
+    assert {path.name for path in PYTHON} >= {"loss.py", "ops.py"}
+    assert "torch" in roots(ROOT / "kernels/rows.py")
+    assert "triton" in roots(ROOT / "kernels/language.py")
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative_name)
+def test_kernels_stand_alone(path: Path) -> None:
+    """kernels/ imports Triton, torch and the standard library, and nothing of fusedkd outside itself."""
+    assert roots(path) <= {"torch", "triton"} | sys.stdlib_module_names
+    depth = len(path.relative_to(ROOT / "kernels").parts)
+    assert all(level <= depth for level, _ in imports(path)), "a relative import that leaves kernels/"
+
+
+@pytest.mark.parametrize("path", [*KERNELS, *PYTHON], ids=relative_name)
+def test_the_product_does_not_know_its_tests(path: Path) -> None:
+    """Imports point one way: tests, bench -> python -> kernels; numpy is torch's affair."""
+    assert not roots(path) & {"bench", "tests", "conftest", "cases", "oracle", "close", "pytest", "numpy"}
+
+
+def launched(path: Path) -> list[ast.FunctionDef]:
+    """The functions of a file that are launched over a grid: `name[grid](...)`."""
+    tree = ast.parse(path.read_text())
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+
+
+GRID = [(path, kernel) for path in KERNELS for kernel in launched(path)]
+
+
+@pytest.mark.parametrize(("path", "kernel"), GRID, ids=[f"{path.stem}.{kernel.name}" for path, kernel in GRID])
+def test_kernel_signatures(path: Path, kernel: ast.FunctionDef) -> None:
+    """Few parameters; those of compile time, and only they, are in capitals (but V, N, D: sizes are one letter)."""
+    parameters = [*kernel.args.posonlyargs, *kernel.args.args, *kernel.args.kwonlyargs]
+    assert len(parameters) <= MOST_PARAMETERS
+    assert kernel.args.vararg is None
+    for parameter in parameters:
+        fixed = parameter.annotation is not None and ast.unparse(parameter.annotation) == "tl.constexpr"
+        capitals = parameter.arg.isupper() and len(parameter.arg) > 1
+        assert fixed == capitals, parameter.arg
+
+
+def test_every_kernel_is_seen() -> None:
+    """The three row kernels at least."""
+    assert {kernel.name for _, kernel in GRID} >= {"_value", "_gradient", "_value_and_gradient"}
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints, with Triton's own mode."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+WITHOUT_TRITON = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError(f"{name} is hidden")
+
+sys.meta_path.insert(0, Hidden())
+import torch
+import fusedkd
+
+torch.manual_seed(0)
+student, teacher = torch.randn(2, 3, 50)
+student.requires_grad_()
+for name in fusedkd.divergences():
+    fusedkd.kd_loss(student, teacher, torch.tensor([1, 2, 3]), divergence=name).backward()
+loss = fusedkd.kd_loss(student, teacher)
+p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+print(torch.allclose(loss, (p.exp() * (p - q)).sum(-1).mean()), bool(student.grad.any()))
+hidden = torch.randn(3, 8, requires_grad=True)
+fusedkd.kd_loss(fusedkd.Head(hidden, torch.randn(50, 8)), teacher).backward()
+print(bool(hidden.grad.any()), "triton" in sys.modules)
+try:
+    fusedkd.kd_loss(student, teacher, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_triton() -> None:
+    """Import and the CPU path work where Triton cannot be imported; asking for it says what to do."""
+    exact, works, refusal = python(WITHOUT_TRITON).splitlines()
+    assert exact == "True True"
+    assert works == "True False"
+    assert 'backend="triton"' in refusal
+    assert "install triton" in refusal
+    assert 'backend="torch"' in refusal
+
+
+def test_import_is_light() -> None:
+    """`import fusedkd` brings in nothing heavy beside torch and Triton."""
+    code = "import sys, torch\nbefore = set(sys.modules)\nimport fusedkd\nprint(*(set(sys.modules) - before))"
+    brought = {name.split(".")[0] for name in python(code).split()}
+    assert "fusedkd" in brought
+    assert not brought & {"transformers", "tokenizers", "matplotlib", "tqdm", "numpy", "bench"}
