@@ -131,8 +131,9 @@ def _move(maxima, s, t, live, inv_tau):
     raised = (tl.maximum(top_s, tl.max(tl.where(live, s, -1e20))), tl.maximum(top_t, tl.max(tl.where(live, t, -1e20))))
     c_s, c_t, k = _centre(raised)
     log_s = old_s - c_s
-    log_t = (old_t - c_t) + (old_k - k)
-    return raised, (c_s, c_t, k), (log_s * inv_tau, log_t * inv_tau, (log_s - log_t) * inv_tau)
+    log_t = old_t - c_t
+    more = old_k - k  # added last: beside a large move its digits would be lost
+    return raised, (c_s, c_t, k), (log_s * inv_tau, (log_t + more) * inv_tau, ((log_s - log_t) - more) * inv_tau)
 
 
 @jit
@@ -256,8 +257,8 @@ def _row_scalars(
         tl.store(stats_ptr + row * 11 + 6, tl.where(empty, 0.0, full_t - warmth_t * tl.exp(-full_t) - p_y))
         tl.store(stats_ptr + row * 11 + 7, tl.where(held, tl.where(present, logq_y, float("-inf")), float("nan")))
         tl.store(stats_ptr + row * 11 + 8, tl.where(held, tl.where(present, logp_y, float("-inf")), float("nan")))
-        tl.store(stats_ptr + row * 11 + 9, tl.where(empty, zy, full_s) + c_s * inv_tau)
-        tl.store(stats_ptr + row * 11 + 10, tl.where(empty, uy, full_t) + (c_t + k) * inv_tau)
+        tl.store(stats_ptr + row * 11 + 9, tl.where(empty, s_y * inv_tau, full_s + c_s * inv_tau))
+        tl.store(stats_ptr + row * 11 + 10, tl.where(empty, t_y * inv_tau, full_t + (c_t + k) * inv_tau))
     live = tl.where(empty, 0.0, 1.0)
     return centre, l_s, l_t, r_row, live * a, live * b, live * grad_y, ce_lse
 
@@ -273,7 +274,7 @@ def _gradient_sweep(student, teacher, row, y, V, scales, ce, grad, scalars, upst
     if ce is not None:
         seen = width
     tiles = tl.cdiv(width, BLOCK)
-    top, rest = -1, 0.0
+    top, rest, s_top, slope_top = -1, 0.0, 0.0, 0.0
     for tile in range(0, tiles):
         cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
         s, t, live, slope = _load_pair(student, teacher, row, cols, cols < V, cols < seen)
@@ -284,6 +285,8 @@ def _gradient_sweep(student, teacher, row, y, V, scales, ce, grad, scalars, upst
         likeliest = live & (q > 0.5) & (cols != y)
         rest += tl.sum(tl.where(likeliest, 0.0, g))
         top = tl.maximum(top, tl.max(tl.where(likeliest, cols, -1)))
+        s_top += tl.sum(tl.where(likeliest, s, 0.0))  # at most one; `grad` may lie over the logits, so no later read
+        slope_top += tl.sum(tl.where(likeliest, slope, 0.0))
         g = tl.where(s > -1e30, kd * g, 0.0)
         if ce is not None:
             g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == y, 1.0, 0.0))
@@ -291,11 +294,10 @@ def _gradient_sweep(student, teacher, row, y, V, scales, ce, grad, scalars, upst
         tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
     if top >= 0:
         # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
-        s, slope = _load(student, row, top, True)
         g = -kd * rest
         if ce is not None:
-            g += upstream * ce[0] * tl.exp(s - ce_lse)
-        tl.store(grad_ptr + row * stride_n + _spread(top, grad[2]), (g * slope).to(grad_ptr.dtype.element_ty))
+            g += upstream * ce[0] * tl.exp(s_top - ce_lse)
+        tl.store(grad_ptr + row * stride_n + _spread(top, grad[2]), (g * slope_top).to(grad_ptr.dtype.element_ty))
 
 
 @jit

@@ -101,7 +101,11 @@ def run(
         in_place = dz.dtype == logit_dtype(student.x.dtype, logits_dtype)
     if not in_place:
         student_buffer = _buffer(student, inner, width, part.kept, logits_dtype)
-    grad_x, grad_weight, grad_bias = _outputs(student, n, needs, wide)
+    grad_x, grad_weight, grad_bias = _outputs(student, n if is_head else total_rows, needs, wide)
+    picked = None
+    if differentiate and not is_head and part.kept is not None:
+        grad_x.zero_()
+        picked = grad_x.new_empty((inner, student.width))
     bias_buffer = None if not (is_head and needs[2]) else student.x.new_empty(width, dtype=wide)
 
     for start in range(0, n, outer):
@@ -113,7 +117,7 @@ def run(
             if dz is not None:
                 out = dz[i - start : j - start]
             elif differentiate:
-                out = grad_x[rows]
+                out = grad_x[rows] if picked is None else picked[: j - i]
             t = _side(teacher, part.kept, i, j, teacher_buffer, problem.vocab_size)
             s = _side(student, part.kept, i, j, out if in_place else student_buffer, width)
             here = _at_rows(part.problem, rows)
@@ -127,6 +131,8 @@ def run(
             else:
                 weight = None if part.weights is None else part.weights[rows]
                 functions.value_and_gradient(here, s, t, label, weight, out, loss[rows], stat)
+                if picked is not None and part.kept is not None:
+                    grad_x[part.kept[rows]] = picked[: j - i]
         if dz is None:
             continue
         assert student.weight is not None
@@ -147,7 +153,7 @@ def run(
     if part.kept is not None:
         loss = _spread(loss, part.kept, total_rows)
         stats = _spread(stats, part.kept, total_rows) if with_stats else stats
-        grad_x = _spread(grad_x, part.kept, total_rows) if needs[0] else grad_x
+        grad_x = _spread(grad_x, part.kept, total_rows) if needs[0] and is_head else grad_x
     return Result(loss, stats, grad_x, grad_weight, grad_bias)
 
 

@@ -29,6 +29,15 @@ class Divergence:
     target: Parameter = 1.0
     nontarget: Parameter = 1.0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the definition's name: kernels are not stored."""
+        return _restore, (self.name, self.definition.name, self.decoupled, self.parameters, self.target, self.nontarget)
+
+    def __repr__(self) -> str:
+        values = (*self.parameters, self.target, self.nontarget)
+        given = ", ".join(f"{key}={value!r}" for key, value in zip(self.parameter_names, values, strict=True))
+        return f"{self.name}({given})"
+
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """What the values of (*parameters, target, nontarget) were given as."""
@@ -41,6 +50,12 @@ class Divergence:
     def needs_target(self) -> bool:
         """Whether the value depends on which token is the target."""
         return self.decoupled or not _same(self.target, self.nontarget)
+
+
+def _restore(name: str, definition: str, *rest: Any) -> Divergence:
+    member = REGISTRY[definition]
+    assert isinstance(member, Definition)
+    return Divergence(name, member, *rest)
 
 
 def _same(left: Parameter, right: Parameter) -> bool:
@@ -131,7 +146,7 @@ def _parameter(name: str, key: str, value: Any) -> Parameter:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{key} of {name!r} must be a float or a tensor, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{key} of {name!r} must be finite, got {value}")
     if key in ("target", "nontarget") and value < 0:
         raise ValueError(f"{key} of {name!r} is a weight and must be >= 0, got {value}")

@@ -340,6 +340,7 @@ def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dt
         on_cpu=x.device.type == "cpu",
         gather=gather,
         student_logit_bytes=x.element_size() if weight is None else teacher_x.element_size(),
+        student_logits=x.shape[2] if weight is None else 0,
         needs_hidden=wanted[0],
         needs_weight=wanted[1] or wanted[2],
     )

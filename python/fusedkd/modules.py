@@ -29,4 +29,4 @@ class DistillationLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The divergence and the options that differ from kd_loss's defaults."""
-        return ", ".join([repr(self.divergence.name), *(f"{key}={value!r}" for key, value in self.options.items())])
+        return ", ".join([repr(self.divergence), *(f"{key}={value!r}" for key, value in self.options.items())])

@@ -187,6 +187,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     x, others, ctx.names, ctx.numbers, _ = inputs
     _, stats, saved, floors = output
     ctx.mark_non_differentiable(stats, saved, floors)
+    ctx.set_materialize_grads(False)  # zeros for outputs without a gradient would be as large as they
     ctx.save_for_backward(saved, floors, x, *others)
 
 
@@ -195,10 +196,12 @@ def _no_gradients(others: Operands) -> Optional[list[None]]:
     return None if any(tensor is None for tensor in others) else [None] * len(others)
 
 
-def _rows_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     saved, floors, x, *others = ctx.saved_tensors
-    grad = rows_gradient(x, others, saved, floors, upstream.contiguous(), ctx.names, ctx.numbers)
+    grad = None
+    if upstream is not None:
+        grad = rows_gradient(x, others, saved, floors, upstream.contiguous(), ctx.names, ctx.numbers)
     return grad, _no_gradients(others), None, None, None
 
 
@@ -311,7 +314,12 @@ def _(
 def scaled(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
     """grad · by in the shape and dtype of `like`: one rounding, no temporary, and `grad` stays for another backward."""
     out = _like_contiguous(like)
-    torch.mul(grad.view(like.shape), by, out=out)
+    grad = grad.view(like.shape)
+    if out.dtype == grad.dtype or not out.is_cpu:
+        torch.mul(grad, by, out=out)
+    else:  # a CPU multiplies into a whole copy of the wider dtype first
+        for source, target in zip(grad.split(512), out.split(512), strict=True):
+            torch.mul(source, by, out=target)
     return out
 
 
@@ -323,16 +331,17 @@ def _(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
 def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, others, _, _, _, flags, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.wanted = list(flags[2:])
     ctx.no_gradients = _no_gradients(others)
     ctx.save_for_backward(x, weight, bias, *output[3:])
 
 
-def _heads_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _heads_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     saved = ctx.saved_tensors
     found = [
-        scaled(grad, upstream, like) if wanted else None
+        scaled(grad, upstream, like) if wanted and upstream is not None else None
         for like, grad, wanted in zip(saved[:3], saved[3:], ctx.wanted, strict=True)
     ]
     return *found, ctx.no_gradients, None, None, None, None, None
@@ -378,13 +387,16 @@ def _heads_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, flags, ctx.logits_dtype = inputs
     ctx.flags = [False, *flags[1:]]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, *others)
 
 
-def _heads_rows_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     x, weight, bias, *others = ctx.saved_tensors
     no_gradients = _no_gradients(others)
+    if upstream is None:
+        return None, None, None, no_gradients, None, None, None, None, None
     # The largest weight is taken out and put back, which keeps a half-precision dZ in range.
     size = torch.cat((upstream.abs(), upstream.new_full((1,), torch.finfo(upstream.dtype).tiny))).amax()
     others[4] = upstream / size

@@ -35,7 +35,8 @@ class Shape:
     accumulator_bytes: int  # of dW, dH
     on_cpu: bool
     gather: bool  # kept rows are copied together
-    student_logit_bytes: int = 0  # element size of student logits given as a tensor
+    student_logit_bytes: int = 0  # element size of logits given as a tensor
+    student_logits: int = 0  # V of student logits given as a tensor
     needs_hidden: bool = True
     needs_weight: bool = True
 
@@ -67,9 +68,11 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
     if shape.needs_weight and shape.student_dim:
         total += shape.weight_rows * (shape.student_dim + 1) * shape.accumulator_bytes
         total += shape.student_width * shape.accumulator_bytes
+    if shape.needs_hidden:  # the gradient of student logits is formed in the forward and scaled in the backward
+        total += shape.rows * shape.student_logits * shape.student_logit_bytes
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
-        total += 2 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)
+        total += 3 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
