@@ -236,13 +236,14 @@ def test_schedule(reduction: str, backend: str) -> None:
     assert_same(chunked, plain("heads", case, backend, reduction=reduction))
 
 
-@each("case", [("rkl", {}), ("drkl", {})])
 @each("kind", ["heads", "head-logits", "logits-head"])
 @each("reduction", ["mean", "none"])
+@each("drop_ignored", [True, False])
 @each("dtype", [torch.float32, torch.bfloat16])
-def test_memory_budget(case: Case, kind: str, reduction: str, dtype: torch.dtype, backend: str) -> None:
+def test_memory_budget(kind: str, reduction: str, drop_ignored: bool, dtype: torch.dtype, backend: str) -> None:
     """An impossible budget names the least; the least (one row at a time) changes nothing, a byte less is refused."""
-    options = {"reduction": reduction, "dtype": dtype}
+    case = ("drkl", {})
+    options = {"reduction": reduction, "drop_ignored": drop_ignored, "dtype": dtype}
     with pytest.raises(ValueError, match="memory_budget") as caught:
         plain(kind, case, backend, memory_budget=1, **options)
     least = max(int(re.sub("[_,]", "", number)) for number in re.findall(r"\d[\d_,]*", str(caught.value)))
