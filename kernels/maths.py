@@ -49,7 +49,7 @@ def _torch_softplus(x):
 
 @formula(torch=_torch_expm1_product)
 def expm1_product(w, v, x):
-    """w·(e^x − 1), given v = w·e^x."""
+    """w·(e^x − 1), given v = w·e^x. Takes tensors; `expm1` is the form without a weight."""
     series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
     series = 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
     return tl.where(tl.abs(x) < 0.5, w * x * series, v - w)

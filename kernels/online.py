@@ -25,12 +25,10 @@ Every online state starts with Z_s, Z_t. Functions that a divergence may bring o
 from .language import formula, jit, tl
 from .maths import expm1_product, log1p, rem2_product
 
-TINY = 1e-37  # stands for an empty sum whose logarithm is taken
-
 
 @formula
 def log_sum(z):
-    """log z, finite also for an empty sum."""
+    """log z, finite also for an empty sum (as if it were 1e-37)."""
     return tl.log(tl.where(z < 1e-37, 1e-37, z))
 
 
