@@ -53,8 +53,8 @@ def variants(width: int) -> Iterator[Variant]:
                     yield Variant(name, kernel, definition, decoupled, online, TABLE[online.tile, width])
 
 
-def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
-    """The ASTSource of a variant: contiguous rows, labels given, no bias, scale, softcap, floor or cross-entropy."""
+def source(variant: Variant, dtype: str) -> Any:
+    """The ASTSource of a variant: contiguous rows and labels; no statistics, bias, scale, softcap, floor or CE."""
     element = "*" + DTYPES[dtype][0]
     side = (element, "i32", "i32", "i64", "i64", "constexpr", "constexpr", "constexpr", "constexpr", "constexpr")
     constants = {5: 1, 6: None, 7: None, 8: None, 9: None}
@@ -66,7 +66,7 @@ def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
         "label_ptr": "*i64",
         "loss_ptr": "*fp32",
         "saved_ptr": "*fp32",
-        "stats_ptr": "*fp32" if statistics else "constexpr",
+        "stats_ptr": "constexpr",
         "upstream_ptr": "*fp32",
         "grad": (element, "i64", "constexpr", "i32"),
         "V": "i32",
@@ -77,6 +77,7 @@ def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
     }
     fixed: dict[str, Any] = {
         "ce": None,
+        "stats_ptr": None,
         "TERM": variant.definition.term,
         "INIT": variant.online.init,
         "ADVANCE": variant.online.advance,
@@ -85,8 +86,6 @@ def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
         "DECOUPLED": variant.decoupled,
         "BLOCK": variant.tile.block,
     }
-    if not statistics:
-        fixed["stats_ptr"] = None
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constexprs: dict[tuple[int, ...], Any] = {
@@ -101,7 +100,7 @@ def source(variant: Variant, dtype: str, statistics: bool = False) -> Any:
         elif name == "grad":
             constexprs[at, 2] = 1
             aligned |= {(at, i): _ALIGNED for i in (0, 1, 3)}
-        elif name == "V" or (name.endswith("_ptr") and name not in ("stats_ptr",)):
+        elif name == "V" or str(types.get(name)).startswith("*"):
             aligned[at,] = _ALIGNED
     compiler = importlib.import_module("triton.compiler")
     return compiler.ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)

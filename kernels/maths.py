@@ -47,12 +47,17 @@ def _torch_softplus(x):
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
+@formula
+def expm1_ratio(x):
+    """(e^x − 1)/x for |x| < 1/2, by its series."""
+    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
+    return 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
+
+
 @formula(torch=_torch_expm1_product)
 def expm1_product(w, v, x):
     """w·(e^x − 1), given v = w·e^x. Takes tensors; `expm1` is the form without a weight."""
-    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
-    series = 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
-    return tl.where(tl.abs(x) < 0.5, w * x * series, v - w)
+    return tl.where(tl.abs(x) < 0.5, w * x * expm1_ratio(x), v - w)
 
 
 @formula(torch=_torch_rem2_product)

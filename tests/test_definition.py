@@ -196,6 +196,11 @@ def remainder(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, series, torch.expm1(x) - x)
 
 
+def exact_expm1_ratio(x: Tensor) -> Tensor:
+    """1 at 0."""
+    return torch.where(x == 0, 1.0, torch.expm1(x) / torch.where(x == 0, 1.0, x))
+
+
 def exact_expm1_product(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """An absent w leaves v."""
     return torch.where(w == 0, v, w * torch.expm1(x))
@@ -215,6 +220,7 @@ FORMULAS: dict[str, Formula] = {
     "log1p": (lambda: (torch.cat((X[X > -1], X.new_tensor([-0.999999, 1e30]))),), torch.log1p, EXACT),
     "softplus": (lambda: (torch.cat((X, FAR)),), lambda x: torch.logaddexp(x, torch.zeros_like(x)), EXACT),
     "tanh": (lambda: (torch.cat((X, FAR)),), torch.tanh, EXACT),
+    "expm1_ratio": (lambda: (X[X.abs() < 0.5],), exact_expm1_ratio, EXACT),
     "expm1_product": (weighted, exact_expm1_product, EXACT),
     "rem2_product": (weighted, exact_rem2_product, {"torch": 1.5e-5, "triton": 2e-6}),
 }

@@ -24,6 +24,7 @@ import torch
 
 from ..divergence import Definition, Online
 from ..language import formula, jit, tl, torch_twin
+from ..maths import expm1_ratio
 from ..online import moments_advance, moments_ratio
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
@@ -69,10 +70,8 @@ def _torch_bend(w, v, u, alpha, beta, x):
 def slope(w, v, a, x):
     """w·φ_a(x), given v = w·e^{a x}."""
     y = a * x
-    series = 1 / 720 + y * (1 / 5040 + y * (1 / 40320))
-    series = 1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * series))))
     near = tl.abs(y) < 0.5
-    return tl.where(near, w * tl.where(near, x, 0.0) * series, (v - w) / tl.where(a == 0, 1.0, a))
+    return tl.where(near, w * tl.where(near, x, 0.0) * expm1_ratio(y), (v - w) / tl.where(a == 0, 1.0, a))
 
 
 def _bend(w, v, u, alpha, beta, x):

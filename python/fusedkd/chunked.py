@@ -17,8 +17,9 @@ import torch
 
 from . import gemm
 from .backends import row_functions
+from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .kernels.rows import STATS, Problem, Side
-from .plan import Chunks, logit_dtype
+from .plan import Chunks
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 
@@ -85,7 +86,7 @@ def run(
     part = _gather(problem, student, teacher, labels, weights, drop_ignored)
     student, teacher = part.student, part.teacher
     n = total_rows if part.kept is None else part.kept.shape[0]
-    wide = torch.float64 if torch.float64 in (student.x.dtype, teacher.x.dtype) else torch.float32
+    wide = accumulation_dtype(student.x, teacher.x)
     loss = student.x.new_empty(n, dtype=wide)
     stats = student.x.new_empty((n, STATS), dtype=wide) if with_stats else None
     floors = student.x.new_empty(n, dtype=wide) if floor else None
@@ -97,7 +98,7 @@ def run(
     teacher_buffer = _buffer(teacher, inner, problem.vocab_size, part.kept, logits_dtype)
     in_place, dz, student_buffer = False, None, None
     if is_head and differentiate:
-        dz = student.x.new_empty((outer, width), dtype=gemm.gradient_dtype(student.x))
+        dz = student.x.new_empty((outer, width), dtype=gradient_dtype(student.x))
         in_place = dz.dtype == logit_dtype(student.x.dtype, logits_dtype)
     if not in_place:
         student_buffer = _buffer(student, inner, width, part.kept, logits_dtype)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from . import Head, __version__, divergences, kd_loss
+from .eager import EAGER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -444,48 +445,6 @@ def evaluate(model: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, text: Windows, 
 def _top1(side: Head) -> Tensor:
     rows = side.hidden.flatten(0, 1).split(ROWS)
     return torch.cat([F.linear(part, side.weight).argmax(-1) for part in rows]).view(side.hidden.shape[:-1])
-
-
-def eager_fkl(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """Return KL(teacher || student) of each row of logits, in plain torch."""
-    logq, logp = s.log_softmax(-1), t.log_softmax(-1)
-    return (logp.exp() * (logp - logq)).sum(-1)
-
-
-def eager_rkl(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """Return KL(student || teacher) of each row of logits, in plain torch."""
-    return eager_fkl(t, s, labels)
-
-
-def eager_ab(s: Tensor, t: Tensor, labels: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
-    """Return the alpha-beta divergence of each row of logits, in plain torch."""
-    logq, logp = s.log_softmax(-1), t.log_softmax(-1)
-    total = alpha + beta
-    product = (alpha * logp + beta * logq).exp()
-    powers = alpha / total * (total * logp).exp() + beta / total * (total * logq).exp()
-    return (powers - product).sum(-1) / (alpha * beta)
-
-
-def eager_drkl(s: Tensor, t: Tensor, labels: Tensor, gamma: float = 0.5) -> Tensor:
-    """Return the decoupled reverse KL of each row of logits, in plain torch."""
-    (binary_s, rest_s), (binary_t, rest_t) = _split(s, labels), _split(t, labels)
-    return eager_rkl(binary_s, binary_t, labels) + gamma * eager_rkl(rest_s, rest_t, labels)
-
-
-def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits of (label, any other), and all logits with the label's mass taken out."""
-    column = labels.unsqueeze(-1)
-    # -inf would do too, but p log(p/q) is NaN there.
-    rest = logits.scatter_add(-1, column, torch.full_like(column, -1000, dtype=logits.dtype))
-    return torch.cat([logits.gather(-1, column), rest.logsumexp(-1, keepdim=True)], -1), rest
-
-
-EAGER: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "fkl": eager_fkl,
-    "rkl": eager_rkl,
-    "ab": eager_ab,
-    "drkl": eager_drkl,
-}
 
 
 def compare_step(

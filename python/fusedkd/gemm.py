@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-_BLOCK = 8192  # vocabulary rows of a half-precision weight that are upcast at once on a CPU
+UPCAST_ROWS = 8192  # vocabulary rows of a half-precision weight that are upcast at once on a CPU
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -49,13 +49,7 @@ def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, a
         torch.mm(dz.t(), hidden, out_dtype=out.dtype, out=out)
 
 
-def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """What dz is stored in: the operands' dtype; float32 for half precision on a CPU, which has no mixed product."""
-    half = hidden.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and hidden.device.type == "cpu" else hidden.dtype
-
-
 def _upcast(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    for start in range(0, weight.shape[0], _BLOCK):
-        rows = slice(start, min(start + _BLOCK, weight.shape[0]))
+    for start in range(0, weight.shape[0], UPCAST_ROWS):
+        rows = slice(start, min(start + UPCAST_ROWS, weight.shape[0]))
         yield rows, weight[rows].float()

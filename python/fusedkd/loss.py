@@ -7,9 +7,9 @@ import torch
 from . import checks, ops
 from .backends import choose_backend
 from .divergence import Divergence, as_divergence
-from .gemm import gradient_dtype
+from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
-from .plan import Shape, choose, logit_dtype
+from .plan import Shape, choose
 
 Side = torch.Tensor | Head
 
@@ -45,7 +45,6 @@ class _Call(NamedTuple):
     shape: torch.Size
     weights: torch.Tensor | None  # (N,) token weights
     counted: torch.Tensor | None  # (N,) bool
-    student: Side
 
 
 def kd_loss(
@@ -118,13 +117,13 @@ def kd_loss(
         parameters), one more and one write backward. Heads: four matrix products and `memory_budget` bytes at most;
         reduction="none" repeats the forward products in its backward.
     """
-    options = _options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
+    _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     call = _prepare(
         student, teacher, labels, divergence, temperature, temperature_squared, token_weights, ce_weight,
         ignore_index, vocab_size, support, backend,
     )  # fmt: skip
-    if isinstance(call.student, Head) or isinstance(teacher, Head):
-        loss, stats = _from_heads(call, teacher, options, reduction, memory_budget, logits_dtype)
+    if isinstance(student, Head) or isinstance(teacher, Head):
+        loss, stats = _from_heads(call, reduction, memory_budget, drop_ignored, logits_dtype, return_stats)
     else:
         _no_head_options(schedule, memory_budget, logits_dtype)
         rows, stats, _, _ = ops.rows(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
@@ -168,7 +167,7 @@ def kd_value_and_grad(
         if isinstance(value, Head):
             raise TypeError(f"{name} must be logits, got a Head: use kd_loss and backward for hidden states")
         checks.side(name, value)
-    _options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
+    _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     _no_head_options(schedule, memory_budget, logits_dtype)
     call = _prepare(
         student_logits.detach(), teacher_logits, labels, divergence, temperature, temperature_squared, token_weights,
@@ -186,7 +185,7 @@ def kd_value_and_grad(
     return (loss, grad, _stats(stats, call.shape)) if return_stats else (loss, grad)
 
 
-def _options(
+def _check_options(
     reduction: Any,
     num_items: Any,
     schedule: Any,
@@ -194,8 +193,8 @@ def _options(
     drop_ignored: Any,
     logits_dtype: Any,
     return_stats: Any,
-) -> tuple[bool, bool | str]:
-    """Checks what does not depend on the tensors; returns (return_stats, drop_ignored)."""
+) -> None:
+    """Checks what does not depend on the tensors."""
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     if num_items is not None:
         if reduction != "mean":
@@ -217,7 +216,6 @@ def _options(
     checks.one_of("drop_ignored", drop_ignored, ("auto", True, False))
     checks.one_of("logits_dtype", logits_dtype, (None, torch.float32, torch.bfloat16))
     checks.flag("return_stats", return_stats)
-    return return_stats, drop_ignored
 
 
 def _no_head_options(schedule: str, memory_budget: int | None, logits_dtype: torch.dtype | None) -> None:
@@ -263,15 +261,19 @@ def _prepare(
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
     student, teacher = _autocast(student), _autocast(_detached(teacher))
-    for side in (student, teacher):
-        _check_dtype(side, resolved)
+    operands = [*_flat(student), *_flat(teacher)]
+    x, teacher_x = operands[0], operands[3]
+    assert x is not None and teacher_x is not None
+    wide = accumulation_dtype(x, teacher_x)
+    if wide == torch.float64 and resolved == "triton":
+        raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
 
     counted = y = None
     if labels is not None:
         flat = labels.reshape(-1)
         counted = (flat != ignore_index) & (flat >= 0) & (flat < columns)
         y = torch.where(counted, flat, -1)
-    weights = None if token_weights is None else _rows_of(token_weights, shape).to(_wide(student, teacher))
+    weights = None if token_weights is None else _rows_of(token_weights, shape).to(wide)
     values = (*chosen.parameters, chosen.target, chosen.nontarget)
     per_row: list[torch.Tensor | None] = []
     for key, value in zip(chosen.parameter_names, values, strict=True):
@@ -283,21 +285,18 @@ def _prepare(
     numbers += [*_transform(student), *_transform(teacher)]
     numbers += [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
     names = f"{chosen.definition.name} {'decoupled' if chosen.decoupled else 'joint'} {resolved} {support}"
-    return _Call(
-        [*_flat(student), *_flat(teacher), y, None, *per_row], names, numbers, shape, weights, counted, student
-    )
+    return _Call([*operands, y, None, *per_row], names, numbers, shape, weights, counted)
 
 
 def _from_heads(
     call: _Call,
-    teacher: Side,
-    options: tuple[bool, bool | str],
     reduction: str,
     memory_budget: int | None,
+    drop_ignored: bool | str,
     logits_dtype: torch.dtype | None,
+    return_stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ weight·loss, or weight·loss per row for reduction="none", and the statistics."""
-    return_stats, drop_ignored = options
     x, weight, bias = call.operands[:3]
     assert x is not None
     _check_logits_dtype(call, logits_dtype)
@@ -325,7 +324,6 @@ def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dt
     assert x is not None and teacher_x is not None
     columns = int(call.numbers[0])
     operand = x if weight is not None else teacher_x
-    wide = 8 if torch.float64 in (x.dtype, teacher_x.dtype) else 4
     return Shape(
         rows=call.shape.numel(),
         student_width=0 if weight is None else (weight.shape[0] if call.numbers[3] else columns),
@@ -336,7 +334,7 @@ def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dt
         logit_bytes=logit_dtype(operand.dtype, logits_dtype).itemsize,
         dz_bytes=gradient_dtype(x).itemsize,
         hidden_bytes=operand.element_size(),
-        accumulator_bytes=wide,
+        accumulator_bytes=accumulation_dtype(x, teacher_x).itemsize,
         on_cpu=x.device.type == "cpu",
         gather=gather,
         student_logit_bytes=x.element_size() if weight is None else teacher_x.element_size(),
@@ -356,12 +354,6 @@ def _check_logits_dtype(call: _Call, logits_dtype: torch.dtype | None) -> None:
             raise ValueError(f"logits_dtype=torch.bfloat16 needs a bfloat16 {name} Head, got {x.dtype}")
         if weight is not None and x.dtype == torch.float64:
             raise ValueError(f"logits_dtype must be None for a float64 {name} Head")
-
-
-def _check_dtype(side: Side, backend: str) -> None:
-    x = side.hidden if isinstance(side, Head) else side
-    if x.dtype == torch.float64 and backend == "triton":
-        raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
 
 
 def _autocast(side: Side) -> Side:
@@ -397,11 +389,6 @@ def _flat(side: Side) -> list[torch.Tensor | None]:
 
 def _transform(side: Side) -> tuple[float, float]:
     return (float(side.scale), float(side.softcap or 0.0)) if isinstance(side, Head) else (1.0, 0.0)
-
-
-def _wide(student: Side, teacher: Side) -> torch.dtype:
-    dtypes = {(side.hidden if isinstance(side, Head) else side).dtype for side in (student, teacher)}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:

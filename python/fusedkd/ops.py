@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import chunked
 from .backends import row_functions
+from .dtypes import accumulation_dtype
 from .kernels.divergences import REGISTRY
 from .kernels.rows import SAVED, STATS, Problem, Side
 from .plan import Chunks
@@ -78,8 +79,7 @@ def _given(tensor: Optional[Tensor]) -> Tensor:
 
 
 def _wide(operands: Operands) -> torch.dtype:
-    double = torch.float64 in (_given(operands[0]).dtype, _given(operands[3]).dtype)
-    return torch.float64 if double else torch.float32
+    return accumulation_dtype(_given(operands[0]), _given(operands[3]))
 
 
 def _row_count(operands: Operands) -> Any:
@@ -134,7 +134,7 @@ def rows(
     saved = loss.new_empty((loss.shape[0], SAVED))
     floors = _floors(operands, names, problem)
     row_functions(names.split()[2]).value(
-        problem, Side(_given(operands[0])), _teacher(operands, floors), operands[6], loss, saved,
+        problem, Side(x), _teacher(operands, floors), operands[6], loss, saved,
         stats if flags[0] else None,
     )  # fmt: skip
     return loss, stats, saved, floors
@@ -164,7 +164,7 @@ def rows_gradient(
     operands = [x, None, None, *others]
     grad = _like_contiguous(x)
     row_functions(names.split()[2]).gradient(
-        _problem(operands, names, numbers), Side(_given(operands[0])), _teacher(operands, floors), operands[6], saved,
+        _problem(operands, names, numbers), Side(x), _teacher(operands, floors), operands[6], saved,
         upstream, grad.view(-1, grad.shape[2]),
     )  # fmt: skip
     return grad
@@ -219,7 +219,7 @@ def rows_both(
     loss, stats = _outputs(operands, flags[0])
     grad = _like_contiguous(x)
     row_functions(names.split()[2]).value_and_gradient(
-        problem, Side(_given(operands[0])), _teacher(operands, _floors(operands, names, problem)), operands[6],
+        problem, Side(x), _teacher(operands, _floors(operands, names, problem)), operands[6],
         operands[7], grad.view(-1, grad.shape[2]), loss, stats if flags[0] else None,
     )  # fmt: skip
     return loss, stats, grad

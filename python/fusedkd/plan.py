@@ -8,9 +8,8 @@ weight gradient. Ceilings of particular GPUs are not consulted.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from .cpu import BLOCK
+from .gemm import UPCAST_ROWS
 
 _BLOCK_COPIES = 16  # block-sized tensors alive at once in cpu.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
@@ -76,11 +75,10 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
-        if (
-            shape.hidden_bytes < shape.accumulator_bytes
-        ):  # blocks of upcast weight, and of logits before they are placed
+        if shape.hidden_bytes < shape.accumulator_bytes:
+            # Blocks of upcast weight, of logits before they are placed, and upcast hidden states.
             dim = max(shape.student_dim, shape.teacher_dim)
-            total += 2 * 8192 * dim * 4 + inner * (8192 + dim) * 4 + outer * dim * 4
+            total += 4 * (2 * UPCAST_ROWS * dim + inner * (UPCAST_ROWS + dim) + outer * dim)
     return total
 
 
@@ -122,10 +120,3 @@ def _default(shape: Shape) -> tuple[int, int]:
         return rows, inner
     outer = max(inner, outer // inner * inner)
     return min(rows, outer), inner
-
-
-def logit_dtype(operand: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """What head GEMMs write for operands of a dtype."""
-    if operand == torch.float64:
-        return torch.float64
-    return torch.float32 if asked is None else asked
