@@ -20,7 +20,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[test,demo,bench]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,demo,bench,plots]"
 	touch $@
 
 demo: install

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import rows
+from . import logprobs, rows
 from .divergence import TWO_SWEEPS, Definition, Online
-from .divergences import ALL
+from .divergences import definitions
 from .language import triton
 from .tiles import TABLE, Tile
 
@@ -32,61 +32,76 @@ _ALIGNED = [["tt.divisibility", 16]]
 
 
 class Variant(NamedTuple):
-    """One kernel to compile: a divergence in one structure, with one of its sweeps."""
+    """One kernel to compile: a divergence in one structure, with one of its sweeps; or log-probabilities."""
 
     name: str
-    kernel: str  # value, gradient, value_and_gradient
-    definition: Definition
-    decoupled: bool
-    online: Online
+    kernel: Any  # a Triton function
     tile: Tile
+    definition: Definition | None = None
+    decoupled: bool = False
+    online: Online = TWO_SWEEPS
+    argmax: bool = False
+    mixed: bool = False
 
 
-def variants(width: int) -> Iterator[Variant]:
-    """Every kernel × divergence × sweep that a logit of `width` bytes can launch."""
-    definitions = [member for member in ALL if isinstance(member, Definition)]
-    for definition in definitions:
+_ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
+
+
+def variants(width: int) -> Iterator[tuple[str, Variant]]:
+    """Every kernel × divergence × sweep that a logit of `width` bytes can launch, with the kernel's name."""
+    for name, definition in definitions().items():
         for decoupled in (False, True):
+            if decoupled and not definition.separable:
+                continue
             for online in definition.sweeps:
-                name = f"{'decoupled_' if decoupled else ''}{definition.name}{'_two' if online is TWO_SWEEPS else ''}"
-                for kernel in ("value", "gradient", "value_and_gradient"):
-                    yield Variant(name, kernel, definition, decoupled, online, TABLE[online.tile, width])
+                title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
+                tile = TABLE[online.tile, width]
+                for key, kernel in _ROW_KERNELS.items():
+                    yield key, Variant(title, kernel, tile, definition, decoupled, online)
+    for title, name, decoupled, option in (
+        ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
+        ("mixed_fkl", "fkl", False, {"mixed": True}),
+    ):
+        definition = definitions()[name]
+        tile = TABLE[rows.tile_class(definition.online, "argmax" in option), width]
+        for key, kernel in _ROW_KERNELS.items():
+            yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
+    for key, kernel in (("value", logprobs._value), ("gradient", logprobs._gradient)):
+        yield key, Variant("token_logprobs", kernel, TABLE["light", width])
 
 
 def source(variant: Variant, dtype: str) -> Any:
     """The ASTSource of a variant: contiguous rows and labels; no statistics, bias, scale, softcap, floor or CE."""
     element = "*" + DTYPES[dtype][0]
     side = (element, "i32", "i32", "i64", "i64", "constexpr", "constexpr", "constexpr", "constexpr", "constexpr")
-    constants = {5: 1, 6: None, 7: None, 8: None, 9: None}
-    theta = ("fp32",) * len(variant.definition.parameters)
-    kernel = getattr(rows, f"_{variant.kernel}")
+    definition, online = variant.definition, variant.online
+    gather = None if definition is None else definition.gather
+    given = 0 if definition is None else len(definition.parameters)
     types: dict[str, Any] = {
-        "student": side,
-        "teacher": side,
-        "label_ptr": "*i64",
-        "loss_ptr": "*fp32",
-        "saved_ptr": "*fp32",
+        **dict.fromkeys(("student", "teacher", "side"), side),
+        **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
+        **dict.fromkeys(("loss_ptr", "saved_ptr", "upstream_ptr"), "*fp32"),
         "stats_ptr": "constexpr",
-        "upstream_ptr": "*fp32",
         "grad": (element, "i64", "constexpr", "i32"),
         "V": "i32",
-        "scales": ("fp32", "fp32"),
-        "ce": "constexpr",
-        "theta": theta,
-        "weights": ("fp32", "fp32"),
+        "inv_tau": "fp32",
+        "scales": ("fp32", "fp32", "constexpr"),
+        "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32" if variant.mixed else "constexpr",)),
     }
     fixed: dict[str, Any] = {
-        "ce": None,
         "stats_ptr": None,
-        "TERM": variant.definition.term,
-        "INIT": variant.online.init,
-        "ADVANCE": variant.online.advance,
-        "RATIO": variant.online.ratio,
-        "SUMS": variant.online.sums,
+        "TERM": None if definition is None else definition.term,
+        "INIT": online.init,
+        "ADVANCE": online.advance,
+        "RATIO": online.ratio,
+        "SUMS": online.sums,
+        "GATHER": None if gather is None else gather.kernel,
+        "EXTRAS": 0 if gather is None else gather.count,
         "DECOUPLED": variant.decoupled,
+        "ARGMAX": variant.argmax,
         "BLOCK": variant.tile.block,
     }
-    names = kernel.arg_names
+    names = variant.kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constexprs: dict[tuple[int, ...], Any] = {
         (names.index(name),): value for name, value in fixed.items() if name in names
@@ -94,19 +109,23 @@ def source(variant: Variant, dtype: str) -> Any:
     aligned: dict[tuple[int, ...], Any] = {}
     for name in names:
         at = names.index(name)
-        if name in ("student", "teacher"):
-            constexprs |= {(at, i): value for i, value in constants.items()}
+        if types.get(name) is side:
+            constexprs |= {(at, i): value for i, value in {5: 1, 6: None, 7: None, 8: None, 9: None}.items()}
             aligned |= {(at, i): _ALIGNED for i in (0, 1, 3, 4)}
         elif name == "grad":
             constexprs[at, 2] = 1
             aligned |= {(at, i): _ALIGNED for i in (0, 1, 3)}
+        elif name == "scales":
+            constexprs[at, 2] = None
+        elif name == "numbers" and not variant.mixed:
+            constexprs[at, 2, 0] = None
         elif name == "V" or str(types.get(name)).startswith("*"):
             aligned[at,] = _ALIGNED
     compiler = importlib.import_module("triton.compiler")
-    return compiler.ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    return compiler.ASTSource(variant.kernel, signature=signature, constexprs=constexprs, attrs=aligned)
 
 
-def compile_variant(variant: Variant, dtype: str, architecture: str) -> dict[str, Any]:
+def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes."""
     target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
     built = triton.compile(
@@ -116,7 +135,7 @@ def compile_variant(variant: Variant, dtype: str, architecture: str) -> dict[str
     )
     report: dict[str, Any] = {
         "name": variant.name,
-        "kernel": variant.kernel,
+        "kernel": kernel,
         "dtype": dtype,
         "architecture": architecture,
         "block": variant.tile.block,
@@ -146,9 +165,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main(architecture: str, dtype: str, *names: str) -> None:
     """Compile all variants (or those named) and print a JSON line each."""
-    for variant in variants(DTYPES[dtype][1]):
+    for kernel, variant in variants(DTYPES[dtype][1]):
         if not names or variant.name in names:
-            print(json.dumps(compile_variant(variant, dtype, architecture)), flush=True)
+            print(json.dumps(compile_variant(kernel, variant, dtype, architecture)), flush=True)
 
 
 if __name__ == "__main__":

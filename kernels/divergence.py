@@ -24,6 +24,19 @@ class Online(NamedTuple):
 TWO_SWEEPS = Online(tile="two")
 
 
+class Gather(NamedTuple):
+    """How the last `count` parameters of a definition are found on each row, on both backends.
+
+    kernel(student, teacher, view, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
+        sweeps (columns.py); sums is (F, Φ) without the label's column if these sweeps found them too, else ().
+    torch(whole, theta) -> extras: the same from whole rows (cpu.py, `Whole`).
+    """
+
+    kernel: Any
+    torch: Callable[..., tuple[Any, ...]]
+    count: int
+
+
 def _anything(**parameters: float) -> None:
     """Every parameter value is allowed."""
 
@@ -36,6 +49,8 @@ def _always(**parameters: float) -> bool:
 class Definition:
     """One divergence D(p, q) = Σ f, p teacher, q student, in nats.
 
+    Registered under its name it also takes `target` and `nontarget`, the weights of the two terms of its decomposition.
+
     term(q, p, logq, logp, delta, theta) -> (f, phi): the non-negative summand f and phi = ∂f/∂log q at fixed p, with
         delta = log p − log q known far better than the two logs apart. A `formula`. An absent column has q = p = 0 and
         logs of about −1e30, a column with p > 0 = q has delta of about 1e30; nothing is infinite.
@@ -44,6 +59,9 @@ class Definition:
     parameters: names, in the order of theta, and defaults.
     check(**parameters): raises ValueError, with the domain in the text, for floats outside it.
     reads_logs: whether `term` uses logq and logp; the CPU path makes them only then (else they are None).
+    gather: for parameters that the row itself decides (amid.py, akl.py): sweeps that append them to theta.
+    separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
+    splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
     online: the one-sweep form where there is one; `one_sweep(**parameters)` says for which floats it is accurate.
     """
 
@@ -55,6 +73,9 @@ class Definition:
     online: Online = TWO_SWEEPS
     reads_logs: bool = True
     one_sweep: Callable[..., bool] = _always
+    gather: "Gather | None" = None
+    separable: bool = True
+    splits: bool = True
 
     @property
     def sweeps(self) -> tuple[Online, ...]:
@@ -71,16 +92,39 @@ class Definition:
         return TWO_SWEEPS
 
 
-@dataclass(frozen=True)
-class Decoupled:
-    """A name for the decoupled form (split.py) of another definition, with its weights under their own names.
+class Form(NamedTuple):
+    """What the kernels run: a definition with its parameters, in one of the two structures of split.py.
 
-    `target` and `nontarget` are a fixed number or the name of a parameter; `base=None` leaves the base to the caller.
+    theta, target, nontarget and mix are floats, or tensors with one value per token. mix: weight of the teacher in a
+    teacher that is mixed with the student on load (taid.py), None for the teacher itself.
+    """
+
+    definition: Definition
+    theta: tuple[Any, ...] = ()
+    decoupled: bool = False
+    target: Any = 1.0
+    nontarget: Any = 1.0
+    mix: Any = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is D(p, q) itself: no structure, no weights, no mixing."""
+        one = all(isinstance(weight, float) and weight == 1.0 for weight in (self.target, self.nontarget))
+        return not self.decoupled and self.mix is None and one
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A name for a use of other definitions: no kernel of its own, `form(**parameters)` says what runs.
+
+    parameters: names and defaults. A parameter called `base` is a name or a Divergence outside, a Form here, and the
+    base's own parameters may be given beside it; `form` raises ValueError for a base it cannot use. check: as for a
+    Definition, without `base`.
+    definitions: those that nothing else registers.
     """
 
     name: str
-    base: Definition | None
-    target: float | str
-    nontarget: float | str
-    parameters: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    form: Callable[..., Form]
+    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[..., None] = _anything
+    definitions: tuple[Definition, ...] = ()

@@ -52,12 +52,50 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "decoupled": [
         {"base": "fkl", "target": 1.0, "nontarget": 8.0},
         {"base": "ab", "alpha": 0.3, "beta": 0.9, "target": 0.7, "nontarget": 0.4},
+        {"base": "jsd", "nontarget": 2.0},
+        {"base": "skl", "target": 0.5},
+        {"base": "srkl", "detach_mixture": True},
+        {"base": "tvd", "nontarget": 0.5},
     ],
+    "alpha": [{"alpha": 0.0}, {"alpha": 1.0}, {"alpha": 0.8, "nontarget": 2.0}],
+    "frkl": [{"w": 0.0}, {"w": 1.0}, {"w": 0.2, "target": 2.0}],
+    "jsd": [{"beta": 0.0}, {"beta": 1.0}, {"beta": 0.1}, {"beta": 0.9, "target": 0.5, "nontarget": 2.0}],
+    "skl": [{"lam": 0.0}, {"lam": 0.9}, {"lam": 0.3, "target": 2.0, "nontarget": 0.5}],
+    "srkl": [{"lam": 0.0}, {"lam": 0.9, "detach_mixture": True}, {"lam": 0.3, "nontarget": 3.0}],
+    "tvd": [{"target": 2.0, "nontarget": 0.5}],
+    "hellinger": [{"target": 0.5, "nontarget": 1.5}],
+    "dkd": [{"alpha": 0.5, "beta": 2.0}],
+    "taid": [{"t": 0.7, "base": "rkl"}, {"t": 0.2, "base": "drkl", "gamma": 0.3}, {"t": 1.0, "base": "ab"}],
+    "amid": [
+        {"alpha": -1.0, "order": "qr", "base": "ab"},
+        {"alpha": 1.0, "lam": 0.3, "order": "rp", "base": "ab"},
+        {"alpha": 3.0, "order": "qr"},
+        {"alpha": -3.0, "lam": 0.8, "order": "rq", "base": "rkl"},
+        {"order": "rq", "lam": 1.0},
+        {"order": "rp", "lam": 0.0},
+        {"order": "rq", "base": "alpha"},
+    ],
+    "akl": [{"mu": 0.0}, {"mu": 0.9}, {"mu": 1.0}],
 }
+ARGMAX = {"target_token": "teacher_argmax"}
 REGISTERED = tuple(fusedkd.divergences())
 DEFAULTS = [(name, {}) for name in REGISTERED]
 ALL = [*DEFAULTS, *((name, params) for name, settings in SETTINGS.items() for params in settings)]
-DISTINCT = [("fkl", {}), ("rkl", {}), ("drkl", {}), ("ab", {}), ("ab", {"alpha": 0.2, "beta": 0.7, "target": 0.5})]
+# One of each way through the kernels: one sweep and two, both structures, mixed teacher, gathered parameters, argmax.
+DISTINCT = [
+    ("fkl", {}),
+    ("rkl", {}),
+    ("drkl", {}),
+    ("ab", {}),
+    ("ab", {"alpha": 0.2, "beta": 0.7, "target": 0.5}),
+    ("jsd", {}),
+    ("srkl", {"target": 0.5}),
+    ("decoupled", {"base": "skl"}),
+    ("taid", {"base": "rkl"}),
+    ("amid", {"base": "ab", "order": "qr"}),
+    ("akl", {}),
+    ("drkl", ARGMAX),
+]
 
 
 def named(case: Any) -> str | None:

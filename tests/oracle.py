@@ -62,6 +62,84 @@ def ab(logp: Tensor, logq: Tensor, alpha: float, beta: float) -> Tensor:
     return -torch.where(small, near, far).sum() / (alpha * beta)
 
 
+def mixture(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
+    """log(weight·p + (1 − weight)·q)."""
+    share = torch.tensor([weight, 1 - weight], dtype=torch.float64).log()
+    return torch.logaddexp(share[0] + logp, share[1] + logq)
+
+
+def to_mixture(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
+    """KL(p‖weight·p + (1 − weight)·q), with log(m/p) from the ratio q/p where it is small: near 1 its logarithm is."""
+    gap = logq - logp
+    close = gap.abs() < 1
+    near = ((1 - weight) * torch.where(close, gap, 0.0).expm1()).log1p()
+    if weight == 1:
+        near = 0 * near
+    apart = mixture(logp, torch.where(close, logp, logq), weight) - logp
+    return -(logp.exp() * torch.where(close, near, apart)).sum()
+
+
+def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """β KL(p‖M) + (1−β) KL(q‖M); the ends as GKD has them."""
+    if beta in (0, 1):
+        return rkl(logp, logq) if beta else fkl(logp, logq)
+    return beta * to_mixture(logp, logq, beta) + (1 - beta) * to_mixture(logq, logp, 1 - beta)
+
+
+def skl(logp: Tensor, logq: Tensor, lam: float) -> Tensor:
+    """KL(p‖λp + (1−λ)q)."""
+    return to_mixture(logp, logq, lam)
+
+
+def srkl(logp: Tensor, logq: Tensor, lam: float, detach_mixture: float = False) -> Tensor:
+    """KL(q‖λq + (1−λ)p)."""
+    if detach_mixture:
+        return (logq.exp() * (logq - mixture(logq.detach(), logp, lam))).sum()
+    return to_mixture(logq, logp, lam)
+
+
+def tvd(logp: Tensor, logq: Tensor) -> Tensor:
+    """½ Σ |p − q|."""
+    return (logp.exp() - logq.exp()).abs().sum() / 2
+
+
+def hellinger(logp: Tensor, logq: Tensor) -> Tensor:
+    """1 − Σ √(pq), as the sum that does not cancel."""
+    return ((logp / 2).exp() - (logq / 2).exp()).square().sum() / 2
+
+
+def frkl(logp: Tensor, logq: Tensor, w: float) -> Tensor:
+    """(1−w) KL(p‖q) + w KL(q‖p)."""
+    return (0.0 if w == 1 else (1 - w) * fkl(logp, logq)) + w * rkl(logp, logq)
+
+
+def head_and_tail(logp: Tensor, logq: Tensor, mu: float) -> tuple[float]:
+    """AKL's weight of the reverse KL by the author's sort; equal logits stay together."""
+    p, q = logp.detach().exp(), logq.detach().exp()
+    values, which = p.unique(return_inverse=True)
+    mass = torch.zeros_like(values).index_add(0, which, p)
+    reached = mass.flip(0).cumsum(0).flip(0)  # F at each distinct probability
+    inside = (reached <= mu)[which] if mu < 1 else torch.ones_like(p, dtype=torch.bool)
+    inside[p.argmax()] = True
+    gap = torch.maximum(p, q) * (logq.detach() - logp.detach()).abs().neg().expm1().neg()
+    return (float(gap[~inside].sum() / gap.sum()) if gap.any() else 0.5,)
+
+
+def amid(logp: Tensor, logq: Tensor, alpha: float, lam: float, base: str, order: str) -> Tensor:
+    """A divergence between the α-mixture and one of its parts, by its name (x‖y)."""
+    if lam in (0, 1):
+        logr = logp + 0 * logq if lam else logq
+    elif alpha >= 1:
+        logr = lam * logp + (1 - lam) * logq
+    else:
+        c = (1 - alpha) / 2
+        logr = mixture(c * logp, c * logq, lam) / c
+    by_name = {"p": logp, "q": logq, "r": logr.log_softmax(0)}
+    one, other = (by_name[letter] for letter in order)
+    kinds = {"fkl": fkl, "rkl": rkl, "ab": lambda x, y: ab(x, y, 0.2, 0.7), "alpha": lambda x, y: ab(x, y, 0.5, 0.5)}
+    return kinds[base](one, other)
+
+
 @dataclasses.dataclass(frozen=True)
 class Meaning:
     """What a divergence stands for: a naive value and the two weights of its target split."""
@@ -71,10 +149,30 @@ class Meaning:
     decoupled: bool = False
     target: float | Tensor = 1.0
     nontarget: float | Tensor = 1.0
+    mix: float | Tensor = 1.0  # of the teacher, the rest is the student's own logits
+    by_row: Callable[..., tuple[float, ...]] | None = None  # parameters that a whole row decides
+    splits: bool = True
+    argmax: bool = False  # the target is the teacher's likeliest token
 
 
-def meaning(name: str, **params: Any) -> Meaning:
+NAIVE: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "fkl": (fkl, {}),
+    "rkl": (rkl, {}),
+    "ab": (ab, {"alpha": 0.2, "beta": 0.7}),
+    "jsd": (jsd, {"beta": 0.5}),
+    "skl": (skl, {"lam": 0.1}),
+    "srkl": (srkl, {"lam": 0.1, "detach_mixture": False}),
+    "tvd": (tvd, {}),
+    "hellinger": (hellinger, {}),
+    "frkl": (frkl, {"w": 0.5}),
+    "alpha": (lambda logp, logq, alpha: ab(logp, logq, alpha, 1 - alpha), {"alpha": 0.5}),
+}
+
+
+def meaning(name: str, *, target_token: str = "label", **params: Any) -> Meaning:
     """The `Meaning` of `fusedkd.divergence(name, **params)`, read from the formulas where they are written here."""
+    if target_token != "label":
+        return dataclasses.replace(meaning(name, **params), argmax=True)
     if name == "drkl":
         return dataclasses.replace(meaning("rkl"), decoupled=True, nontarget=params.get("gamma", 0.5))
     if name == "dkd":
@@ -83,15 +181,23 @@ def meaning(name: str, **params: Any) -> Meaning:
     if name == "decoupled":
         base = {key: value for key, value in params.items() if key != "base"}
         return dataclasses.replace(meaning(params.get("base", "rkl"), **base), decoupled=True)
-    naive = {"fkl": (fkl, {}), "rkl": (rkl, {}), "ab": (ab, {"alpha": 0.2, "beta": 0.7})}
-    if name in naive:
-        value, defaults = naive[name]
+    if name == "taid":
+        base = {key: value for key, value in params.items() if key not in ("base", "t")}
+        return dataclasses.replace(meaning(params.get("base", "fkl"), **base), mix=params.get("t", 0.4))
+    if name == "amid":
+        words = (params.get("base", "fkl"), params.get("order", "pr"))
+        numbers = (params.get("alpha", 0.5), params.get("lam", 0.5))
+        return Meaning(lambda logp, logq, alpha, lam: amid(logp, logq, alpha, lam, *words), numbers, splits=False)
+    if name == "akl":
+        return Meaning(frkl, (params.get("mu", 0.5),), by_row=head_and_tail)
+    if name in NAIVE:
+        value, defaults = NAIVE[name]
         weights = {key: params[key] for key in ("target", "nontarget") if key in params}
         unknown = params.keys() - defaults.keys() - weights.keys()
         assert not unknown, f"the oracle knows no parameter {unknown} of {name}"
         return Meaning(value, tuple(params.get(key, default) for key, default in defaults.items()), **weights)
-    made = fusedkd.divergence(name, **params)
-    return Meaning(made.definition.reference, tuple(made.parameters), made.decoupled, made.target, made.nontarget)
+    form = fusedkd.divergence(name, **params).form
+    return Meaning(form.definition.reference, tuple(form.theta), form.decoupled, form.target, form.nontarget)
 
 
 def log_softmax(x: Tensor) -> Tensor:
@@ -107,8 +213,10 @@ def log_softmax(x: Tensor) -> Tensor:
 
 def terms(z: Tensor, u: Tensor, y: int | None, m: Meaning, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """(L_T, L_N) of one row of scaled logits; everything is L_N when no column is held out."""
+    if m.by_row is not None:
+        params = m.by_row(log_softmax(u), log_softmax(z), *params)
     whole = m.value(log_softmax(u), log_softmax(z), *params)
-    if y is None:
+    if y is None or not m.splits:
         return whole * 0, whole
     if z.numel() == 1:
         return whole * 0, whole * 0
@@ -175,22 +283,28 @@ def distill(
         u = t[:columns] / temperature
         dead = s[:columns] == -torch.inf
         keep = u > -torch.inf if support == "teacher" else (u > -torch.inf) | ~dead
+        if m.argmax:
+            y = int(u.argmax())
         held = int(keep[:y].sum()) if y is not None and y < columns and keep[y] else None
         params = tuple(at(value, i) for value in m.parameters)
         losses, inner = [], {}
         for depth in DEPTHS if dead.any() else DEPTHS[:1]:
             z = leaf[:columns] / temperature
             z = torch.where(dead, z.detach().max() - depth, z)[keep]
-            inner = _inner(z, u[keep], held, m, params, support, at(m.target, i), at(m.nontarget, i))
+            weights = (at(m.target, i), at(m.nontarget, i), at(m.mix, i))
+            inner = _inner(z, u[keep], held, m, params, support, *weights)
             losses.append({key: float(value.detach()) for key, value in inner.items()})
         grew = {key: abs(losses[-1][key] - losses[0][key]) > 1e-9 * (1 + abs(losses[0][key])) for key in losses[0]}
-        row = {key: torch.inf if grew[key] else losses[-1][key] for key in losses[0]}
-        if labels is None:
+        infinite = {key: torch.inf if losses[-1][key] > losses[0][key] else -torch.inf for key in losses[0]}
+        row = {key: infinite[key] if grew[key] else losses[-1][key] for key in losses[0]}
+        if labels is None and not m.argmax:
             row |= dict.fromkeys(TARGET_FIELDS, torch.nan)
+        if not m.splits:
+            row |= dict.fromkeys(TARGET_FIELDS[:4], torch.nan)
         factor = temperature**2 if temperature_squared else 1.0
         graph, value = factor * inner["loss"], factor * row["loss"]
         if ce_weight:
-            cross_entropy = leaf.logsumexp(0) - leaf[y]
+            cross_entropy = leaf.logsumexp(0) - leaf[y_rows[i]]
             graph, value = graph + ce_weight * cross_entropy, value + ce_weight * float(cross_entropy.detach())
         graphs.append(graph)
         values.append(value)
@@ -208,6 +322,7 @@ def _inner(
     support: str,
     w_target: float,
     w_nontarget: float,
+    mix: float,
 ) -> dict[str, Tensor]:
     """Loss and statistics of the compared columns of one row."""
     if z.numel() == 0:
@@ -217,6 +332,8 @@ def _inner(
         return {key: zero for key in FIELDS} | outside | lse
     logq, logp = log_softmax(z), log_softmax(u)
     floored = logp.clamp(min=FLOOR) if support == "floor" else u
+    if mix != 1:
+        floored = mix * floored + (1 - mix) * z.detach()
     target, nontarget = terms(z, floored, held, m, params)
     grads = {"target_grad": 0 * z[0], "nontarget_grad": 0 * z[0]}
     if held is not None:

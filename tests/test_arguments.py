@@ -152,6 +152,25 @@ DIVERGENCES: dict[str, tuple[tuple[str, dict[str, Any]], Any, tuple[str, ...]]] 
     "parameter text": (("ab", {"alpha": "0.2"}), TypeError, ("alpha", "str")),
     "parameter NaN": (("ab", {"alpha": float("nan")}), ValueError, ("alpha", "nan")),
     "parameter with grad": (("drkl", {"gamma": torch.tensor(0.5, requires_grad=True)}), ValueError, ("gamma", "grad")),
+    "beta of jsd": (("jsd", {"beta": 1.5}), ValueError, ("beta", "[0, 1]", "1.5")),
+    "lam of skl": (("skl", {"lam": -0.1}), ValueError, ("lam", "[0, 1]", "-0.1")),
+    "lam of srkl": (("srkl", {"lam": 2.0}), ValueError, ("lam", "[0, 1]", "2.0")),
+    "detach_mixture a number": (("srkl", {"detach_mixture": 1}), TypeError, ("detach_mixture", "True", "False")),
+    "w of frkl": (("frkl", {"w": 7}), ValueError, ("w", "[0, 1]", "7")),
+    "alpha too large": (("alpha", {"alpha": 99}), ValueError, ("alpha", "99", "16")),
+    "weights of dkd": (("dkd", {"beta": -1.0}), ValueError, ("beta", ">= 0", "-1")),
+    "t of taid": (("taid", {"t": 1.1}), ValueError, ("t", "[0, 1]", "1.1")),
+    "taid of taid": (("taid", {"base": fusedkd.divergence("taid")}), ValueError, ("base", "taid", "fkl")),
+    "taid of amid": (("taid", {"base": "amid"}), ValueError, ("base", "taid", "amid")),
+    "order of amid": (("amid", {"order": "pp"}), ValueError, ("order", "pr", "'pp'")),
+    "order a number": (("amid", {"order": 1}), TypeError, ("order", "str", "int")),
+    "base of amid": (("amid", {"base": "jsd"}), ValueError, ("base", "amid", "fkl", "ab", "jsd")),
+    "alpha of amid": (("amid", {"alpha": -99}), ValueError, ("alpha", "-16", "-99")),
+    "lam of amid": (("amid", {"lam": 1.01}), ValueError, ("lam", "[0, 1]", "1.01")),
+    "mu of akl": (("akl", {"mu": -0.5}), ValueError, ("mu", "[0, 1]", "-0.5")),
+    "weights of akl": (("akl", {"target": 2.0}), ValueError, ("akl", "target", "mu")),
+    "decoupled akl": (("decoupled", {"base": "akl"}), ValueError, ("base", "akl", "sum over tokens")),
+    "target_token": (("drkl", {"target_token": "argmax"}), ValueError, ("target_token", "teacher_argmax", "'argmax'")),
     "gamma negative": (("drkl", {"gamma": -0.5}), ValueError, ("gamma", "-0.5", "> 0")),
 }
 
@@ -169,7 +188,7 @@ def test_parameter_of_the_wrong_shape() -> None:
     refused(("alpha", "(4,)", "(3,)"), ValueError, lambda: call(divergence=made))
 
 
-@each("name", [name for name in fusedkd.divergences() if not fusedkd.divergence(name).decoupled])
+@each("name", [name for name, given in fusedkd.divergences().items() if "target" in given and name != "decoupled"])
 def test_weights_without_labels(name: str) -> None:
     """Two different weights need a target; equal ones do not."""
     made = fusedkd.divergence(name, target=1.0, nontarget=0.5)

@@ -22,14 +22,20 @@ from fusedkd.kernels.language import jit, tl
 DEFINITIONS = [member for member in ALL if isinstance(member, Definition)]
 FILES = sorted((Path(__file__).parent.parent / "kernels/divergences").glob("[!_]*.py"))
 AB_LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, -0.3), (0.0, 0.0), (0.0, 0.6), (0.6, 0.0), (0.01, 0.8), (1, 1)]
+FURTHER: dict[str, list[tuple[float, ...]]] = {
+    "ab": AB_LIMITS,
+    "jsd": [(0.0,), (1.0,), (0.1,), (0.9,)],
+    "skl": [(0.0,), (0.5,), (0.9,)],
+    "srkl": [(0.0, 0.0), (0.5, 0.0), (0.9, 0.0)],
+    "frkl": [(0.0,), (1.0,), (0.2,)],
+}
 SPREADS = (1e-3, 0.3, 3.0)  # how far the student is from the teacher: in the series, around its edge, beyond it
 SERIES = 2**-22  # what the series leave out at their edge: made for float32
 
 
 def settings_of(definition: Definition) -> list[tuple[float, ...]]:
     """Defaults, and every limit of α-β."""
-    further = AB_LIMITS if definition.name == "ab" else []
-    return [tuple(definition.parameters.values()), *further]
+    return [tuple(map(float, definition.parameters.values())), *FURTHER.get(definition.name, [])]
 
 
 SETTINGS = [(d, values) for d in DEFINITIONS for values in settings_of(d)]
@@ -43,9 +49,12 @@ def pair(spread: float, rows: int = 6, vocabulary: int = 40) -> tuple[Tensor, Te
     return teacher, teacher + spread * torch.randn(rows, vocabulary, dtype=torch.float64)
 
 
-def evaluate(definition: Definition, theta: tuple[float, ...], logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-    """f and phi of the torch twin of `term`."""
-    numbers = tuple(torch.tensor(float(value), dtype=torch.float64) for value in theta)
+def evaluate(
+    definition: Definition, theta: tuple[float, ...], logp: Tensor, logq: Tensor, far: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """f and phi of the torch twin of `term`; a saturating one also takes whether the row is far."""
+    more = () if definition.gather is None else (far,)
+    numbers = tuple(torch.tensor(float(value), dtype=torch.float64) for value in (*theta, *more))
     return definition.term.torch(logq.exp(), logp.exp(), logq, logp, logp - logq, numbers)
 
 
@@ -83,6 +92,19 @@ def test_gradient_is_that_of_the_reference(definition: Definition, theta: tuple[
     assert error(gradient, slope) < SERIES
     assert (gradient.sum(-1).abs() <= 1e-12 * gradient.abs().sum(-1)).all()
     assert error(f.sum(-1), value.detach()) < SERIES
+
+
+@every_definition
+def test_far_rows_leave_out_a_multiple_of_q(definition: Definition, theta: tuple[float, ...]) -> None:
+    """The two forms of phi differ by κ q with one κ for all tokens, and f is the same."""
+    teacher, student = pair(2.0)
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    (f, near), (same, far) = (evaluate(definition, theta, logp, logq, x) for x in (0.0, 1.0))
+    assert error(same, f) < SERIES
+    constant = (near - far) / logq.exp()
+    assert (constant - constant.mean()).abs().max() < 1e-5
+    if definition.gather is not None and all(0 < value < 1 for value in theta[:1]):
+        assert constant.mean().abs() > 0.01
 
 
 def jensen(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
@@ -134,6 +156,10 @@ def test_reference_is_the_published_formula(definition: Definition, theta: tuple
     """On rows that are far enough apart for a formula that cancels."""
     teacher, student = pair(1.5)
     logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    if definition.name == "jsd" and theta[0] in (0.0, 1.0):
+        published = kl(logp.exp(), logq.exp()) if theta[0] == 0 else kl(logq.exp(), logp.exp())
+        assert error(definition.reference(logp, logq, *theta), published) < 1e-9
+        return
     limit = definition.name == "ab" and theta[0] * theta[1] * sum(theta) == 0
     assert error(definition.reference(logp, logq, *theta), PUBLISHED[definition.name](logp, logq, *theta)) < (
         1e-5 if limit else 1e-9

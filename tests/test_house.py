@@ -116,6 +116,7 @@ student, teacher = torch.randn(2, 3, 50)
 student.requires_grad_()
 for name in fusedkd.divergences():
     fusedkd.kd_loss(student, teacher, torch.tensor([1, 2, 3]), divergence=name).backward()
+fusedkd.token_logprobs(student, torch.tensor([1, 2, 3])).sum().backward()
 loss = fusedkd.kd_loss(student, teacher)
 p, q = teacher.log_softmax(-1), student.log_softmax(-1)
 print(torch.allclose(loss, (p.exp() * (p - q)).sum(-1).mean()), bool(student.grad.any()))

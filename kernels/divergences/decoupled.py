@@ -9,13 +9,18 @@ Source: the structure is that of Zhao et al., Decoupled Knowledge Distillation, 
 """
 
 from types import MappingProxyType
+from typing import Any
 
-from ..divergence import Decoupled
+from ..divergence import Derived, Form
 
-DECOUPLED = Decoupled(
-    "decoupled",
-    None,
-    target="target",
-    nontarget="nontarget",
-    parameters=MappingProxyType({"target": 1.0, "nontarget": 1.0}),
-)
+
+def form(base: Form, target: Any, nontarget: Any) -> Form:
+    """The base in the decoupled structure."""
+    if not (base.plain and base.definition.separable):
+        raise ValueError(
+            "base of 'decoupled' must be a sum over tokens without weights of its own (such as fkl, rkl, ab, jsd)"
+        )
+    return base._replace(decoupled=True, target=target, nontarget=nontarget)
+
+
+DECOUPLED = Derived("decoupled", form, MappingProxyType({"base": "rkl", "target": 1.0, "nontarget": 1.0}))

@@ -13,9 +13,15 @@ they report as stable.
 """
 
 from types import MappingProxyType
+from typing import Any
 
-from ..divergence import Decoupled
+from ..divergence import Derived, Form
 from .rkl import RKL
+
+
+def form(gamma: Any) -> Form:
+    """The decoupled reverse KL with weights (1, γ)."""
+    return Form(RKL, decoupled=True, nontarget=gamma)
 
 
 def check(gamma: float) -> None:
@@ -24,4 +30,4 @@ def check(gamma: float) -> None:
         raise ValueError(f"gamma must be > 0 (a weight; 0.5 is the published setting), got {gamma}")
 
 
-DRKL = Decoupled("drkl", RKL, target=1.0, nontarget="gamma", parameters=MappingProxyType({"gamma": 0.5}), check=check)
+DRKL = Derived("drkl", form, MappingProxyType({"gamma": 0.5}), check)

@@ -2,10 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .cald import cald_loss
 from .divergence import Divergence, divergence, divergences
 from .head import Head
+from .logprobs import token_logprobs
 from .loss import KDStats, kd_loss, kd_value_and_grad
 from .modules import DistillationLoss
+from .taid import TAIDSchedule
 
 try:
     __version__ = version("fusedkd")
@@ -17,9 +20,12 @@ __all__ = [
     "Divergence",
     "Head",
     "KDStats",
+    "TAIDSchedule",
     "__version__",
+    "cald_loss",
     "divergence",
     "divergences",
     "kd_loss",
     "kd_value_and_grad",
+    "token_logprobs",
 ]

@@ -16,6 +16,8 @@ from . import __version__
 COMMANDS = {
     "info": "show versions, devices and the backend that each device gets",
     "demo": "distil a small language model on real text and compare divergences",
+    "explain": "show the page of one divergence and draw its gradient",
+    "study": "repeat small experiments of the literature",
 }
 
 

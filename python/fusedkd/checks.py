@@ -83,6 +83,20 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def integer(name: str, value: Any) -> None:
+    """An int that is no bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def budget(value: Any) -> None:
+    """A memory budget."""
+    if value is not None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"memory_budget must be an int (bytes) or None, got {type(value).__name__}")
+        positive("memory_budget", value)
+
+
 def flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
@@ -133,25 +147,27 @@ def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor |
     return value
 
 
-def labels(value: Any, shape: torch.Size, where: torch.device, ignore_index: int, columns: int) -> None:
+def labels(
+    value: Any, shape: torch.Size, where: torch.device, ignore_index: int, columns: int, name: str = "labels"
+) -> None:
     """int64 labels of the leading shape, in range where that can be seen without a synchronisation."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"labels must be a torch.Tensor or None, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
     if value.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {value.dtype}: pass labels.long()")
+        raise TypeError(f"{name} must be int64, got {value.dtype}: pass {name}.long()")
     if value.shape != shape:
         raise ValueError(
-            f"labels must have the leading shape {tuple(shape)} of student (already shifted), got {tuple(value.shape)}"
+            f"{name} must have the leading shape {tuple(shape)} of student (already shifted), got {tuple(value.shape)}"
         )
     if value.device != where:
-        raise ValueError(f"labels is on {value.device} and student on {where}: move one")
+        raise ValueError(f"{name} is on {value.device} and student on {where}: move one")
     if torch.compiler.is_compiling():
         return
     if where.type == "cpu" or os.environ.get("FUSEDKD_CHECK") == "1":
         wrong = (value != ignore_index) & ((value < 0) | (value >= columns))
         if bool(wrong.any()):
             raise ValueError(
-                f"labels must lie in [0, {columns}) or equal ignore_index={ignore_index}, "
+                f"{name} must lie in [0, {columns}) or equal ignore_index={ignore_index}, "
                 f"got {int(value[wrong][0])} (vocab_size={columns})"
             )
 
@@ -175,10 +191,10 @@ def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> 
 
 def targets(chosen: Divergence, given_labels: Any, ce_weight: float) -> None:
     """What needs labels has them."""
-    if given_labels is None and chosen.needs_target:
+    if given_labels is None and chosen.needs_target and chosen.target_token == "label":
         raise ValueError(
-            f"divergence {chosen.name!r} with these weights splits off a target token: pass labels "
-            "(or target == nontarget for a divergence without a target)"
+            f"divergence {chosen.name!r} with these weights splits off a target token: pass labels, "
+            'or target_token="teacher_argmax" in the divergence (or target == nontarget for one without a target)'
         )
     if given_labels is None and ce_weight:
         raise ValueError("ce_weight adds a cross-entropy with the labels: pass labels, or ce_weight=0")

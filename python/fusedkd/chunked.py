@@ -95,13 +95,13 @@ def run(
     differentiate = any(needs)
     is_head = student.weight is not None
     inner, outer = min(chunks.inner, max(n, 1)), min(chunks.outer, max(n, 1))
-    teacher_buffer = _buffer(teacher, inner, problem.vocab_size, part.kept, logits_dtype)
+    teacher_buffer = buffer(teacher, inner, problem.vocab_size, part.kept, logits_dtype)
     in_place, dz, student_buffer = False, None, None
     if is_head and differentiate:
         dz = student.x.new_empty((outer, width), dtype=gradient_dtype(student.x))
         in_place = dz.dtype == logit_dtype(student.x.dtype, logits_dtype)
     if not in_place:
-        student_buffer = _buffer(student, inner, width, part.kept, logits_dtype)
+        student_buffer = buffer(student, inner, width, part.kept, logits_dtype)
     grad_x, grad_weight, grad_bias = _outputs(student, n if is_head else total_rows, needs, wide)
     picked = None
     if differentiate and not is_head and part.kept is not None:
@@ -119,8 +119,8 @@ def run(
                 out = dz[i - start : j - start]
             elif differentiate:
                 out = grad_x[rows] if picked is None else picked[: j - i]
-            t = _side(teacher, part.kept, i, j, teacher_buffer, problem.vocab_size)
-            s = _side(student, part.kept, i, j, out if in_place else student_buffer, width)
+            t = side(teacher, part.kept, i, j, teacher_buffer, problem.vocab_size)
+            s = side(student, part.kept, i, j, out if in_place else student_buffer, width)
             here = _at_rows(part.problem, rows)
             label = None if part.labels is None else part.labels[rows]
             if floors is not None:
@@ -197,10 +197,11 @@ def _at_rows(problem: Problem, rows: slice | torch.Tensor) -> Problem:
     def cut(values: tuple) -> tuple:
         return tuple(value[rows] if isinstance(value, torch.Tensor) else value for value in values)
 
-    return problem._replace(parameters=cut(problem.parameters), weights=cut(problem.weights))
+    (mix,) = cut((problem.mix,))
+    return problem._replace(parameters=cut(problem.parameters), weights=cut(problem.weights), mix=mix)
 
 
-def _buffer(
+def buffer(
     source: Source, rows: int, width: int, kept: torch.Tensor | None, asked: torch.dtype | None
 ) -> torch.Tensor | None:
     """Room for the logits of an inner chunk; logits that are already there need none unless rows are picked."""
@@ -209,7 +210,7 @@ def _buffer(
     return source.x.new_empty((rows, width), dtype=logit_dtype(source.x.dtype, asked))
 
 
-def _side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torch.Tensor | None, width: int) -> Side:
+def side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torch.Tensor | None, width: int) -> Side:
     """Rows i to j as the row kernels take them."""
     if source.weight is None:
         if kept is None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .kernels.maths import softplus
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT, assemble, binary, offsets
 
@@ -30,14 +31,18 @@ class _Block(NamedTuple):
     d: torch.Tensor  # 0 where both maxima stand
     r: torch.Tensor  # (n,) log p̂ − log q̂ = d − r
     lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of z and u
-    y: torch.Tensor | None  # (n, 1) labels
-    present: torch.Tensor  # (n,) the label is in the support
-    at_label: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) z − lse, u − lse, and d of the label
-    raw: tuple[torch.Tensor, torch.Tensor]  # (n,) z and u of the label
+    y: torch.Tensor | None  # (n, 1) targets
+    label: torch.Tensor | None  # (n, 1) labels
+    present: torch.Tensor  # (n,) the target is in the support
+    at_target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) z − lse, u − lse, and d of the target
+    raw: tuple[torch.Tensor, torch.Tensor]  # (n,) z and u of the target
+    own: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # p̂, lse, u − lse of a teacher that p mixes
+    teacher: torch.Tensor  # (n, V) its logits
     dead: torch.Tensor | None  # (n, V) columns outside the support
     holes: torch.Tensor | None  # (n, V) columns with q = 0 < p
     empty: torch.Tensor | None  # (n,) nothing to compare but the label
     confident: torch.Tensor  # (n,) some q̂ exceeds one half
+    near: torch.Tensor  # (n,) KL(q̂‖p̂) is small
 
 
 def value(
@@ -49,7 +54,7 @@ def value(
     saved: torch.Tensor | None,
     stats: torch.Tensor | None,
 ) -> None:
-    """Fills `loss` (N,), the row scalars `saved` (N, 10) and `stats` (N, 11), as kernels.rows.value."""
+    """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as kernels.rows.value."""
     _clear(loss, stats, saved)
     for rows in _row_blocks(problem, labels, loss.shape[0], loss.device):
         block = _open(problem, student, teacher, labels, rows, loss)
@@ -71,8 +76,10 @@ def gradient(
     for rows in _row_blocks(problem, labels, out.shape[0], out.device, out):
         scalars = saved[rows].unbind(-1)
         block = _open(problem, student, teacher, labels, rows, saved[:, 0])
-        q, phi, _ = _term(problem, block, *scalars[:3])
-        _write(problem, student, block, q, phi, scalars, upstream, out)
+        columns = _place(problem, block, *scalars[:3])
+        extras = scalars[7 : 7 + (0 if problem.definition.gather is None else problem.definition.gather.count)]
+        _, phi = _term(problem, block, columns, (*_values(problem.parameters, rows, saved), *extras))
+        _write(problem, student, block, columns.q, phi, scalars, upstream, out)
 
 
 def value_and_gradient(
@@ -97,7 +104,7 @@ def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp, as kernels.rows.floor_rows."""
     out.zero_()
     for rows in _row_blocks(problem, labels, out.shape[0], out.device):
-        t, _ = _logits(teacher, rows, problem.vocab_size, out.dtype)
+        t, _ = logits(teacher, rows, problem.vocab_size, out.dtype)
         out[rows] = (torch.logsumexp(t / problem.temperature, -1) - depth) * problem.temperature
 
 
@@ -123,7 +130,7 @@ def _row_blocks(
         yield slice(first, last + 1) if last - first + 1 == len(part) else part
 
 
-def _logits(
+def logits(
     side: Side, rows: torch.Tensor | slice, width: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """A side's first `width` logits at some rows, maybe a view, and their derivative by the stored numbers."""
@@ -172,18 +179,20 @@ def _open(
     special: bool = False,
 ) -> _Block:
     """A block's distributions. A −inf logit shows as a sum that is not finite: the block is opened again with care."""
-    V = problem.vocab_size
-    s, _ = _logits(student, rows, V, like.dtype)
-    t, _ = _logits(teacher, rows, V, like.dtype)
-    dead = holes = y = None
+    V, tau = problem.vocab_size, problem.temperature
+    s, _ = logits(student, rows, V, like.dtype)
+    t, _ = logits(teacher, rows, V, like.dtype)
+    dead = holes = None
     if special or teacher.floor is not None:
         special = True
         s, t, dead, holes = _without_infinities(s, t, teacher, rows)
+    whole_t = t
     nothing = torch.full_like(like[rows], ABSENT)
     s_y, t_y, present = nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool)
     empty = None if dead is None else dead.all(-1)
-    if labels is not None:
-        y = labels[rows].unsqueeze(-1)
+    label = None if labels is None else labels[rows].unsqueeze(-1)
+    y = t.argmax(-1, keepdim=True) if problem.argmax else label
+    if y is not None:
         s_y, t_y = s.gather(1, y).squeeze(-1), t.gather(1, y).squeeze(-1)
         present = ~torch.isneginf(t_y) if dead is None else ~dead.gather(1, y).squeeze(-1)
         s, t = s.scatter(1, y, ABSENT), t.scatter(1, y, ABSENT)
@@ -191,22 +200,38 @@ def _open(
             empty = (t <= ABSENT).all(-1)
     tops = (s.amax(-1, keepdim=True), t.amax(-1, keepdim=True))
     z, u = s - tops[0], t - tops[1]
-    if problem.temperature != 1.0:
-        z.div_(problem.temperature)
-        u.div_(problem.temperature)
+    if tau != 1.0:
+        z.div_(tau)
+        u.div_(tau)
+    shift = ((tops[1] - tops[0]) / tau).squeeze(-1)
+    tiny = torch.finfo(like.dtype).tiny
+    z_y, u_y = (s_y.unsqueeze(-1) - tops[0]) / tau, (t_y.unsqueeze(-1) - tops[1]) / tau
+    own = mix = None
+    lse_t = tops[1].squeeze(-1) / tau
+    if problem.mix is not None:
+        (mix,) = (x.unsqueeze(-1) if x.dim() else x for x in _values((problem.mix,), rows, like))
+        p = u.exp() if not special else u.exp().masked_fill_(t <= ABSENT, 0.0)
+        log_zt = p.sum(-1, keepdim=True).clamp(min=tiny).log()
+        own = (p.div_(log_zt.exp()), lse_t + log_zt.squeeze(-1), (u_y - log_zt).squeeze(-1))
+        u, u_y = torch.lerp(z, u, mix), torch.lerp(z_y, u_y, mix)
+        peak = u.amax(-1, keepdim=True)
+        u, u_y = u.sub_(peak), u_y - peak
     q, p = (z.exp(), u.exp()) if problem.definition.reads_logs else (z.exp_(), u.exp_())
     if special:
         q.masked_fill_(s <= ABSENT, 0.0)  # a row with nothing but −inf has its maximum there
         p.masked_fill_(t <= ABSENT, 0.0)
-    tiny = torch.finfo(like.dtype).tiny
     log_zs, log_zt = (x.sum(-1).clamp(min=tiny).log() for x in (q, p))
     q.mul_((-log_zs).exp().unsqueeze(-1))
     p.mul_((-log_zt).exp().unsqueeze(-1))
     logs = None
     if problem.definition.reads_logs:
         logs = (z.sub_(log_zs.unsqueeze(-1)), u.sub_(log_zt.unsqueeze(-1)))
-    shift = ((tops[1] - tops[0]) / problem.temperature).squeeze(-1)
-    d = _difference(problem, s, t, tops, anchored=bool((shift.abs() > 8).any()))
+
+    def difference(s: torch.Tensor, t: torch.Tensor, anchored: bool) -> torch.Tensor:
+        d = _difference(problem, s, t, tops, anchored)
+        return d if mix is None else d.mul_(mix).sub_(peak)
+
+    d = difference(s, t, anchored=bool((shift.abs() > 8).any()))
     r = log_zt - log_zs
     mean = _dot(q, d)
     if not special and not bool(torch.isfinite(mean).all()):
@@ -214,18 +239,13 @@ def _open(
     near = r - mean < _NEAR
     if near.any():
         if (shift.abs() > 0.125).any():
-            d = _difference(problem, s, t, tops, anchored=True)
+            d = difference(s, t, anchored=True)
         r = torch.where(near, torch.log1p(d.clamp(max=80.0).expm1_().mul_(q).sum(-1)), r)
-    # An unlikely label stands far from both maxima: without a large offset its plain difference is the exact one.
+    # An unlikely target stands far from both maxima: without a large offset its plain difference is the exact one.
     d_y = torch.where(
         shift.unsqueeze(-1).abs() < 8,
-        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), tops, anchored=False),
-        _difference(problem, s_y.unsqueeze(-1), t_y.unsqueeze(-1), tops, anchored=True),
-    )
-    at_label = (
-        (s_y.unsqueeze(-1) - tops[0]) / problem.temperature - log_zs.unsqueeze(-1),
-        (t_y.unsqueeze(-1) - tops[1]) / problem.temperature - log_zt.unsqueeze(-1),
-        d_y,
+        difference(s_y.unsqueeze(-1), t_y.unsqueeze(-1), anchored=False),
+        difference(s_y.unsqueeze(-1), t_y.unsqueeze(-1), anchored=True),
     )
     return _Block(
         rows,
@@ -234,15 +254,19 @@ def _open(
         logs,
         d,
         r,
-        lse=(tops[0].squeeze(-1) / problem.temperature + log_zs, tops[1].squeeze(-1) / problem.temperature + log_zt),
+        lse=(tops[0].squeeze(-1) / tau + log_zs, lse_t + log_zt),
         y=y,
+        label=label,
         present=present,
-        at_label=(at_label[0].squeeze(-1), at_label[1].squeeze(-1), at_label[2].squeeze(-1)),
-        raw=(s_y / problem.temperature, t_y / problem.temperature),
+        at_target=((z_y.squeeze(-1) - log_zs), (u_y.squeeze(-1) - log_zt), d_y.squeeze(-1)),
+        raw=(s_y / tau, t_y / tau),
+        own=own,
+        teacher=whole_t,
         dead=dead,
         holes=holes,
         empty=empty,
         confident=log_zs < math.log(2),
+        near=near,
     )
 
 
@@ -265,24 +289,70 @@ def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
 
 
-def _term(
-    problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torch.Tensor, r: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, phi and f at the row offsets, 0 where a column does not count. Uses up the block."""
+class _Columns(NamedTuple):
+    """A block's columns at the row's final offsets, the target's left out."""
+
+    q: torch.Tensor
+    p: torch.Tensor
+    logs: tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
+    delta: torch.Tensor
+
+
+def _place(problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torch.Tensor, r: torch.Tensor) -> _Columns:
+    """A block moved to the row offsets, in its own memory."""
     q, p, logs = block.q, block.p, block.logs
     if block.y is not None and not problem.decoupled:
         q, p = q.mul_((-shift_s).exp().unsqueeze(-1)), p.mul_((-shift_t).exp().unsqueeze(-1))
         if logs is not None:
             logs = (logs[0].sub_(shift_s.unsqueeze(-1)), logs[1].sub_(shift_t.unsqueeze(-1)))
-    theta = tuple(x.unsqueeze(-1) if x.dim() else x for x in _values(problem.parameters, block.rows, q))
-    f, phi = problem.definition.term.torch(q, p, *(logs or (None, None)), block.d.sub_(r.unsqueeze(-1)), theta)
+    return _Columns(q, p, logs or (None, None), block.d.sub_(r.unsqueeze(-1)))
+
+
+def _term(
+    problem: Problem, block: _Block, columns: _Columns, theta: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f and phi, 0 where a column does not count."""
+    per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
+    f, phi = problem.definition.term.torch(columns.q, columns.p, *columns.logs, columns.delta, per_row)
     if block.y is not None:
         f.scatter_(1, block.y, 0.0)
         phi.scatter_(1, block.y, 0.0)
     if block.dead is not None:
         f.masked_fill_(block.dead, 0.0)
         phi.masked_fill_(block.dead, 0.0)
-    return q, phi, f
+    return f, phi
+
+
+class Whole(NamedTuple):
+    """A block as `Gather.torch` sees it."""
+
+    near: torch.Tensor  # (n,) q̂ and p̂ are close
+    dtype: torch.dtype
+    teacher: torch.Tensor  # (n, V) logits
+    y: torch.Tensor | None  # (n, 1) targets
+    without: _Columns
+    target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) log q, log p and δ of the target
+
+    def columns(self) -> list[Any]:
+        """q, p, log q, log p, δ with the target's column in its place."""
+        whole = [self.without.q, self.without.p, *self.without.logs, self.without.delta]
+        if self.y is None:
+            return whole
+        logq, logp, delta = (x.unsqueeze(-1) for x in self.target)
+        entries = (logq.exp(), logp.exp(), logq, logp, delta)
+        return [None if x is None else x.scatter(1, self.y, entry) for x, entry in zip(whole, entries, strict=True)]
+
+
+def _gather(
+    problem: Problem, block: _Block, columns: _Columns, theta: tuple[torch.Tensor, ...], target: tuple[Any, ...]
+) -> tuple[torch.Tensor, ...]:
+    """The parameters that the rows decide; `target` are log q, log p and δ of the target."""
+    gather = problem.definition.gather
+    if gather is None:
+        return ()
+    whole = Whole(block.near, block.r.dtype, block.teacher, block.y, columns, target)
+    per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
+    return gather.torch(whole, per_row)
 
 
 def _evaluate(
@@ -290,28 +360,28 @@ def _evaluate(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """Loss and statistics of a block; q, phi and the row scalars of its gradient."""
     zero = torch.zeros_like(block.r)
-    log_rest_q = log_rest_p = delta_rest = f_y = phi_y = f_rest = phi_rest = zero
+    log_rest_q = log_rest_p = delta_rest = f_y = phi_y = f_rest = phi_rest = delta_y = zero
     logq_y = logp_y = torch.full_like(zero, ABSENT)
     if block.y is not None:
         zy, uy, dy = (
             torch.where(block.present, x, absent)
-            for x, absent in zip(block.at_label, (logq_y, logp_y, block.r), strict=True)
+            for x, absent in zip(block.at_target, (logq_y, logp_y, block.r), strict=True)
         )
         pair = binary.torch(zero, zero, block.r, zy, uy, dy)
         logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
-        term, theta = problem.definition.term.torch, _values(problem.parameters, block.rows, loss)
+    about = _statistics(block, logq_y, logp_y, log_rest_q, log_rest_p) if stats is not None else None
+    at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
+    columns = _place(problem, block, *at)
+    theta = _values(problem.parameters, block.rows, loss)
+    extras = _gather(problem, block, columns, theta, (logq_y, logp_y, delta_y))
+    theta = (*theta, *extras)
+    f, phi = _term(problem, block, columns, theta)
+    if block.y is not None:
+        term = problem.definition.term.torch
         f_y, phi_y = term(logq_y.exp(), logp_y.exp(), logq_y, logp_y, delta_y, theta)
         f_y = torch.where(block.present, torch.where(f_y > 1e25, torch.inf, f_y), 0.0)
         phi_y = torch.where(block.present, phi_y, 0.0)
         f_rest, phi_rest = term(log_rest_q.exp(), log_rest_p.exp(), log_rest_q, log_rest_p, delta_rest, theta)
-    entropies = None
-    if stats is not None:
-        entropies = (
-            _entropy(block.q, logq_y, log_rest_q),
-            _entropy(block.p, logp_y, log_rest_p),
-        )
-    at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
-    q, phi, f = _term(problem, block, *at)
     total, mass = f.sum(-1), phi.sum(-1)
     if block.holes is not None:
         total = torch.where(block.holes.any(-1) & (total > 1e10), torch.inf, total)
@@ -323,24 +393,39 @@ def _evaluate(
     result = torch.where(empty, 0.0, result)
     out, ce_lse = result * problem.factor, zero
     if problem.ce_weight:
-        assert block.y is not None
-        logits, _ = _logits(student, block.rows, student.x.shape[2], loss.dtype)
-        ce_lse = logits.logsumexp(-1)
-        out = out + problem.ce_weight * (ce_lse - logits.gather(1, block.y).squeeze(-1))
+        assert block.label is not None
+        whole, _ = logits(student, block.rows, student.x.shape[2], loss.dtype)
+        ce_lse = whole.logsumexp(-1)
+        out = out + problem.ce_weight * (ce_lse - whole.gather(1, block.label).squeeze(-1))
     loss[block.rows] = out
-    if stats is not None and entropies is not None:
-        about_label = [torch.where(empty, 0.0, x) for x in split]
-        logprobs = [torch.where(block.present, x, -torch.inf) for x in (logq_y, logp_y)]
+    if stats is not None and about is not None:
+        terms = [torch.where(empty, 0.0, x) for x in split]
         if block.y is None:
-            about_label, logprobs = [torch.full_like(result, torch.nan)] * 4, [torch.full_like(result, torch.nan)] * 2
-        lses = [
-            torch.where(empty, x, lse - rest)
-            for x, lse, rest in zip(block.raw, block.lse, (log_rest_q, log_rest_p), strict=True)
-        ]
-        columns = [result, *about_label, *(torch.where(empty, 0.0, x) for x in entropies), *logprobs, *lses]
-        stats[block.rows] = torch.stack(columns, -1)
+            terms = [torch.full_like(result, torch.nan)] * 4
+        entropies, logprobs, lses = about
+        lses = [torch.where(empty, x, lse) for x, lse in zip(block.raw, lses, strict=True)]
+        columns_of_stats = [result, *terms, *(torch.where(empty, 0.0, x) for x in entropies), *logprobs, *lses]
+        stats[block.rows] = torch.stack(columns_of_stats, -1)
     live = (~empty).to(out.dtype)
-    return q, phi, (*at, live * a, live * b, live * grad_y, ce_lse)
+    return columns.q, phi, (*at, live * a, live * b, live * grad_y, ce_lse, *extras)
+
+
+def _statistics(
+    block: _Block, logq_y: torch.Tensor, logp_y: torch.Tensor, log_rest_q: torch.Tensor, log_rest_p: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Entropies, log-probabilities of the target and log-sum-exps of student and teacher (the unmixed one)."""
+    p, lse_t = block.p, block.lse[1]
+    if block.own is not None:
+        p, lse_t, odds = block.own
+        if block.y is not None:
+            odds = torch.where(block.present, odds, ABSENT)
+            logp_y, log_rest_p = -softplus.torch(-odds), -softplus.torch(odds)
+    logs = [logq_y, logp_y]
+    entropies = [_entropy(block.q, logq_y, log_rest_q), _entropy(p, logp_y, log_rest_p)]
+    logprobs = [torch.where(block.present & (x > ABSENT / 10), x, -torch.inf) for x in logs]
+    if block.y is None:
+        logprobs = [torch.full_like(logq_y, torch.nan)] * 2
+    return entropies, logprobs, [block.lse[0] - log_rest_q, lse_t - log_rest_p]
 
 
 def _entropy(hat: torch.Tensor, log_y: torch.Tensor, log_rest: torch.Tensor) -> torch.Tensor:
@@ -376,10 +461,10 @@ def _write(
     if block.holes is not None:
         g.masked_fill_(block.holes, 0.0)
     if problem.ce_weight or student.scale is not None or student.softcap is not None:
-        s, slope = _logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
+        s, slope = logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
         if problem.ce_weight:
-            assert block.y is not None
-            ce = (s - ce_lse).exp_().scatter_add_(1, block.y, torch.full_like(ce_lse, -1.0))
+            assert block.label is not None
+            ce = (s - ce_lse).exp_().scatter_add_(1, block.label, torch.full_like(ce_lse, -1.0))
             ce.mul_(up * problem.ce_weight)
             ce[:, :V] += g
             g = ce

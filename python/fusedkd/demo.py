@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -30,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from . import Head, __version__, divergences, kd_loss
+from . import Head, __version__, kd_loss
+from .commands import check_file, known_divergence, require
 from .eager import EAGER
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="divergences",
         metavar="NAME",
         action="append",
-        type=_known_divergence,
+        type=known_divergence,
         help=f"distil with this divergence; may be repeated (default: {' '.join(CPU.divergences)})",
     )
     seconds, steps = partial(_positive, float), partial(_positive, int)
@@ -199,11 +199,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo, print its tables and write its numbers."""
     started = time.perf_counter()
-    missing = [name for name in EXTRAS if find_spec(name) is None]
-    if missing:
-        raise argparse.ArgumentError(None, f"the demo needs {', '.join(missing)}: pip install 'fusedkd[demo]'")
-    if args.json and not args.json.parent.is_dir():
-        raise argparse.ArgumentError(None, f"--json: no folder {args.json.parent}")
+    require("demo", "demo", EXTRAS)
+    check_file("--json", args.json)
     plan = _plan(args)
     report = distil(read_documents(args.text, plan), plan, Progress(args.quiet))
     report["seconds"] = time.perf_counter() - started
@@ -211,13 +208,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
-
-
-def _known_divergence(name: str) -> str:
-    names = list(divergences())
-    if name not in names:
-        raise argparse.ArgumentTypeError(f"unknown divergence {name!r}; known: {', '.join(names)}")
-    return name
 
 
 def _positive(kind: Callable[[str], N], text: str) -> N:

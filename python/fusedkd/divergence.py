@@ -2,60 +2,58 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .kernels.divergence import Decoupled, Definition
+from .kernels.divergence import Definition, Derived, Form
 from .kernels.divergences import REGISTRY
 
 Parameter = float | torch.Tensor
+TARGETS = ("label", "teacher_argmax")
 
 
 @dataclass(frozen=True)
 class Divergence:
     """A divergence with its parameters: what `fusedkd.divergence(name, ...)` returns and `kd_loss` takes.
 
-    name: as asked for. definition: the mathematics (kernels/divergences). decoupled: which of the two target/non-target
-    structures of kernels/split.py. parameters: the definition's, in its order. target, nontarget: the two weights.
-    Parameters and weights are floats, or tensors broadcastable to the leading shape (one value per token).
+    name: as asked for. parameters: every one of them, as given or by default: floats, tensors broadcastable to the
+    leading shape (one value per token), a base. target_token: what the target/non-target split holds out, the label or
+    the teacher's likeliest token. form: what the kernels run (kernels/divergence.py).
     """
 
     name: str
-    definition: Definition
-    decoupled: bool = False
-    parameters: tuple[Parameter, ...] = ()
-    target: Parameter = 1.0
-    nontarget: Parameter = 1.0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    target_token: str = "label"
+    form: Form = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "form", _form(self.name, self.parameters))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by the definition's name: kernels are not stored."""
-        return _restore, (self.name, self.definition.name, self.decoupled, self.parameters, self.target, self.nontarget)
+        """Pickled by name and parameters: kernels are not stored."""
+        return Divergence, (self.name, self.parameters, self.target_token)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.target_token, *self.parameters))
 
     def __repr__(self) -> str:
-        values = (*self.parameters, self.target, self.nontarget)
-        given = ", ".join(f"{key}={value!r}" for key, value in zip(self.parameter_names, values, strict=True))
-        return f"{self.name}({given})"
+        given = [f"{key}={value!r}" for key, value in self.parameters.items()]
+        if self.target_token != "label":
+            given.append(f"target_token={self.target_token!r}")
+        return f"{self.name}({', '.join(given)})"
 
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """What the values of (*parameters, target, nontarget) were given as."""
-        member = REGISTRY.get(self.name)
-        weights = (member.target, member.nontarget) if isinstance(member, Decoupled) else ("target", "nontarget")
-        named = (weight if isinstance(weight, str) else "weight" for weight in weights)
-        return (*self.definition.parameters, *named)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters that are given per token, a base's too."""
+        found = {key: value for key, value in self.parameters.items() if isinstance(value, torch.Tensor)}
+        base = self.parameters.get("base")
+        return {**base.tensors(), **found} if isinstance(base, Divergence) else found
 
     @property
     def needs_target(self) -> bool:
         """Whether the value depends on which token is the target."""
-        return self.decoupled or not _same(self.target, self.nontarget)
-
-
-def _restore(name: str, definition: str, *rest: Any) -> Divergence:
-    member = REGISTRY[definition]
-    assert isinstance(member, Definition)
-    return Divergence(name, member, *rest)
+        return self.form.decoupled or not _same(self.form.target, self.form.nontarget)
 
 
 def _same(left: Parameter, right: Parameter) -> bool:
@@ -69,12 +67,14 @@ def divergences() -> dict[str, dict[str, Any]]:
     return {name: _signature(member) for name, member in REGISTRY.items()}
 
 
-def divergence(name: str, **parameters: Any) -> Divergence:
+def divergence(name: str, *, target_token: str = "label", **parameters: Any) -> Divergence:
     """The divergence `name` with its parameters, the rest at their defaults (see `divergences()`).
 
     A parameter is a float, or a tensor broadcastable to the leading shape of the call: one value per token, read on the
     device and never checked. Separable divergences also take `target=1, nontarget=1`, the weights of the two terms of
-    their exact decomposition; `decoupled(base=...)` takes the base's parameters beside its own.
+    their exact decomposition. A `base` is a name or a Divergence; a base by name takes its own parameters beside.
+    target_token="teacher_argmax" holds out the teacher's likeliest token (the first of equals) instead of the label, in
+    the same sweep, and needs no labels.
 
     Raises ValueError or TypeError for an unknown name or parameter and for a float outside its domain.
     """
@@ -83,43 +83,47 @@ def divergence(name: str, **parameters: Any) -> Divergence:
     member = REGISTRY.get(name)
     if member is None:
         raise ValueError(f"divergence {name!r} is unknown; known names: {', '.join(REGISTRY)}")
+    if target_token not in TARGETS:
+        raise ValueError(f"target_token must be one of {', '.join(map(repr, TARGETS))}, got {target_token!r}")
     known = _signature(member)
     base = parameters.get("base", known.get("base"))
-    definition = _definition(name, member, base)
-    if isinstance(base, Divergence):
-        known |= dict(zip(definition.parameters, base.parameters, strict=True))
-    elif base is not None:
-        known |= definition.parameters
+    own = dict(known)
+    if isinstance(base, str) and "base" in known:
+        of_base = _signature(_base_member(name, base))
+        known = {**{key: value for key, value in of_base.items() if key not in ("base",)}, **known}
     for key in parameters:
         if key not in known:
             raise ValueError(f"divergence {name!r} has no parameter {key!r}; it takes: {', '.join(known) or 'none'}")
-    values = {key: _parameter(name, key, parameters.get(key, known[key])) for key in known if key != "base"}
+    values = {key: _parameter(name, key, parameters.get(key, own[key])) for key in own if key != "base"}
+    if "base" in own:
+        further = {key: value for key, value in parameters.items() if key not in own}
+        values["base"] = base if isinstance(base, Divergence) else divergence(base, **further)
     _check(member, values)
-    if definition is not member and "base" in known:
-        _check(definition, values)
-    theta = tuple(values[key] for key in definition.parameters)
-    if isinstance(member, Decoupled):
-        target, nontarget = _weight(member.target, values), _weight(member.nontarget, values)
-        return Divergence(name, definition, True, theta, target, nontarget)
-    return Divergence(name, definition, False, theta, values["target"], values["nontarget"])
+    return Divergence(name, values, target_token)
 
 
-def _definition(name: str, member: Definition | Decoupled, base: Any) -> Definition:
-    """The definition behind a member; `base` chooses it where the member leaves that open."""
-    if isinstance(member, Definition):
-        return member
-    if member.base is not None:
-        return member.base
-    if isinstance(base, Divergence) and not base.decoupled and _same(base.target, 1.0) and _same(base.nontarget, 1.0):
-        return base.definition
-    chosen = REGISTRY.get(base) if isinstance(base, str) else None
-    if not isinstance(chosen, Definition):
-        bases = ", ".join(key for key, value in REGISTRY.items() if isinstance(value, Definition))
-        shown = base.name if isinstance(base, Divergence) else base
+def _base_member(name: str, base: str) -> Definition | Derived:
+    member = REGISTRY.get(base)
+    if member is None or base == name:
+        others = [key for key in REGISTRY if key != name]
         raise ValueError(
-            f"base of {name!r} must be one of {bases}, or such a Divergence without weights, got {shown!r}"
+            f"base of {name!r} must be another divergence, by name ({', '.join(others)}) "
+            f"or made by fusedkd.divergence, got {base!r}"
         )
-    return chosen
+    return member
+
+
+def _form(name: str, values: Mapping[str, Any]) -> Form:
+    """What a member runs with these parameters."""
+    member = REGISTRY[name]
+    if isinstance(member, Derived):
+        forms = {key: value.form if isinstance(value, Divergence) else value for key, value in values.items()}
+        try:
+            return member.form(**forms)
+        except ValueError as error:  # only a base can be wrong here: the numbers have been checked
+            raise ValueError(f"{error}, got {values['base'].name!r}") from None
+    theta = tuple(values[key] for key in member.parameters)
+    return Form(member, theta, target=values["target"], nontarget=values["nontarget"])
 
 
 def as_divergence(value: "str | Divergence") -> Divergence:
@@ -127,22 +131,28 @@ def as_divergence(value: "str | Divergence") -> Divergence:
     return value if isinstance(value, Divergence) else divergence(value)
 
 
-def _signature(member: Definition | Decoupled) -> dict[str, Any]:
-    if isinstance(member, Decoupled):
-        return {**({"base": "rkl"} if member.base is None else {}), **member.parameters}
+def _signature(member: Definition | Derived) -> dict[str, Any]:
+    if isinstance(member, Derived):
+        return dict(member.parameters)
     return {**member.parameters, "target": 1.0, "nontarget": 1.0}
 
 
-def _weight(weight: float | str, values: Mapping[str, Parameter]) -> Parameter:
-    return values[weight] if isinstance(weight, str) else weight
-
-
-def _parameter(name: str, key: str, value: Any) -> Parameter:
+def _parameter(name: str, key: str, value: Any) -> Any:
+    """A parameter as the forms take it: a float, a tensor, or the word it is."""
+    known = REGISTRY[name].parameters.get(key)
+    if isinstance(known, str):
+        if not isinstance(value, str):
+            raise TypeError(f"{key} of {name!r} must be a str, got {type(value).__name__}")
+        return value
     if isinstance(value, torch.Tensor):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{key} of {name!r} must be a float or a floating-point tensor, got {value.dtype}")
         if value.requires_grad:
             raise ValueError(f"{key} of {name!r} requires grad; no gradient flows to parameters, pass {key}.detach()")
+        return value
+    if isinstance(known, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{key} of {name!r} must be True or False, got {value!r}")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{key} of {name!r} must be a float or a tensor, got {type(value).__name__}")
@@ -153,7 +163,7 @@ def _parameter(name: str, key: str, value: Any) -> Parameter:
     return float(value)
 
 
-def _check(member: Definition | Decoupled, values: Mapping[str, Parameter]) -> None:
+def _check(member: Definition | Derived, values: Mapping[str, Any]) -> None:
     """The domain check of a member, on the parameters that are floats (a tensor's default stands in for it)."""
-    own = {key: values[key] for key in member.parameters}
+    own = {key: values[key] for key in member.parameters if key != "base"}
     member.check(**{key: member.parameters[key] if isinstance(v, torch.Tensor) else v for key, v in own.items()})

@@ -9,9 +9,9 @@ from .backends import choose_backend
 from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
+from .kernels.divergence import Form
 from .plan import Shape, choose
-
-Side = torch.Tensor | Head
+from .sides import Side, autocast, detached, flattened, transform
 
 
 class KDStats(NamedTuple):
@@ -19,8 +19,10 @@ class KDStats(NamedTuple):
 
     Taken before token weights, τ² and cross-entropy, of softmax(s/τ) and softmax(t/τ) on the compared columns. `loss` =
     target·target_loss + nontarget·nontarget_loss; `target_grad`, `nontarget_grad` are dL_T/dz_y and dL_N/dz_y of the
-    raw terms (z = s/τ). The first five and the two log-probabilities are about the label: NaN without labels, but
-    `loss`; log-probabilities are −inf for a label outside the teacher's support.
+    raw terms (z = s/τ). These four and the two log-probabilities are about the target: the label, or the teacher's
+    likeliest token with `target_token="teacher_argmax"`; NaN without either, the four also for `amid`, which has no
+    such terms. Log-probabilities are −inf for a label outside the teacher's support. `teacher_*` are of the teacher
+    itself, also where `taid` mixes it.
     """
 
     loss: torch.Tensor
@@ -45,6 +47,7 @@ class _Call(NamedTuple):
     shape: torch.Size
     weights: torch.Tensor | None  # (N,) token weights
     counted: torch.Tensor | None  # (N,) bool
+    form: Form
 
 
 def kd_loss(
@@ -129,7 +132,7 @@ def kd_loss(
         rows, stats, _, _ = ops.rows(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
         loss = _weighted(rows, call) if reduction == "none" else _weighted(rows, call).sum()
     loss = loss.view(call.shape) if reduction == "none" else _reduce(loss, call, reduction, num_items)
-    return (loss, _stats(stats, call.shape)) if return_stats else loss
+    return (loss, _stats(stats, call)) if return_stats else loss
 
 
 def kd_value_and_grad(
@@ -182,7 +185,7 @@ def kd_value_and_grad(
     loss = _weighted(rows, call)
     loss = loss.view(call.shape) if reduction == "none" else _reduce(loss.sum(), call, reduction, num_items)
     grad = grad.view(student_logits.shape)
-    return (loss, grad, _stats(stats, call.shape)) if return_stats else (loss, grad)
+    return (loss, grad, _stats(stats, call)) if return_stats else (loss, grad)
 
 
 def _check_options(
@@ -209,10 +212,7 @@ def _check_options(
     checks.one_of("schedule", schedule, ("auto", "chunked", "streaming"))
     if schedule == "streaming":
         raise NotImplementedError('schedule="streaming" is not implemented: use "auto" or "chunked"')
-    if memory_budget is not None:
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-            raise TypeError(f"memory_budget must be an int (bytes) or None, got {type(memory_budget).__name__}")
-        checks.positive("memory_budget", memory_budget)
+    checks.budget(memory_budget)
     checks.one_of("drop_ignored", drop_ignored, ("auto", True, False))
     checks.one_of("logits_dtype", logits_dtype, (None, torch.float32, torch.bfloat16))
     checks.flag("return_stats", return_stats)
@@ -249,8 +249,7 @@ def _prepare(
     checks.positive("temperature", temperature)
     checks.flag("temperature_squared", temperature_squared)
     checks.number("ce_weight", ce_weight)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    checks.integer("ignore_index", ignore_index)
     checks.one_of("support", support, ("teacher", "floor"))
     columns = checks.vocab_size(vocab_size, student, teacher)
     shape, where = checks.leading(student), checks.device(student)
@@ -260,8 +259,8 @@ def _prepare(
     if token_weights is not None:
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
-    student, teacher = _autocast(student), _autocast(_detached(teacher))
-    operands = [*_flat(student), *_flat(teacher)]
+    student, teacher = autocast(student), autocast(detached(teacher))
+    operands = [*flattened(student), *flattened(teacher)]
     x, teacher_x = operands[0], operands[3]
     assert x is not None and teacher_x is not None
     wide = accumulation_dtype(x, teacher_x)
@@ -274,18 +273,24 @@ def _prepare(
         counted = (flat != ignore_index) & (flat >= 0) & (flat < columns)
         y = torch.where(counted, flat, -1)
     weights = None if token_weights is None else _rows_of(token_weights, shape).to(wide)
-    values = (*chosen.parameters, chosen.target, chosen.nontarget)
-    per_row: list[torch.Tensor | None] = []
-    for key, value in zip(chosen.parameter_names, values, strict=True):
-        if isinstance(value, torch.Tensor):
-            checks.per_token(f"{key} of divergence {chosen.name!r}", value, shape, where)
-        per_row.append(_rows_of(value, shape).float() if isinstance(value, torch.Tensor) else None)
+    for key, value in chosen.tensors().items():
+        checks.per_token(f"{key} of divergence {chosen.name!r}", value, shape, where)
+    form = chosen.form
+    values = (*form.theta, form.target, form.nontarget, 0.0 if form.mix is None else form.mix)
+    per_row = [_rows_of(value, shape).float() if isinstance(value, torch.Tensor) else None for value in values]
     factor = temperature * temperature if temperature_squared else 1.0
     numbers = [float(columns), float(temperature), float(factor), float(ce_weight)]
-    numbers += [*_transform(student), *_transform(teacher)]
+    numbers += [*transform(student), *transform(teacher)]
     numbers += [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
-    names = f"{chosen.definition.name} {'decoupled' if chosen.decoupled else 'joint'} {resolved} {support}"
-    return _Call([*operands, y, None, *per_row], names, numbers, shape, weights, counted)
+    names = ops.Names(
+        form.definition.name,
+        "decoupled" if form.decoupled else "joint",
+        resolved,
+        support,
+        chosen.target_token,
+        "own" if form.mix is None else "mixed",
+    )
+    return _Call([*operands, y, None, *per_row], " ".join(names), numbers, shape, weights, counted, form)
 
 
 def _from_heads(
@@ -356,41 +361,6 @@ def _check_logits_dtype(call: _Call, logits_dtype: torch.dtype | None) -> None:
             raise ValueError(f"logits_dtype must be None for a float64 {name} Head")
 
 
-def _autocast(side: Side) -> Side:
-    """Under autocast a Head's operands take its dtype, as in nn.Linear; logits stay as they are."""
-    if not isinstance(side, Head) or not torch.is_autocast_enabled(side.hidden.device.type):
-        return side
-    dtype = torch.get_autocast_dtype(side.hidden.device.type)
-    bias = None if side.bias is None else side.bias.to(dtype)
-    return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype), bias=bias)
-
-
-def _detached(side: Side) -> Side:
-    if not isinstance(side, Head):
-        return side.detach()
-    bias = None if side.bias is None else side.bias.detach()
-    return side._replace(hidden=side.hidden.detach(), weight=side.weight.detach(), bias=bias)
-
-
-def _flat(side: Side) -> list[torch.Tensor | None]:
-    """x, weight, bias: hidden states as (N, D), logits as (outer, inner, V) without a copy wherever strides allow."""
-    if isinstance(side, Head):
-        return [side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias]
-    if side.dim() <= 3:
-        return [side[(None,) * (3 - side.dim())], None, None]
-    for split in range(1, side.dim() - 1):
-        try:
-            outer, inner = side.shape[:split].numel(), side.shape[split:-1].numel()
-            return [side.view(outer, inner, side.shape[-1]), None, None]
-        except RuntimeError:
-            continue
-    return [side.reshape(1, -1, side.shape[-1]), None, None]
-
-
-def _transform(side: Side) -> tuple[float, float]:
-    return (float(side.scale), float(side.softcap or 0.0)) if isinstance(side, Head) else (1.0, 0.0)
-
-
 def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """(N,) contiguous values of a tensor broadcast to the leading shape."""
     return value.detach().expand(shape).reshape(-1).contiguous()
@@ -416,5 +386,9 @@ def _reduce(total: torch.Tensor, call: _Call, reduction: str, num_items: float |
     return total / _denominator(call, num_items) if reduction == "mean" else total
 
 
-def _stats(stats: torch.Tensor, shape: torch.Size) -> KDStats:
-    return KDStats(*(column.view(shape) for column in stats.float().t().contiguous()))
+def _stats(stats: torch.Tensor, call: _Call) -> KDStats:
+    columns = list(stats.float().t().contiguous())
+    if not call.form.definition.splits:
+        unknown = stats.new_full((), torch.nan) if call.counted is None else torch.where(call.counted, torch.nan, 0.0)
+        columns[1:5] = [unknown.expand(len(stats)) for _ in range(4)]
+    return KDStats(*(column.view(call.shape) for column in columns))

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from .divergence import Divergence, as_divergence
-from .loss import Side, kd_loss
+from .loss import kd_loss
+from .sides import Side
 
 
 class DistillationLoss(torch.nn.Module):

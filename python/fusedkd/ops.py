@@ -9,17 +9,17 @@ fusedkd::heads_rows         the same sides -> per-row loss; its backward runs `h
 
 All are opaque to torch.compile, so a call crosses the boundary as plain values:
     x, weight, bias   the student: hidden states (N, D) and its head, or logits (outer, inner, V) alone
-    others     teacher x, weight, bias; labels; row weights; then one per divergence parameter and for the two term
-               weights: a (N,) tensor where it is per row, else None
-    names      definition, "joint" or "decoupled", backend and support, with spaces between
+    others     teacher x, weight, bias; labels; row weights; then one per divergence parameter, for the two term weights
+               and for the teacher's weight in a mixed one: a (N,) tensor where it is per row, else None
+    names      `Names` with spaces between
     numbers    vocab_size, temperature, factor, ce_weight; scale and softcap (0: none) of student and teacher; then the
-               divergence parameters and the two term weights
+               divergence parameters, the two term weights and the teacher's weight
     flags      statistics wanted, ignored rows dropped, gradients wanted of x, weight, bias
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from . import chunked
 from .backends import row_functions
 from .dtypes import accumulation_dtype
-from .kernels.divergences import REGISTRY
+from .kernels.divergences import definitions
 from .kernels.rows import SAVED, STATS, Problem, Side
 from .plan import Chunks
 
@@ -35,7 +35,23 @@ Operands = Sequence[Optional[Tensor]]  # [x, weight, bias, *others]
 PER_ROW = 8  # where the per-row parameters start in operands, and the parameters in `numbers`
 
 
-def _outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+class Names(NamedTuple):
+    """The words of a call."""
+
+    definition: str
+    structure: str  # joint, decoupled
+    backend: str
+    support: str
+    target: str  # label, teacher_argmax
+    teacher: str  # own, mixed
+
+    @classmethod
+    def of(cls, words: str) -> "Names":
+        """From the string that crosses the boundary."""
+        return cls(*words.split())
+
+
+def outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast has been applied to the operands already; inside an op it would undo the float32 arithmetic."""
 
     @functools.wraps(fn)
@@ -51,21 +67,24 @@ def _problem(operands: Operands, names: str, numbers: Sequence[float]) -> Proble
         number if tensor is None else tensor
         for number, tensor in zip(numbers[PER_ROW:], operands[PER_ROW:], strict=True)
     )
-    definition: Any = REGISTRY[names.split()[0]]
+    words = Names.of(names)
     vocab_size, temperature, factor, ce_weight = numbers[:4]
     return Problem(
-        definition,
-        names.split()[1] == "decoupled",
-        values[:-2],
-        values[-2:],
+        definitions()[words.definition],
+        words.structure == "decoupled",
+        values[:-3],
+        (values[-3], values[-2]),
         int(vocab_size),
         temperature,
         factor,
         ce_weight,
+        mix=values[-1] if words.teacher == "mixed" else None,
+        argmax=words.target == "teacher_argmax",
     )
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
+    """Raises where a backward pass is itself being recorded."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "fusedkd has no second derivative: its gradient is formed by the kernel. Call backward or autograd.grad "
@@ -88,7 +107,7 @@ def _row_count(operands: Operands) -> Any:
 
 
 def _outputs(operands: Operands, with_stats: bool) -> tuple[Tensor, Tensor]:
-    """Empty loss (N,) and statistics (N, 11) or (0, 11)."""
+    """Empty loss (N,) and statistics (N, STATS) or (0, STATS)."""
     x, n = _given(operands[0]), _row_count(operands)
     return (
         x.new_empty(n, dtype=_wide(operands)),
@@ -104,7 +123,7 @@ def _like_contiguous(x: Tensor) -> Tensor:
 
 
 def _empty_floors(operands: Operands, names: str) -> Tensor:
-    n = _row_count(operands) if names.split()[3] == "floor" else 0
+    n = _row_count(operands) if Names.of(names).support == "floor" else 0
     return _given(operands[0]).new_empty(n, dtype=_wide(operands))
 
 
@@ -116,24 +135,24 @@ def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
     """Where support="floor" raises the teacher's logits to, per row; empty otherwise."""
     floors = _empty_floors(operands, names)
     if floors.numel():
-        row_functions(names.split()[2]).floor_rows(
+        row_functions(Names.of(names).backend).floor_rows(
             problem, Side(_given(operands[3])), operands[6], floors, chunked.FLOOR_DEPTH
         )
     return floors
 
 
 @torch.library.custom_op("fusedkd::rows", mutates_args=())
-@_outside_autocast
+@outside_autocast
 def rows(
     x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (N,), statistics, saved row scalars (N, 10), floors."""
+    """Loss (N,), statistics, saved row scalars (N, SAVED), floors."""
     operands = [x, None, None, *others]
     problem = _problem(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
     saved = loss.new_empty((loss.shape[0], SAVED))
     floors = _floors(operands, names, problem)
-    row_functions(names.split()[2]).value(
+    row_functions(Names.of(names).backend).value(
         problem, Side(x), _teacher(operands, floors), operands[6], loss, saved,
         stats if flags[0] else None,
     )  # fmt: skip
@@ -150,7 +169,7 @@ def _(
 
 
 @torch.library.custom_op("fusedkd::rows_gradient", mutates_args=())
-@_outside_autocast
+@outside_autocast
 def rows_gradient(
     x: Tensor,
     others: Operands,
@@ -163,7 +182,7 @@ def rows_gradient(
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
     operands = [x, None, None, *others]
     grad = _like_contiguous(x)
-    row_functions(names.split()[2]).gradient(
+    row_functions(Names.of(names).backend).gradient(
         _problem(operands, names, numbers), Side(x), _teacher(operands, floors), operands[6], saved,
         upstream, grad.view(-1, grad.shape[2]),
     )  # fmt: skip
@@ -197,7 +216,7 @@ def _no_gradients(others: Operands) -> Optional[list[None]]:
 
 
 def _rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     saved, floors, x, *others = ctx.saved_tensors
     grad = None
     if upstream is not None:
@@ -209,7 +228,7 @@ rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
 @torch.library.custom_op("fusedkd::rows_both", mutates_args=())
-@_outside_autocast
+@outside_autocast
 def rows_both(
     x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +237,7 @@ def rows_both(
     problem = _problem(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
     grad = _like_contiguous(x)
-    row_functions(names.split()[2]).value_and_gradient(
+    row_functions(Names.of(names).backend).value_and_gradient(
         problem, Side(x), _teacher(operands, _floors(operands, names, problem)), operands[6],
         operands[7], grad.view(-1, grad.shape[2]), loss, stats if flags[0] else None,
     )  # fmt: skip
@@ -256,8 +275,8 @@ def _run(
         operands[7],
         (flags[2], flags[3], flags[4]),
         Chunks(chunks[0], chunks[1], 0),
-        backend=names.split()[2],
-        floor=names.split()[3] == "floor",
+        backend=Names.of(names).backend,
+        floor=Names.of(names).support == "floor",
         with_stats=flags[0],
         drop_ignored=flags[1],
         logits_dtype=logits_dtype,
@@ -265,7 +284,7 @@ def _run(
 
 
 @torch.library.custom_op("fusedkd::heads", mutates_args=())
-@_outside_autocast
+@outside_autocast
 def heads(
     x: Tensor,
     weight: Optional[Tensor],
@@ -338,7 +357,7 @@ def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _heads_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     saved = ctx.saved_tensors
     found = [
         scaled(grad, upstream, like) if wanted and upstream is not None else None
@@ -351,7 +370,7 @@ heads.register_autograd(_heads_backward, setup_context=_heads_setup)
 
 
 @torch.library.custom_op("fusedkd::heads_rows", mutates_args=())
-@_outside_autocast
+@outside_autocast
 def heads_rows(
     x: Tensor,
     weight: Optional[Tensor],
@@ -392,7 +411,7 @@ def _heads_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     x, weight, bias, *others = ctx.saved_tensors
     no_gradients = _no_gradients(others)
     if upstream is None:

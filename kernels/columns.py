@@ -1,0 +1,152 @@
+"""How a program sees the columns of its row: loaded, centred on running maxima, normalised.
+
+Every sweep goes through here. Logits are centred as online.py wants them. A teacher that is mixed with the student
+(divergences/taid.py) is mixed here, after centring: u' = (1 − mix)·z + mix·u and d' = mix·d, both minus the m
+that makes d' too 0 where the maxima of z and u' stand.
+
+    centre   (c_s, c_t, k, m): what z and u are measured from
+    mix      the teacher's weight as a tuple of one, (None,) for the teacher itself
+    view     (row, y, V, inv_tau, mix, centre): what a later sweep needs to know beside the two sides, which must not
+             lie in a tuple made in a kernel: that would turn their compile-time 1 into a number
+    at       (l_s, l_t, r): the row's log-normalisers, as split.py gives them
+"""
+
+from .language import jit, tl
+from .maths import tanh
+
+
+@jit
+def row_values(values, row):
+    """A tuple of floats and of pointers to one float per row, read at `row`."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        value = values[i]
+        if value.dtype.is_ptr():
+            out = out + (tl.load(value + row),)
+        else:
+            out = out + (value,)
+    return out
+
+
+@jit
+def row_mix(mix, row):
+    """The teacher's weight at `row`, as a tuple of one."""
+    if mix[0] is None:
+        return mix
+    else:
+        return row_values(mix, row)
+
+
+@jit
+def spread(cols, stride):
+    """Column offsets, 64-bit only where a stride could carry them past 2³¹.
+
+    Taken from its tuple by index: unpacking would turn a compile-time 1 into a number.
+    """
+    if stride == 1:
+        return cols
+    else:
+        return tl.cast(cols, tl.int64) * stride
+
+
+@jit
+def load_side(side, row, cols, mask):
+    """Logits at `cols`, −inf where masked, and their derivative with respect to the stored number."""
+    ptr, first, inner, stride_o, stride_n, _, bias_ptr, scale, softcap, floor_ptr = side
+    at = ptr + (row + first) // inner * stride_o + (row + first) % inner * stride_n
+    x = tl.load(at + spread(cols, side[5]), mask=mask, other=float("-inf")).to(tl.float32)
+    slope = 1.0
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        x *= scale
+        slope = slope * scale
+    if softcap is not None:
+        bent = tanh(x / softcap)
+        x = tl.where(mask, softcap * bent, float("-inf"))
+        slope = slope * (1.0 - bent * bent)
+    return x, slope
+
+
+@jit
+def load_pair(student, teacher, row, cols, mask, student_mask):
+    """Student and teacher logits, which columns are compared, and the student's slope. −inf becomes a finite −1e30."""
+    s, slope = load_side(student, row, cols, student_mask)
+    t, teacher_slope = load_side(teacher, row, cols, mask)
+    floor_ptr = teacher[9]
+    live = mask & (t != float("-inf"))
+    if floor_ptr is not None:
+        live = mask & ((t != float("-inf")) | (s != float("-inf")))
+        floor = tl.load(floor_ptr + row)
+        t = tl.where(t < floor, floor, t)
+    return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t), live, slope
+
+
+@jit
+def _on_grid(x):
+    return tl.floor(x * 4.0 + 0.5) * 0.25
+
+
+@jit
+def no_maxima():
+    """The maxima of nothing: of s, of t, and of the mixed u'."""
+    return -1e20, -1e20, -1e20
+
+
+@jit
+def centre_of(maxima, inv_tau, mix):
+    """The maxima on a coarse grid, so that s − c_s and t − c_t are exact where it matters, and what d lacks to be 0
+    where both maxima stand."""
+    top_s, top_t, top_m = maxima
+    c_s = _on_grid(top_s)
+    c_t = _on_grid(top_t)
+    m = 0.0
+    if mix[0] is not None:
+        m = top_m - (top_s - c_s) * inv_tau
+    return c_s, c_t, (top_t - c_t) - (top_s - c_s), m
+
+
+@jit
+def centred(s, t, centre, inv_tau, mix):
+    """z, u and d = u − z."""
+    c_s, c_t, k, m = centre
+    z = (s - c_s) * inv_tau
+    u = ((t - c_t) - k) * inv_tau
+    d = (((t - c_t) - (s - c_s)) - k) * inv_tau
+    if mix[0] is not None:
+        u = (1.0 - mix[0]) * z + mix[0] * u - m
+        d = mix[0] * d - m
+    return z, u, d
+
+
+@jit
+def raise_maxima(maxima, s, t, live, inv_tau, mix):
+    """The running maxima with a tile, their centre, how z, u and d move (online.py), and how the unmixed u does."""
+    top_s, top_t, top_m = maxima
+    old_s, old_t, old_k, old_m = centre_of(maxima, inv_tau, mix)
+    top_s = tl.maximum(top_s, tl.max(tl.where(live, s, -1e20)))
+    top_t = tl.maximum(top_t, tl.max(tl.where(live, t, -1e20)))
+    c_s, c_t, k, m = centre_of((top_s, top_t, top_m), inv_tau, mix)
+    more = old_k - k  # added last: beside a large move its digits would be lost
+    log_s = (old_s - c_s) * inv_tau
+    log_t = ((old_t - c_t) + more) * inv_tau
+    x = (((old_s - c_s) - (old_t - c_t)) - more) * inv_tau
+    own_log_t = log_t
+    if mix[0] is not None:
+        _, u, _ = centred(s, t, (c_s, c_t, k, 0.0), inv_tau, mix)
+        top_m = tl.maximum(top_m + log_s - mix[0] * x, tl.max(tl.where(live, u, -1e20)))
+        m = top_m - (top_s - c_s) * inv_tau
+        x = mix[0] * x + (m - old_m)
+        log_t = log_s - x
+    return (top_s, top_t, top_m), (c_s, c_t, k, m), (log_s, log_t, x), own_log_t
+
+
+@jit
+def columns(student, teacher, view, at, start, BLOCK: tl.constexpr):
+    """A tile at its final offsets: q, p, log q, log p, δ, d; which columns count (not the held-out one); columns, t."""
+    row, y, V, inv_tau, mix, centre = view
+    l_s, l_t, r = at
+    cols = start + tl.arange(0, BLOCK)
+    s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < V)
+    z, u, d = centred(s, t, centre, inv_tau, mix)
+    return tl.exp(z - l_s), tl.exp(u - l_t), z - l_s, u - l_t, d - r, d, live & (cols != y), cols, t

@@ -1,0 +1,229 @@
+"""AMiD: an α-β divergence between an α-mixture r of teacher and student, and the teacher or the student.
+
+    r_k ∝ (λ p_k^c + (1−λ) q_k^c)^(1/c), c = (1−α)/2        D = base(x‖y) by `order`: pr, qr, rp, rq
+
+α = −1 is the arithmetic mixture (pr is then SKL_λ, qr SRKL_{1−λ}), α → 1 the geometric one, r ∝ p^λ q^(1−λ). As in the
+authors' code every α ≥ 1 means the geometric one, although the paper defines the mixture there too.
+
+With a = log(m(cδ)/q^c)/c and b = a − δ (mixture.py; a = λδ at c = 0), log r = log q + a − log R, R = Σ q e^a, and
+w_k = ∂(log q + a)/∂log q_k = (1−λ) e^{−ca}. The base is evaluated between r (in the student's place) and o = p or q (in
+the teacher's), for the orders rp and rq with its arguments exchanged, which for α-β is (α, β) → (β, α).
+Gradient: with φ = ∂f/∂log r and Φ = Σ φ, phi = w (φ − r Φ), plus ∂f/∂log q at fixed r where o = q; then
+dL/dz_k = phi_k − q_k Σ phi. R and Φ belong to the row: two sweeps of their own find them (`Gather`), the second one
+the sums too. Four reads of the logits for value and gradient, and one write.
+The mixture's normaliser depends on q, so D is no sum over tokens with nothing but p and q in it: no target/non-target
+split, no decoupled form; these statistics are NaN.
+Edge cases: λ = 0 is r = q, λ = 1 is r = p. Base, one of the α-β family: fkl, rkl, ab, alpha.
+Source: AMiD, arXiv 2510.15982, with the authors' code (α-mixture, Prop. 3.5; base ab there is (0.2, 0.7)).
+"""
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..columns import columns
+from ..divergence import TWO_SWEEPS, Definition, Derived, Form, Gather
+from ..language import formula, jit, tl
+from ..maths import expm1_product, log1p
+from ..mixture import log_mixture
+from ..online import log_sum
+from .ab import AB
+from .ab import term as ab_term
+
+ORDERS = ("pr", "qr", "rp", "rq")
+
+
+@formula
+def mixed(logq, logp, delta, alpha, lam):
+    """log(r R), a, b and w."""
+    c = tl.where(alpha < 1, 0.5 * (1.0 - alpha), 0.0)
+    flat = c == 0
+    by = tl.where(flat, 1.0, c)
+    above, beyond, _ = log_mixture(lam, c * delta, 0.0 * lam)
+    share = tl.where(lam < 1, (1.0 - lam) * tl.exp(tl.where(above < -80.0, 80.0, -above)), 0.0)
+    a = tl.where(flat, lam * delta, above / by)
+    b = tl.where(flat, (lam - 1.0) * delta, beyond / by)
+    return tl.where(delta > 0, logp + b, logq + a), a, b, share
+
+
+@formula
+def parts_teacher(q, p, logq, logp, delta, theta):
+    """f, φ = ∂f/∂log r, w, r and what flows to log q past r: order pr, rp."""
+    alpha, lam, base_alpha, base_beta, log_r_sum, mass = theta
+    log_r, a, b, share = mixed(logq, logp, delta, alpha, lam)
+    log_r = log_r - log_r_sum
+    r = tl.exp(log_r)
+    f, phi = ab_term(r, p, log_r, logp, log_r_sum - b, (base_alpha, base_beta))
+    return f, phi, share, r, 0.0 * phi
+
+
+@formula
+def parts_student(q, p, logq, logp, delta, theta):
+    """The same for o = q: order qr, rq."""
+    alpha, lam, base_alpha, base_beta, log_r_sum, mass = theta
+    log_r, a, b, share = mixed(logq, logp, delta, alpha, lam)
+    log_r = log_r - log_r_sum
+    r = tl.exp(log_r)
+    f, phi = ab_term(r, q, log_r, logq, log_r_sum - a, (base_alpha, base_beta))
+    _, direct = ab_term(q, r, logq, log_r, a - log_r_sum, (base_beta, base_alpha))
+    return f, phi, share, r, direct
+
+
+@formula
+def term_teacher(q, p, logq, logp, delta, theta):
+    """f and phi = w (φ − r Φ)."""
+    f, phi, share, r, direct = parts_teacher(q, p, logq, logp, delta, theta)
+    return f, share * (phi - r * theta[5])
+
+
+@formula
+def term_student(q, p, logq, logp, delta, theta):
+    """f and phi = w (φ − r Φ) + ∂f/∂log q."""
+    f, phi, share, r, direct = parts_student(q, p, logq, logp, delta, theta)
+    return f, share * (phi - r * theta[5]) + direct
+
+
+@formula
+def growth(q, logq, logp, delta, theta):
+    """q (e^a − 1) and q e^a: what R is made of."""
+    log_r, a, b, share = mixed(logq, logp, delta, theta[0], theta[1])
+    r = tl.exp(log_r)
+    return expm1_product(q, r, a), r
+
+
+@formula
+def log_total(near, far):
+    """log R from Σ q (e^a − 1) and Σ q e^a."""
+    close = tl.abs(near) < 0.5
+    return tl.where(close, log1p(tl.where(close, near, 0.0)), log_sum(far))
+
+
+@jit
+def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr):
+    """(log R, Φ), (F, Σ phi): two sweeps over the columns, the label's added by hand."""
+    logq_y, logp_y, delta_y, present = label
+    q_y = tl.exp(logq_y)
+    near, far = growth(q_y, logq_y, logp_y, delta_y, theta)
+    near = tl.where(present, near, 0.0)
+    far = tl.where(present, far, 0.0)
+    for start in range(0, view[2], BLOCK):
+        q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
+        more, r = growth(q, logq, logp, delta, theta)
+        near += tl.sum(tl.where(live, more, 0.0))
+        far += tl.sum(tl.where(live, r, 0.0))
+    log_r_sum = log_total(near, far)
+    known = theta + (log_r_sum, 0.0)
+    f_y, phi_y, share_y, r_y, direct_y = PARTS(q_y, tl.exp(logp_y), logq_y, logp_y, delta_y, known)
+    mass = tl.where(present, phi_y, 0.0)
+    total, shared, weight, direct, widest = 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, view[2], BLOCK):
+        q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
+        f, phi, share, r, past = PARTS(q, p, logq, logp, delta, known)
+        total += tl.sum(tl.where(live, f, 0.0))
+        mass += tl.sum(tl.where(live, phi, 0.0))
+        shared += tl.sum(tl.where(live, share * phi, 0.0))
+        weight += tl.sum(tl.where(live, share * r, 0.0))
+        direct += tl.sum(tl.where(live, past, 0.0))
+        widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
+    total = tl.where((widest > 1e20) & (total > 1e10), float("inf"), total)
+    return (log_r_sum, mass), (total, shared - mass * weight + direct)
+
+
+@jit
+def gather_teacher(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+    """For orders pr and rp."""
+    return _gather(student, teacher, view, at, label, theta, parts_teacher, BLOCK)
+
+
+@jit
+def gather_student(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+    """For orders qr and rq."""
+    return _gather(student, teacher, view, at, label, theta, parts_student, BLOCK)
+
+
+def _whole_rows(parts: Any) -> Any:
+    def gather(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
+        columns = whole.columns()
+        near, far = growth.torch(columns[0], *columns[2:], theta)
+        log_r_sum = log_total.torch(near.sum(-1, keepdim=True), far.sum(-1, keepdim=True))
+        _, phi, _, _, _ = parts.torch(*columns, (*theta, log_r_sum, 0.0 * log_r_sum))
+        return log_r_sum.squeeze(-1), phi.sum(-1)
+
+    return gather
+
+
+def reference_teacher(
+    logp: torch.Tensor, logq: torch.Tensor, alpha: float, lam: float, base_alpha: float, base_beta: float
+) -> torch.Tensor:
+    """The base between p and the mixture, normalised by softmax."""
+    return AB.reference(logp, _mixture(logp, logq, alpha, lam), base_alpha, base_beta)
+
+
+def reference_student(
+    logp: torch.Tensor, logq: torch.Tensor, alpha: float, lam: float, base_alpha: float, base_beta: float
+) -> torch.Tensor:
+    """The base between q and the mixture."""
+    return AB.reference(logq, _mixture(logp, logq, alpha, lam), base_alpha, base_beta)
+
+
+def _mixture(logp: torch.Tensor, logq: torch.Tensor, alpha: float, lam: float) -> torch.Tensor:
+    if lam in (0, 1):
+        return logp if lam else logq
+    if alpha >= 1:
+        return (lam * logp + (1 - lam) * logq).log_softmax(-1)
+    c, weight = (1 - alpha) / 2, torch.tensor([lam, 1 - lam], dtype=logp.dtype).log()
+    return (torch.logaddexp(weight[0] + c * logp, weight[1] + c * logq) / c).log_softmax(-1)
+
+
+_PARAMETERS = MappingProxyType({"alpha": 0.5, "lam": 0.5, "base_alpha": 1.0, "base_beta": 0.0})
+TEACHER = Definition(
+    "amid_teacher",
+    term_teacher,
+    reference_teacher,
+    parameters=_PARAMETERS,
+    online=TWO_SWEEPS._replace(tile="gathered"),
+    gather=Gather(gather_teacher, _whole_rows(parts_teacher), 2),
+    separable=False,
+    splits=False,
+)
+STUDENT = Definition(
+    "amid_student",
+    term_student,
+    reference_student,
+    parameters=_PARAMETERS,
+    online=TWO_SWEEPS._replace(tile="gathered"),
+    gather=Gather(gather_student, _whole_rows(parts_student), 2),
+    separable=False,
+    splits=False,
+)
+_FAMILY = {"fkl": lambda: (1.0, 0.0), "rkl": lambda: (0.0, 1.0), "ab": lambda alpha, beta: (alpha, beta)}
+
+
+def form(alpha: Any, lam: Any, base: Form, order: str) -> Form:
+    """The definition for the other argument, and the base's exponents in its order."""
+    if not (base.plain and base.definition.name in _FAMILY):
+        raise ValueError("base of 'amid' must be one of fkl, rkl, ab, alpha (without weights)")
+    exponents = _FAMILY[base.definition.name](*base.theta)
+    if order[0] == "r":
+        exponents = exponents[::-1]
+    return Form(TEACHER if "p" in order else STUDENT, (alpha, lam, *exponents))
+
+
+def check(alpha: float, lam: float, order: str) -> None:
+    """α ≥ −16, 0 ≤ λ ≤ 1, order one of four."""
+    if not alpha >= -16:
+        raise ValueError(f"alpha must be >= -16 (float32 overflows beyond), got {alpha}")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must lie in [0, 1] (0: the mixture is the student, 1: the teacher), got {lam}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+
+
+AMID = Derived(
+    "amid",
+    form,
+    MappingProxyType({"alpha": 0.5, "lam": 0.5, "base": "fkl", "order": "pr"}),
+    check,
+    definitions=(TEACHER, STUDENT),
+)

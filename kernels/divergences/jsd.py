@@ -1,0 +1,55 @@
+"""Generalised Jensen-Shannon divergence in GKD's convention, β KL(p‖M) + (1−β) KL(q‖M) with M = βp + (1−β)q.
+
+β = 0 and β = 1 mean KL(p‖q) and KL(q‖p), as in GKD, TRL and Liger. These are not the limits: JSD_β itself goes to 0 at
+both ends, JSD_β/β → KL(p‖q) and JSD_β/(1−β) → KL(q‖p).
+
+Summand: with a = log(M/q) and b = log(M/p), f = (1−β) q·rem2(a) + β p·rem2(b): the linear terms M − q and M − p, added
+with these weights, cancel at every token.
+Gradient: phi = −(1−β) q a, so dL/dz_k = (1−β) q_k (log(q_k/M_k) − KL(q‖M)); far rows use a − log(1−β) (mixture.py).
+a and b are functions of δ only (mixture.py); log M is never taken from probabilities.
+Edge cases: bounded by the entropy of (β, 1−β) for 0 < β < 1, also where p or q is 0; at the ends as fkl.py and rkl.py.
+Source: Agarwal et al., GKD, ICLR 2024, section 2; Lin 1991 (weighted JSD).
+"""
+
+from types import MappingProxyType
+
+import torch
+
+from ..divergence import Definition
+from ..language import formula, tl
+from ..maths import expm1_product, rem2_product
+from ..mixture import SATURATING, log_mixture
+
+
+@formula
+def term(q, p, logq, logp, delta, theta):
+    """f = w_q q·rem2(a) + w_p p·rem2(b), phi = −w_q q a; the KL whose end β stands on there."""
+    beta, far = theta
+    above, beyond, excess = log_mixture(beta, delta, tl.where(beta < 1, far, 0.0))
+    mixed = beta * p + (1.0 - beta) * q
+    of_q = tl.where(beta == 1, 1.0, 1.0 - beta)
+    of_p = tl.where(beta == 0, 1.0, beta)
+    f = of_q * rem2_product(q, mixed, above) + of_p * rem2_product(p, mixed, beyond)
+    return f, tl.where(beta == 0, expm1_product(p, q, -delta), -of_q * q * excess)
+
+
+def reference(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Tensor:
+    """The two divergences from the mixture, which is a log-sum-exp."""
+    if beta == 0:
+        return (logp.exp() * (logp - logq)).sum(-1)
+    if beta == 1:
+        return (logq.exp() * (logq - logp)).sum(-1)
+    weight = torch.tensor(beta, dtype=logp.dtype)
+    mixture = torch.logaddexp(logp + weight.log(), logq + (1 - weight).log())
+    return (beta * logp.exp() * (logp - mixture) + (1 - beta) * logq.exp() * (logq - mixture)).sum(-1)
+
+
+def check(beta: float) -> None:
+    """0 ≤ β ≤ 1."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1] (0: forward KL, 1: reverse KL), got {beta}")
+
+
+JSD = Definition(
+    "jsd", term, reference, parameters=MappingProxyType({"beta": 0.5}), check=check, reads_logs=False, gather=SATURATING
+)

@@ -1,0 +1,57 @@
+"""Skew reverse Kullback-Leibler divergence, KL(q‖M) with M = λq + (1−λ)p.
+
+Summand: with a = log(M/q), f = q·rem2(a): Σ(M − q) = 0 has been added, so f ≥ 0.
+Gradient: phi = −q a − λ q·expm1(−a): the second term is the student inside the mixture. `detach_mixture=True` takes it
+for a constant there, phi = −q a, as DistiLLM-2 does; the value is the same.
+a = log1p((1−λ)·expm1(δ)) is a function of δ only; far rows use e = a − log λ (mixture.py): −q e − q·expm1(−e).
+Edge cases: λ = 0 is KL(q‖p), λ = 1 is 0. For λ > 0 bounded by −log λ, also where p = 0 < q.
+Source: Ko et al., DistiLLM, ICML 2024, eq. 5 (λ = 0.1); Ko et al., DistiLLM-2, ICML 2025 (detached mixture).
+"""
+
+from types import MappingProxyType
+
+import torch
+
+from ..divergence import Definition
+from ..language import formula, tl
+from ..maths import expm1_product, rem2_product
+from ..mixture import SATURATING, log_mixture
+from .skl import check as check_weight
+
+
+@formula
+def term(q, p, logq, logp, delta, theta):
+    """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
+    lam, detach_mixture, far = theta
+    far = tl.where(lam > 0, far, 0.0)
+    above, _, excess = log_mixture(1.0 - lam, delta, far)
+    inverse = q * tl.exp(tl.where(excess < -80.0, 80.0, -excess))  # q²/M; a ≥ log λ, so the bound only meets λ = 0
+    inside = tl.where(far == 0, lam, 1.0) * (1.0 - detach_mixture) * expm1_product(q, inverse, -excess)
+    return rem2_product(q, lam * q + (1.0 - lam) * p, above), -q * excess - inside
+
+
+def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float, detach_mixture: float) -> torch.Tensor:
+    """Σ q (log q − log M), a column with q = 0 left out."""
+    weight = torch.tensor(lam, dtype=logp.dtype)
+    student = logq.detach() if detach_mixture else logq
+    mixture = torch.logaddexp(student + weight.log(), logp + (1 - weight).log())
+    q = logq.exp()
+    return torch.where(q > 0, q * (torch.where(q > 0, logq, 0.0) - torch.where(q > 0, mixture, 0.0)), 0.0).sum(-1)
+
+
+def check(lam: float, detach_mixture: float) -> None:
+    """0 ≤ λ ≤ 1."""
+    check_weight(lam)
+    if detach_mixture not in (0, 1):
+        raise ValueError(f"detach_mixture must be True or False, got {detach_mixture}")
+
+
+SRKL = Definition(
+    "srkl",
+    term,
+    reference,
+    parameters=MappingProxyType({"lam": 0.1, "detach_mixture": False}),
+    check=check,
+    reads_logs=False,
+    gather=SATURATING,
+)

@@ -1,0 +1,117 @@
+"""Log-probability of one given token and entropy per row of logits, and their gradient. One program a row.
+
+    log q_y = −softplus(lse_{k≠y} z − z_y)        H = lse − Σ q z
+    d log q_y/dz_k = 1[k=y] − q_k                 dH/dz_k = −q_k (log q_k + H)
+
+The token's column is held out of the sums, so that log q_y and 1 − q_y keep their digits as q_y → 1. One read of each
+logit for the value, one more and one write for the gradient. A row with a negative token reads nothing and gives 0.
+"""
+
+import torch
+
+from .columns import load_side, spread
+from .language import jit, tl
+from .maths import softplus
+from .online import log_sum
+from .rows import Side, pack, store_zeros
+from .tiles import fitting
+
+SAVED = 4  # centre, lse above it, log q_y, H
+
+
+@jit
+def _finite(side, row, cols, mask):
+    """Logits with −inf made finite, and their slope."""
+    s, slope = load_side(side, row, cols, mask)
+    return tl.where(s < -1e30, -1e30, s), slope
+
+
+@jit
+def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(token_ptr + row).to(tl.int32)
+    top, total, warmth = -1e20, 0.0, 0.0
+    for start in range(0, tl.where(y >= 0, V, 0), BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        s, slope = _finite(side, row, cols, cols < V)
+        live = (cols < V) & (cols != y)
+        raised = tl.maximum(top, tl.max(tl.where(live, s, -1e20)))
+        move = (top - raised) * inv_tau
+        scale = tl.exp(move)
+        z = (s - raised) * inv_tau
+        e = tl.where(live, tl.exp(z), 0.0)
+        warmth = tl.where(scale > 0, scale * (warmth + move * total), 0.0) + tl.sum(tl.where(live, e * z, 0.0))
+        total = scale * total + tl.sum(e)
+        top = raised
+    s_y, slope_y = _finite(side, row, y, y >= 0)
+    alone = total == 0
+    top = tl.where(alone, s_y, top)
+    rest = tl.where(alone, -1e30, log_sum(total))
+    zy = (s_y - top) * inv_tau
+    logprob = -softplus(rest - zy)
+    lse = tl.maximum(rest, zy) + softplus(-tl.abs(rest - zy))
+    entropy = lse - (warmth * tl.exp(-lse) + tl.exp(logprob) * tl.where(s_y > -1e30, zy, 0.0))
+    counted = y >= 0
+    at = saved_ptr + row * 4
+    tl.store(at, tl.where(counted, top, 0.0))
+    tl.store(at + 1, tl.where(counted, lse, 0.0))
+    tl.store(at + 2, tl.where(counted, tl.where(s_y > -1e30, logprob, float("-inf")), 0.0))
+    tl.store(at + 3, tl.where(counted, tl.maximum(entropy, 0.0), 0.0))
+
+
+@jit
+def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(token_ptr + row).to(tl.int32)
+    if y >= 0:
+        grad_ptr, stride_n, _, width = grad
+        top = tl.load(saved_ptr + row * 4)
+        lse = tl.load(saved_ptr + row * 4 + 1)
+        entropy = tl.load(saved_ptr + row * 4 + 3)
+        up_logprob = tl.load(upstream_ptr + row * 2)
+        up_entropy = tl.load(upstream_ptr + row * 2 + 1)
+        tiles = tl.cdiv(V, BLOCK)
+        at_y, slope_y = 0.0, 0.0
+        for tile in range(0, tiles):
+            cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
+            s, slope = _finite(side, row, cols, cols < V)
+            log_q = (s - top) * inv_tau - lse
+            q = tl.exp(log_q)
+            g = -q * (up_logprob + up_entropy * tl.where(q > 0, log_q + entropy, 0.0))
+            g = tl.where((cols < V) & (cols != y), g, 0.0)
+            at_y -= tl.sum(g)  # a row's gradient sums to 0: at the token nothing cancels this way
+            slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s > -1e30, 1.0, 0.0), 0.0))
+            out = grad_ptr + row * stride_n + spread(cols, grad[2])
+            tl.store(out, (g * inv_tau * slope).to(grad_ptr.dtype.element_ty), mask=cols < V)
+        out = grad_ptr + row * stride_n + spread(y, grad[2])
+        tl.store(out, (at_y * inv_tau * slope_y).to(grad_ptr.dtype.element_ty))
+    else:
+        store_zeros(grad, row, BLOCK)
+
+
+def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> None:
+    """Fills `saved` (N, SAVED): centre, log-sum-exp above it, log q of the token, entropy; zeros where token < 0."""
+    if len(saved):
+        vocabulary = side.x.shape[2]
+        best = fitting("light", side.x.element_size(), vocabulary)
+        _value[(len(saved),)](
+            pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, num_warps=best.num_warps
+        )
+
+
+def gradient(
+    side: Side,
+    tokens: torch.Tensor,
+    saved: torch.Tensor,
+    upstream: torch.Tensor,
+    out: torch.Tensor,
+    temperature: float,
+) -> None:
+    """Writes upstream (N, 2) · d(log q_y, H)/dx into `out` (N, V), which may lie over the logits."""
+    if len(out):
+        vocabulary = side.x.shape[2]
+        best = fitting("light", side.x.element_size(), vocabulary)
+        _gradient[(len(out),)](
+            pack(side), tokens, saved, upstream, (out, *out.stride(), vocabulary), vocabulary, 1.0 / temperature,
+            BLOCK=best.block, num_warps=best.num_warps,
+        )  # fmt: skip

@@ -1,0 +1,64 @@
+"""The logarithm of a mixture m = λp + (1 − λ)q relative to each of its parts, from δ = log p − log q alone.
+
+Divergences from a mixture saturate: where p and q hardly overlap, log(m/q) is log(1 − λ) at almost every token that the
+student likes, and the gradient q_k (h_k − Σ q h) is what is left of a difference of equal numbers. Adding a multiple of
+q to phi changes no gradient (Σ phi moves with it), so on such rows (`far`) the terms leave that constant out. The first
+sweep knows which rows these are; `SATURATING` hands it on as the last number of theta.
+"""
+
+from typing import Any
+
+import torch
+
+from .divergence import Gather
+from .language import formula, jit, tl
+from .maths import expm1_ratio, log1p
+
+NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
+
+
+def _torch_log_mixture(weight, delta, far):
+    part = torch.where(weight < 1, torch.log1p(-weight), NEVER)
+    other = torch.where(weight > 0, torch.log(weight), NEVER)
+    gap = other + delta - part
+    close = (far == 0) & (delta.abs() < 0.5)
+    if bool(close.all()):
+        above = torch.log1p(torch.expm1(delta).mul_(weight))
+        return above, above - delta, above
+    tail = torch.log1p(gap.abs().neg_().exp_())
+    excess = gap.clamp(min=0.0).add_(tail)
+    above, beyond = tail + torch.where(gap > 0, other + delta, part), tail + torch.where(gap > 0, other, part - delta)
+    if bool(close.any()):
+        near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
+        above, beyond = torch.where(close, near, above), torch.where(close, near - delta, beyond)
+    return above, beyond, torch.where(far == 0, above, excess)
+
+
+@formula(torch=_torch_log_mixture)
+def log_mixture(weight, delta, far):
+    """(log(m/q), log(m/p), log(m/q) − far·log(1 − weight)) of m = weight·p + (1 − weight)·q.
+
+    Exactly 0 at δ = 0 unless far, the first also at weight 0, the second at weight 1.
+    """
+    part = tl.where(weight < 1, tl.log(tl.where(weight < 1, 1.0 - weight, 1.0)), -2e30)
+    other = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)), -2e30)
+    near = tl.abs(delta) < tl.where(far == 0, 0.5, -1.0)
+    x = tl.where(near, delta, 0.0)
+    gap = other + delta - part
+    tail = log1p(tl.where(near, weight * x * expm1_ratio(x), tl.exp(-tl.abs(gap))))
+    excess = tail + tl.where(gap > 0, gap, 0.0)
+    above = tl.where(near, tail, tail + tl.where(gap > 0, other + delta, part))
+    beyond = tl.where(near, tail - x, tail + tl.where(gap > 0, other, part - delta))
+    return above, beyond, tl.where(far == 0, above, excess)
+
+
+@jit
+def _far_kernel(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+    return (tl.where(state[3] < 0.5 * state[0], 0.0, 1.0),), ()
+
+
+def _far_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    return (torch.where(whole.near, 0.0, 1.0).to(whole.dtype),)
+
+
+SATURATING = Gather(_far_kernel, _far_torch, 1)

@@ -1,0 +1,44 @@
+"""A side of the comparison as given, logits or a Head, and as the operators take it."""
+
+import torch
+
+from .head import Head
+
+Side = torch.Tensor | Head
+
+
+def autocast(side: Side) -> Side:
+    """Under autocast a Head's operands take its dtype, as in nn.Linear; logits stay as they are."""
+    if not isinstance(side, Head) or not torch.is_autocast_enabled(side.hidden.device.type):
+        return side
+    dtype = torch.get_autocast_dtype(side.hidden.device.type)
+    bias = None if side.bias is None else side.bias.to(dtype)
+    return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype), bias=bias)
+
+
+def detached(side: Side) -> Side:
+    """A side from which no gradient flows."""
+    if not isinstance(side, Head):
+        return side.detach()
+    bias = None if side.bias is None else side.bias.detach()
+    return side._replace(hidden=side.hidden.detach(), weight=side.weight.detach(), bias=bias)
+
+
+def flattened(side: Side) -> list[torch.Tensor | None]:
+    """x, weight, bias: hidden states as (N, D), logits as (outer, inner, V) without a copy wherever strides allow."""
+    if isinstance(side, Head):
+        return [side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias]
+    if side.dim() <= 3:
+        return [side[(None,) * (3 - side.dim())], None, None]
+    for split in range(1, side.dim() - 1):
+        try:
+            outer, inner = side.shape[:split].numel(), side.shape[split:-1].numel()
+            return [side.view(outer, inner, side.shape[-1]), None, None]
+        except RuntimeError:
+            continue
+    return [side.reshape(1, -1, side.shape[-1]), None, None]
+
+
+def transform(side: Side) -> tuple[float, float]:
+    """Scale and softcap (0: none)."""
+    return (float(side.scale), float(side.softcap or 0.0)) if isinstance(side, Head) else (1.0, 0.0)
