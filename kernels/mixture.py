@@ -24,13 +24,13 @@ def _torch_log_mixture(weight, delta, far):
     close = (far == 0) & (delta.abs() < 0.5)
     if bool(close.all()):
         above = torch.log1p(torch.expm1(delta).mul_(weight))
-        return above, above - delta, above
+        return above, (above - delta) * (weight < 1), above
     tail = torch.log1p(gap.abs().neg_().exp_())
     excess = gap.clamp(min=0.0).add_(tail)
     above, beyond = tail + torch.where(gap > 0, other + delta, part), tail + torch.where(gap > 0, other, part - delta)
     if bool(close.any()):
         near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
-        above, beyond = torch.where(close, near, above), torch.where(close, near - delta, beyond)
+        above, beyond = torch.where(close, near, above), torch.where(close, (near - delta) * (weight < 1), beyond)
     return above, beyond, torch.where(far == 0, above, excess)
 
 
@@ -48,7 +48,7 @@ def log_mixture(weight, delta, far):
     tail = log1p(tl.where(near, weight * x * expm1_ratio(x), tl.exp(-tl.abs(gap))))
     excess = tail + tl.where(gap > 0, gap, 0.0)
     above = tl.where(near, tail, tail + tl.where(gap > 0, other + delta, part))
-    beyond = tl.where(near, tail - x, tail + tl.where(gap > 0, other, part - delta))
+    beyond = tl.where(near, tl.where(weight < 1, tail - x, 0.0), tail + tl.where(gap > 0, other, part - delta))
     return above, beyond, tl.where(far == 0, above, excess)
 
 

@@ -79,5 +79,5 @@ def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targ
         loss = target * f_y + nontarget * total + tl.where(skew == 0, 0.0, skew * f_rest)
         grad_y = target * target_grad + nontarget * nontarget_grad
         per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
-        slope = skew * per_q - (target * phi_y + nontarget * mass + skew * phi_rest)
+        slope = skew * per_q * q_y - (target * phi_y + nontarget * mass)  # phi_PQ/Q − phi_PQ = phi_PQ q_y/Q
     return loss, target_loss, nontarget_loss, target_grad, nontarget_grad, nontarget + 0.0 * q_y, slope, grad_y

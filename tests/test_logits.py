@@ -62,7 +62,7 @@ def test_every_vocabulary(case: Case, vocabulary: int, backend: str) -> None:
     check_logits(unrelated(5, vocabulary), case, backend)
 
 
-@each("case", DISTINCT)
+@each("case", [*DISTINCT[:6], DISTINCT[-1]])
 def test_large_vocabulary(case: Case, backend: str) -> None:
     """A real vocabulary: many tiles, whose maxima differ."""
     check_logits(unrelated(2, LARGE_VOCABULARY, ignored=False), case, backend, typical=TYPICAL)

@@ -52,8 +52,9 @@ def check(
     up = ups.to(place, found[0].dtype)
     (found[0] * up[0] + found[1] * up[1]).sum().backward()
     bound = VALUE
-    for one, other in zip(found, wanted, strict=True):
-        assert_close(one, other.detach(), bound, dtype=one.dtype, what="value")
+    assert_close(found[0], wanted[0].detach(), bound, dtype=found[0].dtype, what="log q")
+    gap = (found[1].double().cpu() - wanted[1].detach()).abs()
+    assert (gap <= bound * (1 + wanted[1].detach())).all()  # near 0 the unit of an entropy is 1 nat
     assert exact.grad is not None
     assert_close(
         ours.grad, exact.grad, bound + rounding(exact.grad, dtype, cut=cuts(backend)), dtype=dtype, what="grad"

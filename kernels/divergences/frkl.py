@@ -1,6 +1,7 @@
 """Forward and reverse KL interpolated, (1−w) KL(p‖q) + w KL(q‖p); w = ½ is half of Jeffreys' divergence.
 
-Summand and gradient: the same mean of those of fkl.py and rkl.py; phi = (1−w)(q − p) − w q δ.
+Summand: the same mean of those of fkl.py and rkl.py.
+Gradient: phi = (1−w)(q − p) − w q δ, so dL/dz_k = (1−w)(q_k − p_k) − w q_k (δ_k + KL(q‖p)).
 One sweep: student- and teacher-weighted moments side by side (online.py).
 Edge cases: those of the two parts; at w = 1 a column with q = 0 < p is no longer infinite.
 Source: the weighted sum of DistiLLM's code (symmetric_kl) and of Wu et al., AKL, COLING 2025 (arXiv 2404.02657).

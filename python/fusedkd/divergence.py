@@ -88,6 +88,8 @@ def divergence(name: str, *, target_token: str = "label", **parameters: Any) -> 
     known = _signature(member)
     base = parameters.get("base", known.get("base"))
     own = dict(known)
+    if "base" in known and not isinstance(base, (str, Divergence)):
+        raise TypeError(f"base of {name!r} must be a name such as 'rkl' or a fusedkd.Divergence, got {base!r}")
     if isinstance(base, str) and "base" in known:
         of_base = _signature(_base_member(name, base))
         known = {**{key: value for key, value in of_base.items() if key not in ("base",)}, **known}

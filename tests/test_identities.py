@@ -1,0 +1,125 @@
+"""What the literature says is the same, is; each side of an identity goes its own way through the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import VALUE, Case, Rows, device, each, near, unrelated
+from close import assert_close
+from torch import Tensor
+
+import fusedkd
+
+TWINS: dict[str, tuple[Case, Case, float]] = {  # one = factor · other, in value and gradient
+    "ab(1, 0) = fkl": (("ab", {"alpha": 1.0, "beta": 0.0}), ("fkl", {}), 1.0),
+    "ab(0, 1) = rkl": (("ab", {"alpha": 0.0, "beta": 1.0}), ("rkl", {}), 1.0),
+    "ab(a, 1-a) = alpha(a)": (("ab", {"alpha": 0.3, "beta": 0.7}), ("alpha", {"alpha": 0.3}), 1.0),
+    "ab(1/2, 1/2) = 4 hellinger": (("ab", {"alpha": 0.5, "beta": 0.5}), ("hellinger", {}), 4.0),
+    "alpha(1) = fkl": (("alpha", {"alpha": 1.0}), ("fkl", {}), 1.0),
+    "alpha(0) = rkl": (("alpha", {"alpha": 0.0}), ("rkl", {}), 1.0),
+    "amid(-1, pr) = skl": (("amid", {"alpha": -1.0, "lam": 0.3}), ("skl", {"lam": 0.3}), 1.0),
+    "amid(-1, qr) = srkl(1-lam)": (("amid", {"alpha": -1.0, "lam": 0.3, "order": "qr"}), ("srkl", {"lam": 0.7}), 1.0),
+    "amid(lam=0, pr) = fkl": (("amid", {"lam": 0.0}), ("fkl", {}), 1.0),
+    "amid(lam=0, rp) = rkl": (("amid", {"lam": 0.0, "order": "rp"}), ("rkl", {}), 1.0),
+    "amid(lam=1, qr) = rkl": (("amid", {"lam": 1.0, "order": "qr"}), ("rkl", {}), 1.0),
+    "amid(3) = amid(1)": (("amid", {"alpha": 3.0}), ("amid", {"alpha": 1.0}), 1.0),
+    "jsd(0) = fkl": (("jsd", {"beta": 0.0}), ("fkl", {}), 1.0),
+    "jsd(1) = rkl": (("jsd", {"beta": 1.0}), ("rkl", {}), 1.0),
+    "skl(0) = fkl": (("skl", {"lam": 0.0}), ("fkl", {}), 1.0),
+    "srkl(0) = rkl": (("srkl", {"lam": 0.0}), ("rkl", {}), 1.0),
+    "frkl(0) = fkl": (("frkl", {"w": 0.0}), ("fkl", {}), 1.0),
+    "frkl(1) = rkl": (("frkl", {"w": 1.0}), ("rkl", {}), 1.0),
+    "akl(1) = fkl": (("akl", {"mu": 1.0}), ("fkl", {}), 1.0),
+    "taid(1) = base": (("taid", {"t": 1.0, "base": "jsd"}), ("jsd", {}), 1.0),
+    "dkd = decoupled fkl": (("dkd", {}), ("decoupled", {"base": "fkl", "nontarget": 8.0}), 1.0),
+    "drkl = decoupled rkl": (("drkl", {}), ("decoupled", {"nontarget": 0.5}), 1.0),
+}
+
+
+def run(rows: Rows, case: Case, backend: str) -> tuple[Tensor, Tensor]:
+    """Per-token loss and the gradient of its sum, float64 on the CPU."""
+    leaf = rows.student.to(device(backend), torch.float32).requires_grad_()
+    made = fusedkd.divergence(case[0], **case[1])
+    labels = None if rows.labels is None else rows.labels.to(leaf.device)
+    loss = fusedkd.kd_loss(leaf, rows.teacher.to(leaf), labels, divergence=made, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert leaf.grad is not None
+    return loss.detach().double().cpu(), leaf.grad.double().cpu()
+
+
+@each("twin", TWINS)
+@each("distance", [None, 1.4e-2])
+def test_identity(twin: str, distance: float | None, backend: str) -> None:
+    """Far apart and nearly equal."""
+    one, other, factor = TWINS[twin]
+    rows = unrelated(5, 300, std=3.0) if distance is None else near(distance, 5, 300)
+    (loss, grad), (their_loss, their_grad) = (run(rows, case, backend) for case in (one, other))
+    assert_close(loss.float(), factor * their_loss, 2 * VALUE)
+    assert_close(grad.float(), factor * their_grad, 2 * VALUE)
+
+
+def test_decomposition_of_both_kls(backend: str) -> None:
+    """KL(p‖q) = TCKD + (1 − p_y) NCKD and KL(q‖p) = BRKL + (1 − q_y) NRKL, the weights given per token."""
+    rows = unrelated(6, 200, std=2.0, ignored=False)
+    assert rows.labels is not None
+    p, q = (x.softmax(-1).gather(-1, rows.labels[:, None])[:, 0] for x in (rows.teacher, rows.student))
+    for name, weight in (("fkl", 1 - p), ("rkl", 1 - q)):
+        whole, _ = run(rows, (name, {}), backend)
+        split: dict[str, Any] = {"base": name, "nontarget": weight.float().to(device(backend))}
+        parts, _ = run(rows, ("decoupled", split), backend)
+        assert_close(parts.float(), whole, VALUE)
+
+
+def test_akl_is_the_authors_sort(backend: str) -> None:
+    """The head by the author's sort where no two logits are equal; weights detached."""
+    rows = unrelated(8, 400, std=2.0, ignored=False)
+    p, q = rows.teacher.softmax(-1), rows.student.softmax(-1)
+    for mu in (0.0, 0.3, 0.5, 0.9):
+        order = p.argsort(-1, descending=True)
+        mask = p.gather(-1, order).cumsum(-1) > mu
+        mask[:, 0] = False
+        gap = (p - q).abs().gather(-1, order)
+        head, tail = gap.masked_fill(mask, 0).sum(-1), gap.masked_fill(~mask, 0).sum(-1)
+        forward, reverse = (run(rows, (name, {}), backend) for name in ("fkl", "rkl"))
+        w = tail / (head + tail)
+        loss, grad = run(rows, ("akl", {"mu": mu}), backend)
+        assert_close(loss.float(), (1 - w) * forward[0] + w * reverse[0], VALUE)
+        assert_close(grad.float(), (1 - w)[:, None] * forward[1] + w[:, None] * reverse[1], VALUE)
+
+
+def test_akl_with_equal_logits(backend: str) -> None:
+    """Equal logits are in the head together or not at all, whatever their order; a teacher of bfloat16 has many."""
+    rows = unrelated(6, 500, std=2.0, ignored=False)
+    teacher = rows.teacher.bfloat16().double()
+    order = torch.randperm(500)
+    labels = rows.labels
+    assert labels is not None
+    loss, grad = run(Rows.of(rows.student, teacher, labels), ("akl", {}), backend)
+    again, moved = run(
+        Rows.of(rows.student[:, order], teacher[:, order], order.argsort()[labels]), ("akl", {}), backend
+    )
+    assert_close(again.float(), loss, VALUE)
+    assert_close(moved.float(), grad[:, order], VALUE)
+
+
+def test_mixture_detached_or_not(backend: str) -> None:
+    """The same value, another gradient."""
+    rows = unrelated(5, 100, std=2.0)
+    (loss, grad), (same, other) = (run(rows, ("srkl", {"detach_mixture": x}), backend) for x in (False, True))
+    assert torch.equal(loss, same)
+    assert (grad - other).norm() > 0.05 * grad.norm()
+
+
+@pytest.mark.parametrize("name", ["jsd", "skl", "srkl", "tvd", "hellinger"])
+def test_bounded(name: str, backend: str) -> None:
+    """Disjoint rows: the value is the bound, finite, and the gradient is finite."""
+    rows = unrelated(4, 100, std=1.0, ignored=False)
+    student, teacher = rows.student.clone(), rows.teacher.clone()
+    student[:, :50] -= 300
+    teacher[:, 50:] -= 300
+    bound = {"jsd": 0.6931472, "skl": 2.3025851, "srkl": 2.3025851, "tvd": 1.0, "hellinger": 1.0}[name]
+    loss, grad = run(Rows.of(student, teacher, None), (name, {}), backend)
+    assert torch.allclose(loss, torch.full_like(loss, bound), rtol=1e-6)
+    assert grad.isfinite().all()
