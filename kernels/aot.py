@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import logprobs, rows
+from . import logprobs, rows, streaming
 from .divergence import TWO_SWEEPS, Definition, Online
 from .divergences import definitions
 from .language import triton
@@ -45,6 +45,7 @@ class Variant(NamedTuple):
 
 
 _ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
+_CHUNK_KERNELS = {"absorb": streaming._absorb, "add_sums": streaming._add_sums, "chunk_gradient": streaming._gradient}
 
 
 def variants(width: int) -> Iterator[tuple[str, Variant]]:
@@ -56,7 +57,12 @@ def variants(width: int) -> Iterator[tuple[str, Variant]]:
             for online in definition.sweeps:
                 title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
                 tile = TABLE[online.tile, width]
-                for key, kernel in _ROW_KERNELS.items():
+                kernels = dict(_ROW_KERNELS)
+                if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
+                    kernels |= _CHUNK_KERNELS
+                    if online.sums is not None:
+                        del kernels["add_sums"]
+                for key, kernel in kernels.items():
                     yield key, Variant(title, kernel, tile, definition, decoupled, online)
     for title, name, decoupled, option in (
         ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
@@ -80,10 +86,10 @@ def source(variant: Variant, dtype: str) -> Any:
     types: dict[str, Any] = {
         **dict.fromkeys(("student", "teacher", "side"), side),
         **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
-        **dict.fromkeys(("loss_ptr", "saved_ptr", "upstream_ptr"), "*fp32"),
+        **dict.fromkeys(("loss_ptr", "saved_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
         "stats_ptr": "constexpr",
         "grad": (element, "i64", "constexpr", "i32"),
-        "V": "i32",
+        **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
         "scales": ("fp32", "fp32", "constexpr"),
         "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32" if variant.mixed else "constexpr",)),
@@ -97,6 +103,7 @@ def source(variant: Variant, dtype: str) -> Any:
         "SUMS": online.sums,
         "GATHER": None if gather is None else gather.kernel,
         "EXTRAS": 0 if gather is None else gather.count,
+        "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
         "BLOCK": variant.tile.block,
@@ -128,10 +135,12 @@ def source(variant: Variant, dtype: str) -> Any:
 def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes."""
     target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
+    limit = variant.tile.registers
+    registers = {"maxnreg": limit} if limit and architecture.startswith("sm_") else {}
     built = triton.compile(
         source(variant, dtype),
         target=target,
-        options={"num_warps": variant.tile.num_warps},
+        options={"num_warps": variant.tile.num_warps, **registers},
     )
     report: dict[str, Any] = {
         "name": variant.name,

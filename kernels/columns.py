@@ -11,7 +11,7 @@ that makes d' too 0 where the maxima of z and u' stand.
     at       (l_s, l_t, r): the row's log-normalisers, as split.py gives them
 """
 
-from .language import jit, tl
+from .language import formula, jit, tl
 from .maths import tanh
 
 
@@ -25,6 +25,15 @@ def row_values(values, row):
             out = out + (tl.load(value + row),)
         else:
             out = out + (value,)
+    return out
+
+
+@jit
+def as_numbers(values):
+    """Compile-time constants as numbers, which a loop can carry from a caller."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.full((), values[i], tl.float32),)
     return out
 
 
@@ -82,18 +91,18 @@ def load_pair(student, teacher, row, cols, mask, student_mask):
     return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t), live, slope
 
 
-@jit
+@formula
 def _on_grid(x):
     return tl.floor(x * 4.0 + 0.5) * 0.25
 
 
-@jit
+@formula
 def no_maxima():
     """The maxima of nothing: of s, of t, and of the mixed u'."""
     return -1e20, -1e20, -1e20
 
 
-@jit
+@formula
 def centre_of(maxima, inv_tau, mix):
     """The maxima on a coarse grid, so that s − c_s and t − c_t are exact where it matters, and what d lacks to be 0
     where both maxima stand."""
@@ -106,7 +115,7 @@ def centre_of(maxima, inv_tau, mix):
     return c_s, c_t, (top_t - c_t) - (top_s - c_s), m
 
 
-@jit
+@formula
 def centred(s, t, centre, inv_tau, mix):
     """z, u and d = u − z."""
     c_s, c_t, k, m = centre
@@ -119,7 +128,7 @@ def centred(s, t, centre, inv_tau, mix):
     return z, u, d
 
 
-@jit
+@formula
 def raise_maxima(maxima, s, t, live, inv_tau, mix):
     """The running maxima with a tile, their centre, how z, u and d move (online.py), and how the unmixed u does."""
     top_s, top_t, top_m = maxima

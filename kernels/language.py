@@ -2,8 +2,9 @@
 
 A `formula` is written once, with plain operators, other formulas and `tl.exp`, `tl.log`, `tl.abs`, `tl.where`.
 Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
-counterpart, which is what the CPU path runs. Where the two backends need different arithmetic for the same number
-(only in `maths.py`), the torch version is given explicitly.
+counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row.
+Where the two backends need different arithmetic for the same number (only in `maths.py`), the torch version is given
+explicitly.
 """
 
 import contextlib
@@ -41,10 +42,27 @@ def interpreted() -> bool:
     return HAS_TRITON and not isinstance(_probe, triton.JITFunction)
 
 
+class _Rowwise:
+    """torch as a formula sees it: a reduction is over the columns of each row and keeps the axis."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def sum(x: torch.Tensor) -> torch.Tensor:
+        """Σ over the last axis."""
+        return x.sum(-1, keepdim=True)
+
+    @staticmethod
+    def max(x: torch.Tensor) -> torch.Tensor:
+        """Maximum over the last axis."""
+        return x.amax(-1, keepdim=True)
+
+
 def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The code of `fn` with `tl` and every formula it names replaced by torch and the formula's torch version."""
     names = {
-        name: torch if value is tl else getattr(value, "torch", value)
+        name: _ROWWISE if value is tl else getattr(value, "torch", value)
         for name, value in fn.__globals__.items()
         if name in fn.__code__.co_names
     }
@@ -60,6 +78,9 @@ def formula(fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] |
         return compiled
 
     return define if fn is None else define(fn)
+
+
+_ROWWISE = _Rowwise()
 
 
 @jit

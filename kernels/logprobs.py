@@ -95,7 +95,7 @@ def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: fl
         vocabulary = side.x.shape[2]
         best = fitting("light", side.x.element_size(), vocabulary)
         _value[(len(saved),)](
-            pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, num_warps=best.num_warps
+            pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
         )
 
 
@@ -113,5 +113,5 @@ def gradient(
         best = fitting("light", side.x.element_size(), vocabulary)
         _gradient[(len(out),)](
             pack(side), tokens, saved, upstream, (out, *out.stride(), vocabulary), vocabulary, 1.0 / temperature,
-            BLOCK=best.block, num_warps=best.num_warps,
+            BLOCK=best.block, **best.options(),
         )  # fmt: skip

@@ -20,17 +20,15 @@ NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) 
 def _torch_log_mixture(weight, delta, far):
     part = torch.where(weight < 1, torch.log1p(-weight), NEVER)
     other = torch.where(weight > 0, torch.log(weight), NEVER)
-    gap = other + delta - part
-    close = (far == 0) & (delta.abs() < 0.5)
+    close = delta.abs() < 0.5
+    near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
     if bool(close.all()):
-        above = torch.log1p(torch.expm1(delta).mul_(weight))
-        return above, (above - delta) * (weight < 1), above
+        return near, (near - delta) * (weight < 1), torch.where(far == 0, near, near - part)
+    gap = other + delta - part
     tail = torch.log1p(gap.abs().neg_().exp_())
-    excess = gap.clamp(min=0.0).add_(tail)
-    above, beyond = tail + torch.where(gap > 0, other + delta, part), tail + torch.where(gap > 0, other, part - delta)
-    if bool(close.any()):
-        near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
-        above, beyond = torch.where(close, near, above), torch.where(close, (near - delta) * (weight < 1), beyond)
+    excess = torch.where(close, near - part, gap.clamp(min=0.0).add_(tail))
+    above = torch.where(close, near, tail + torch.where(gap > 0, other + delta, part))
+    beyond = torch.where(close, (near - delta) * (weight < 1), tail + torch.where(gap > 0, other, part - delta))
     return above, beyond, torch.where(far == 0, above, excess)
 
 
@@ -38,17 +36,17 @@ def _torch_log_mixture(weight, delta, far):
 def log_mixture(weight, delta, far):
     """(log(m/q), log(m/p), log(m/q) − far·log(1 − weight)) of m = weight·p + (1 − weight)·q.
 
-    Exactly 0 at δ = 0 unless far, the first also at weight 0, the second at weight 1.
+    The first two are exactly 0 at δ = 0, the first also at weight 0, the second at weight 1.
     """
     part = tl.where(weight < 1, tl.log(tl.where(weight < 1, 1.0 - weight, 1.0)), -2e30)
     other = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)), -2e30)
-    near = tl.abs(delta) < tl.where(far == 0, 0.5, -1.0)
+    near = tl.abs(delta) < 0.5
     x = tl.where(near, delta, 0.0)
     gap = other + delta - part
     tail = log1p(tl.where(near, weight * x * expm1_ratio(x), tl.exp(-tl.abs(gap))))
-    excess = tail + tl.where(gap > 0, gap, 0.0)
     above = tl.where(near, tail, tail + tl.where(gap > 0, other + delta, part))
     beyond = tl.where(near, tl.where(weight < 1, tail - x, 0.0), tail + tl.where(gap > 0, other, part - delta))
+    excess = tail + tl.where(near, -part, tl.where(gap > 0, gap, 0.0))
     return above, beyond, tl.where(far == 0, above, excess)
 
 

@@ -12,7 +12,7 @@ are of its own size:
 The shift serves three times: when a tile raises a maximum (x = Δ), when the row's own r is known (x = r), and when two
 partial rows merge. Far apart (B/Z ≥ 1/2) it is the remainders that cancel, and r = log(Z_t/Z) is used instead.
 
-Every online state starts with Z_s, Z_t. Functions that a divergence may bring of its own:
+Every online state starts with Z_s, Z_t. Functions that a divergence may bring of its own, each a `formula`:
 
     init() -> state                                         zeros
     advance(state, move, z, u, d, ez, eu, live, theta)      rescale by the move of the maxima, add a tile
@@ -22,7 +22,7 @@ Every online state starts with Z_s, Z_t. Functions that a divergence may bring o
 `move` = (log ρ_s, log ρ_t, Δ): old centres minus new ones, and their difference by which d falls, all over τ.
 """
 
-from .language import formula, jit, tl
+from .language import formula, tl
 from .maths import expm1_product, log1p, rem2_product
 
 
@@ -32,13 +32,13 @@ def log_sum(z):
     return tl.log(tl.where(z < 1e-37, 1e-37, z))
 
 
-@jit
+@formula
 def moments_init():
     """Z_s, Z_t, A, B."""
     return 0.0, 0.0, 0.0, 0.0
 
 
-@jit
+@formula
 def _shift(zeroth, first, second, to_s, to_t, x):
     """Move weights by to_s and differences by −x, where to_t = to_s·e^{−x}."""
     first = tl.where(to_s == 0, 0.0, first)
@@ -47,7 +47,7 @@ def _shift(zeroth, first, second, to_s, to_t, x):
     return to_s * zeroth, to_s * (first - x * zeroth), second
 
 
-@jit
+@formula
 def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
     z_s, z_t, first, second = state
     to_t = tl.exp(log_t)
@@ -59,14 +59,14 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
     return z_s, z_t, first, second
 
 
-@jit
+@formula
 def moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """Student-weighted moments: what RKL needs, and what every r comes from."""
     log_s, log_t, x = move
     return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live)
 
 
-@jit
+@formula
 def teacher_moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """The same with the roles of student and teacher exchanged, kept in the order (Z_s, Z_t, A', B')."""
     log_s, log_t, x = move
@@ -75,7 +75,7 @@ def teacher_moments_advance(state, move, z, u, d, ez, eu, live, theta):
     return z_s, z_t, first, second
 
 
-@jit
+@formula
 def _log_ratio(weight, other, first, second):
     """log(other/weight) from the weight's moments: log1p near, a quotient far."""
     near = second < 0.5 * weight
@@ -83,21 +83,21 @@ def _log_ratio(weight, other, first, second):
     return tl.where(near, log1p(x), log_sum(other) - log_sum(weight))
 
 
-@jit
+@formula
 def moments_ratio(state):
     """r = log(Z_t/Z_s)."""
     z_s, z_t, first, second = state
     return _log_ratio(z_s, z_t, first, second)
 
 
-@jit
+@formula
 def teacher_moments_ratio(state):
     """r = log(Z_t/Z_s), from teacher-weighted moments."""
     z_s, z_t, first, second = state
     return -_log_ratio(z_t, z_s, first, second)
 
 
-@jit
+@formula
 def remainder_sums(weight, other, first, second, log_weight, log_other, x):
     """Σ w rem2(d − x) and Σ w (d − x), w normalised by e^−log_weight and w·e^d by e^−log_other; x = difference."""
     near = second < 0.5 * weight

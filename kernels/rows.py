@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .columns import (
+    as_numbers,
     centre_of,
     centred,
     columns,
@@ -70,13 +71,14 @@ class Problem(NamedTuple):
 
 
 @jit
-def _statistics(student, teacher, row, y, V, scales, mix, stats_ptr, theta, INIT, ADVANCE, ARGMAX, BLOCK: tl.constexpr):
-    """The first sweep: target, centre, online state, entropy sums (if statistics are wanted), CE's log-sum-exp."""
+def statistics(
+    student, teacher, row, y, V, scales, mix, stats_ptr, theta, maxima, state, warmth, cross,
+    ADVANCE, ARGMAX, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first sweep: target, maxima, online state, entropy sums (if statistics are wanted), CE's maximum and sum."""
     inv_tau, factor, ce = scales
-    maxima = no_maxima()
-    state = INIT()
-    warmth_s, warmth_t, own_t = 0.0, 0.0, 0.0
-    ce_max, ce_sum = -1e20, 0.0
+    warmth_s, warmth_t, own_t = warmth
+    ce_max, ce_sum = cross
     best_s, best_t = -1e30, -1e30
     width = V
     if ce is not None:
@@ -117,7 +119,7 @@ def _statistics(student, teacher, row, y, V, scales, mix, stats_ptr, theta, INIT
             warmth_t += tl.sum(tl.where(live, tl.exp(own) * own, 0.0))
             own_t = to_t * own_t + tl.sum(tl.where(live, tl.exp(own), 0.0))
         state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
-    return y, centre_of(maxima, inv_tau, mix), state, (warmth_s, warmth_t, own_t), ce_max + log_sum(ce_sum)
+    return y, maxima, state, (warmth_s, warmth_t, own_t), (ce_max, ce_sum)
 
 
 @jit
@@ -171,9 +173,13 @@ def _row_scalars(
     y = label
     if ARGMAX:
         y = tl.full((), -1, tl.int32)
-    y, centre, state, warmth, ce_lse = _statistics(
-        student, teacher, row, y, V, scales, mix, stats_ptr, theta, INIT, ADVANCE, ARGMAX, BLOCK
-    )
+    y, maxima, state, warmth, cross = statistics(
+        student, teacher, row, y, V, scales, mix, stats_ptr, theta,
+        as_numbers(no_maxima()), as_numbers(INIT()), as_numbers((0.0, 0.0, 0.0)), as_numbers((-1e20, 0.0)),
+        ADVANCE, ARGMAX, BLOCK,
+    )  # fmt: skip
+    centre = centre_of(maxima, inv_tau, mix)
+    ce_lse = cross[0] + log_sum(cross[1])
     c_s, c_t, k, m = centre
     log_zs = log_sum(state[0])
     log_zt = log_sum(state[1])
@@ -232,10 +238,14 @@ def _row_scalars(
 
 
 @jit
-def _gradient_sweep(
+def gradient_sweep(
     student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr
 ):
-    """The last sweep, tiles in reverse: writes upstream · dL/d(stored student number) over the student's width."""
+    """The last sweep, tiles in reverse: writes upstream · dL/d(stored student number) over the student's width.
+
+    Returns the token that holds most of the mass (−1: none), whose entry is not written: a·phi + b·q cancels there. The
+    gradient of a row sums to 0, and the sum of the others, which is returned too, does not cancel.
+    """
     inv_tau, factor, ce = scales
     c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
     grad_ptr, stride_n, _, width = grad
@@ -261,10 +271,24 @@ def _gradient_sweep(
         if ce is not None:
             g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == label, 1.0, 0.0))
         at = grad_ptr + row * stride_n + spread(cols, grad[2])
+        g = tl.where(likeliest, 0.0, g)
         tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
+    return top, rest, s_top, slope_top
+
+
+@jit
+def _whole_gradient(
+    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr
+):
+    """The last sweep over a whole row, the likeliest token included."""
+    top, rest, s_top, slope_top = gradient_sweep(
+        student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK
+    )
     if top >= 0:
-        # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
-        g = -kd * rest
+        inv_tau, factor, ce = scales
+        ce_lse = scalars[10]
+        grad_ptr, stride_n, _, width = grad
+        g = -upstream * factor * inv_tau * rest
         if ce is not None:
             g += upstream * ce[0] * (tl.exp(s_top - ce_lse) - tl.where(top == label, 1.0, 0.0))
         tl.store(grad_ptr + row * stride_n + spread(top, grad[2]), (g * slope_top).to(grad_ptr.dtype.element_ty))
@@ -289,7 +313,7 @@ def _ignore(row, loss_ptr, stats_ptr):
 
 
 @jit
-def _label(label_ptr, row):
+def label_of(label_ptr, row):
     """The label, −1 without labels, and whether the row counts."""
     if label_ptr is None:
         return -1, True
@@ -305,7 +329,7 @@ def _value(
     GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    label, counted = _label(label_ptr, row)
+    label, counted = label_of(label_ptr, row)
     if counted:
         y, mix, theta, extras, scalars = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
@@ -331,7 +355,7 @@ def _gradient(
     TERM: tl.constexpr, EXTRAS: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    label, counted = _label(label_ptr, row)
+    label, counted = label_of(label_ptr, row)
     if counted:
         at = saved_ptr + row * 14
         scalars = ()
@@ -345,7 +369,7 @@ def _gradient(
         if ARGMAX:
             y = tl.load(at + 11).to(tl.int32)
         upstream = tl.load(upstream_ptr + row)
-        _gradient_sweep(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+        _whole_gradient(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
     else:
         store_zeros(grad, row, BLOCK)
 
@@ -357,7 +381,7 @@ def _value_and_gradient(
     GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    label, counted = _label(label_ptr, row)
+    label, counted = label_of(label_ptr, row)
     if counted:
         y, mix, theta, extras, scalars = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
@@ -366,14 +390,14 @@ def _value_and_gradient(
         upstream = 1.0
         if upstream_ptr is not None:
             upstream = tl.load(upstream_ptr + row)
-        _gradient_sweep(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+        _whole_gradient(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
     else:
         _ignore(row, loss_ptr, stats_ptr)
         store_zeros(grad, row, BLOCK)
 
 
-def _arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
-    """Everything the three kernels take in common."""
+def arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
+    """Everything the row kernels take in common."""
     ce = (float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
     return {
         "student": pack(student),
@@ -430,7 +454,7 @@ def value(
         best = tile(problem, student, teacher)
         _value[(n,)](
             label_ptr=labels, loss_ptr=loss, saved_ptr=saved, stats_ptr=stats,
-            **_arguments(problem, student, teacher), **_sweep(problem), BLOCK=best.block, num_warps=best.num_warps,
+            **arguments(problem, student, teacher), **_sweep(problem), BLOCK=best.block, **best.options(),
         )  # fmt: skip
 
 
@@ -450,8 +474,8 @@ def gradient(
         gather = problem.definition.gather
         _gradient[(n,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
-            **_arguments(problem, student, teacher), EXTRAS=0 if gather is None else gather.count,
-            BLOCK=best.block, num_warps=best.num_warps,
+            **arguments(problem, student, teacher), EXTRAS=0 if gather is None else gather.count,
+            BLOCK=best.block, **best.options(),
         )  # fmt: skip
 
 
@@ -472,7 +496,7 @@ def value_and_gradient(
         _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
             grad=(out, *out.stride(), out.shape[1]),
-            **_arguments(problem, student, teacher), **_sweep(problem), BLOCK=best.block, num_warps=best.num_warps,
+            **arguments(problem, student, teacher), **_sweep(problem), BLOCK=best.block, **best.options(),
         )  # fmt: skip
 
 
@@ -489,7 +513,7 @@ def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out
 @jit
 def _floor(teacher, label_ptr, out_ptr, V, inv_tau, depth, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    y, counted = _label(label_ptr, row)
+    y, counted = label_of(label_ptr, row)
     top, total = -1e20, 0.0
     for start in range(0, tl.where(counted, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)

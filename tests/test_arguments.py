@@ -107,11 +107,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "budget of logits": ({"memory_budget": 2**30}, ValueError, ("memory_budget", "head")),
     "budget negative": ({"student": head(), "memory_budget": -1}, ValueError, ("memory_budget", "-1")),
     "budget text": ({"student": head(), "memory_budget": "1GB"}, TypeError, ("memory_budget", "str")),
-    "streaming": (
-        {"student": head(), "schedule": "streaming"},
-        NotImplementedError,
-        ("schedule", "streaming", "chunked"),
-    ),
     "drop_ignored text": ({"student": head(), "drop_ignored": "yes"}, (TypeError, ValueError), ("drop_ignored", "yes")),
     "logits_dtype": (
         {"student": head(), "logits_dtype": torch.float16},

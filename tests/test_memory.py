@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkd
-from fusedkd import chunked, gemm, plan
+from fusedkd import chunked, gemm, planner
 from fusedkd import loss as loss_module
 from fusedkd.kernels.language import interpreted
 
@@ -128,12 +128,12 @@ def heads(
 
 
 @pytest.fixture
-def announced(monkeypatch: pytest.MonkeyPatch) -> list[plan.Chunks]:
+def announced(monkeypatch: pytest.MonkeyPatch) -> list[planner.Chunks]:
     """What the planner chose, call by call."""
-    chosen: list[plan.Chunks] = []
-    original = plan.choose
+    chosen: list[planner.Chunks] = []
+    original = planner.choose
 
-    def choose(*args: Any) -> plan.Chunks:
+    def choose(*args: Any) -> planner.Chunks:
         chosen.append(original(*args))
         return chosen[-1]
 
@@ -148,7 +148,7 @@ def least(call: Call) -> int:
     return max(int(number) for number in re.findall(r"\d+", str(refusal.value)))
 
 
-def check(call: Call, announced: list[plan.Chunks], **options: Any) -> Memory:
+def check(call: Call, announced: list[planner.Chunks], **options: Any) -> Memory:
     """Forward and backward stay within the announcement and hold no N·V tensor."""
     call.run(**options)  # what is made once and kept is not workspace
     memory = measure(lambda: call.run(**options))
@@ -177,7 +177,7 @@ def spelled(options: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("options", CALLS, ids=spelled)
 @each("dtype", [torch.float32, torch.bfloat16])
-def test_heads(options: dict[str, Any], dtype: torch.dtype, announced: list[plan.Chunks]) -> None:
+def test_heads(options: dict[str, Any], dtype: torch.dtype, announced: list[planner.Chunks]) -> None:
     """The default chunks."""
     memory = check(heads(dtype, **options), announced)
     assert memory.peak >= announced[-1].inner * V * 4, "the logits of a chunk were not seen"
@@ -187,7 +187,7 @@ def test_heads(options: dict[str, Any], dtype: torch.dtype, announced: list[plan
 @each("dtype", [torch.float32, torch.bfloat16])
 @each("options", [{"ignored": True}, {"reduction": "none"}])
 @each("rows", [1, 16])
-def test_small_budget(dtype: torch.dtype, options: dict[str, Any], rows: int, announced: list[plan.Chunks]) -> None:
+def test_small_budget(dtype: torch.dtype, options: dict[str, Any], rows: int, announced: list[planner.Chunks]) -> None:
     """A budget is kept down to the least, and a larger one is used."""
     call = heads(dtype, rows=96, **options)
     budget = least(call) + 2 * (rows - 1) * V * 4
@@ -208,7 +208,7 @@ def test_backward_makes_the_gradients_alone(dtype: torch.dtype, frozen: str) -> 
     assert memory.peak <= 1 << 16  # a block of rows that is rounded
 
 
-def test_student_logits(announced: list[plan.Chunks]) -> None:
+def test_student_logits(announced: list[planner.Chunks]) -> None:
     """Beside a teacher's head the student's own gradient is the one N·V tensor, and the rest is announced."""
     call = heads(student="logits", ignored=True, rows=1024)
     call.run()
@@ -217,7 +217,7 @@ def test_student_logits(announced: list[plan.Chunks]) -> None:
     assert memory.peak <= announced[-1].workspace
 
 
-def test_value_alone(announced: list[plan.Chunks]) -> None:
+def test_value_alone(announced: list[planner.Chunks]) -> None:
     """Without anything to train there is no dZ and no weight gradient, and the planner knows."""
     memory = check(heads(frozen="hidden weight"), announced)
     assert memory.kept <= 1024
@@ -226,7 +226,7 @@ def test_value_alone(announced: list[plan.Chunks]) -> None:
     assert alone < announced[-1].workspace
 
 
-def test_a_planted_matrix_is_found(announced: list[plan.Chunks], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_matrix_is_found(announced: list[planner.Chunks], monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks above fail for one N·V tensor, however short its life."""
     rows = 1024
     call, original = heads(rows=rows), gemm.project
@@ -387,7 +387,7 @@ def test_chunk_loop_of_triton(student: str, ce_weight: float, monkeypatch: pytes
     (run,) = runs(heads(rows=12, columns=130, **options), monkeypatch)
     results, allocations = [], []
     for outer, inner in ((12, 12), (6, 3), (2, 1)):
-        chunks = plan.Chunks(outer, inner, 0)
+        chunks = planner.Chunks(outer, inner, 0)
         operators = Operators()
         with operators:
             results.append(run.again(chunks=chunks))

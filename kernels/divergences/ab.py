@@ -23,7 +23,7 @@ from types import MappingProxyType
 import torch
 
 from ..divergence import Definition, Online
-from ..language import formula, jit, tl, torch_twin
+from ..language import formula, tl, torch_twin
 from ..maths import expm1_ratio
 from ..online import moments_advance, moments_ratio
 
@@ -109,13 +109,13 @@ def term(q, p, logq, logp, delta, theta):
     return bend(qc, mixed, pc, alpha, beta, delta), -slope(qc, mixed, alpha, delta)
 
 
-@jit
+@formula
 def init():
     """Z_s, Z_t, A, B for r; W, P, G near; Σ p^α q^β and Σ p^c far."""
     return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
-@jit
+@formula
 def _shift(weight, first, second, w, v, u, alpha, beta, x):
     """(P, G) after d moves by −x, given w, v = w·e^{−αx}, u = w·e^{−cx}."""
     mixed = slope(v, u, beta, -x)  # w (e^{−cx} − e^{−αx})/β
@@ -123,7 +123,7 @@ def _shift(weight, first, second, w, v, u, alpha, beta, x):
     return moved, u * second + mixed * first + bend(w, v, u, alpha, beta, -x) * weight
 
 
-@jit
+@formula
 def advance(state, move, z, u, d, ez, eu, live, theta):
     """Moments for r, and the α-β sums beside them."""
     z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum = state
@@ -146,14 +146,14 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     return z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum
 
 
-@jit
+@formula
 def ratio(state):
     """r = log(Z_t/Z_s)."""
     z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum = state
     return moments_ratio((z_s, z_t, a, b))
 
 
-@jit
+@formula
 def sums(state, l_s, l_t, r, theta):
     """F = Σ q^c [φ_c(δ) − φ_α(δ)]/β and Φ = −Σ q^c φ_α(δ)."""
     z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum = state

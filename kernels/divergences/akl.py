@@ -40,7 +40,7 @@ def term(q, p, logq, logp, delta, theta):
     return of_forward * forward + of_reverse * reverse, of_forward * forward_phi + of_reverse * reverse_phi
 
 
-@jit
+@formula
 def sums(state, l_s, l_t, r, theta):
     """F and Φ from frkl's moments; a part without weight leaves its infinity behind."""
     mu, of_forward, of_reverse = theta

@@ -13,7 +13,7 @@ entropy, which this value does not contain, and τ²).
 import torch
 
 from ..divergence import Definition, Online
-from ..language import formula, jit, tl
+from ..language import formula, tl
 from ..maths import expm1_product, rem2_product
 from ..online import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
 
@@ -25,7 +25,7 @@ def term(q, p, logq, logp, delta, theta):
     return rem2_product(p, q, x), expm1_product(p, q, x)
 
 
-@jit
+@formula
 def sums(state, l_s, l_t, r, theta):
     """F = Σ p·rem2(−δ) and Φ = Σ (q − p)."""
     z_s, z_t, first, second = state

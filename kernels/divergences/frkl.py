@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from ..divergence import Definition, Online
-from ..language import formula, jit, tl
+from ..language import formula, tl
 from ..online import moments_advance, moments_ratio, teacher_moments_advance
 from .fkl import reference as forward_reference
 from .fkl import sums as forward_sums
@@ -31,13 +31,13 @@ def term(q, p, logq, logp, delta, theta):
     return (1.0 - w) * forward + w * reverse, (1.0 - w) * forward_phi + w * reverse_phi
 
 
-@jit
+@formula
 def init():
     """Z_s, Z_t; A, B weighted by the student, A', B' by the teacher."""
     return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
-@jit
+@formula
 def advance(state, move, z, u, d, ez, eu, live, theta):
     """Both sets of moments; the normalisers belong to both."""
     z_s, z_t, first, second, teacher_first, teacher_second = state
@@ -48,14 +48,14 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     return z_s, z_t, first, second, teacher_first, teacher_second
 
 
-@jit
+@formula
 def ratio(state):
     """r = log(Z_t/Z_s)."""
     z_s, z_t, first, second, teacher_first, teacher_second = state
     return moments_ratio((z_s, z_t, first, second))
 
 
-@jit
+@formula
 def sums(state, l_s, l_t, r, theta):
     """F and Φ of both parts; a part without weight leaves its infinity behind."""
     (w,) = theta

@@ -11,7 +11,7 @@ Source: Kullback and Leibler 1951; distillation of language models: Gu et al., M
 import torch
 
 from ..divergence import Definition, Online
-from ..language import formula, jit
+from ..language import formula
 from ..maths import rem2_product
 from ..online import moments_advance, moments_init, moments_ratio, remainder_sums
 
@@ -22,7 +22,7 @@ def term(q, p, logq, logp, delta, theta):
     return rem2_product(q, p, delta), -q * delta
 
 
-@jit
+@formula
 def sums(state, l_s, l_t, r, theta):
     """F = Σ q·rem2(δ) and Φ = −Σ q·δ."""
     z_s, z_t, first, second = state

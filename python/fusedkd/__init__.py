@@ -8,6 +8,7 @@ from .head import Head
 from .logprobs import token_logprobs
 from .loss import KDStats, kd_loss, kd_value_and_grad
 from .modules import DistillationLoss
+from .planner import Plan, plan
 from .taid import TAIDSchedule
 
 try:
@@ -20,6 +21,7 @@ __all__ = [
     "Divergence",
     "Head",
     "KDStats",
+    "Plan",
     "TAIDSchedule",
     "__version__",
     "cald_loss",
@@ -27,5 +29,6 @@ __all__ = [
     "divergences",
     "kd_loss",
     "kd_value_and_grad",
+    "plan",
     "token_logprobs",
 ]

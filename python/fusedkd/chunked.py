@@ -19,7 +19,7 @@ from . import gemm
 from .backends import row_functions
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .kernels.rows import STATS, Problem, Side
-from .plan import Chunks
+from .planner import Chunks
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 

@@ -78,7 +78,7 @@ def gradient(
         block = _open(problem, student, teacher, labels, rows, saved[:, 0])
         columns = _place(problem, block, *scalars[:3])
         extras = scalars[7 : 7 + (0 if problem.definition.gather is None else problem.definition.gather.count)]
-        _, phi = _term(problem, block, columns, (*_values(problem.parameters, rows, saved), *extras))
+        _, phi = _term(problem, block, columns, (*values_at(problem.parameters, rows, saved), *extras))
         _write(problem, student, block, columns.q, phi, scalars, upstream, out)
 
 
@@ -209,7 +209,7 @@ def _open(
     own = mix = None
     lse_t = tops[1].squeeze(-1) / tau
     if problem.mix is not None:
-        (mix,) = (x.unsqueeze(-1) if x.dim() else x for x in _values((problem.mix,), rows, like))
+        (mix,) = (x.unsqueeze(-1) if x.dim() else x for x in values_at((problem.mix,), rows, like))
         p = u.exp() if not special else u.exp().masked_fill_(t <= ABSENT, 0.0)
         log_zt = p.sum(-1, keepdim=True).clamp(min=tiny).log()
         own = (p.div_(log_zt.exp()), lse_t + log_zt.squeeze(-1), (u_y - log_zt).squeeze(-1))
@@ -360,7 +360,7 @@ def _evaluate(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """Loss and statistics of a block; q, phi and the row scalars of its gradient."""
     zero = torch.zeros_like(block.r)
-    log_rest_q = log_rest_p = delta_rest = f_y = phi_y = f_rest = phi_rest = delta_y = zero
+    log_rest_q = log_rest_p = delta_rest = delta_y = zero
     logq_y = logp_y = torch.full_like(zero, ABSENT)
     if block.y is not None:
         zy, uy, dy = (
@@ -372,25 +372,16 @@ def _evaluate(
     about = _statistics(block, logq_y, logp_y, log_rest_q, log_rest_p) if stats is not None else None
     at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
     columns = _place(problem, block, *at)
-    theta = _values(problem.parameters, block.rows, loss)
+    theta = values_at(problem.parameters, block.rows, loss)
     extras = _gather(problem, block, columns, theta, (logq_y, logp_y, delta_y))
     theta = (*theta, *extras)
     f, phi = _term(problem, block, columns, theta)
-    if block.y is not None:
-        term = problem.definition.term.torch
-        f_y, phi_y = term(logq_y.exp(), logp_y.exp(), logq_y, logp_y, delta_y, theta)
-        f_y = torch.where(block.present, torch.where(f_y > 1e25, torch.inf, f_y), 0.0)
-        phi_y = torch.where(block.present, phi_y, 0.0)
-        f_rest, phi_rest = term(log_rest_q.exp(), log_rest_p.exp(), log_rest_q, log_rest_p, delta_rest, theta)
     total, mass = f.sum(-1), phi.sum(-1)
     if block.holes is not None:
         total = torch.where(block.holes.any(-1) & (total > 1e10), torch.inf, total)
-    weights = _values(problem.weights, block.rows, loss)
-    result, *split, a, b, grad_y = assemble.torch(
-        total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, *weights, problem.decoupled
-    )
+    pair = (logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
     empty = torch.zeros_like(block.present) if block.empty is None else block.empty
-    result = torch.where(empty, 0.0, result)
+    result, split, (a, b, grad_y) = conclude(problem, block.rows, pair, block.present, empty, theta, total, mass)
     out, ce_lse = result * problem.factor, zero
     if problem.ce_weight:
         assert block.label is not None
@@ -408,6 +399,30 @@ def _evaluate(
         stats[block.rows] = torch.stack(columns_of_stats, -1)
     live = (~empty).to(out.dtype)
     return columns.q, phi, (*at, live * a, live * b, live * grad_y, ce_lse, *extras)
+
+
+def conclude(
+    problem: Problem,
+    rows: torch.Tensor | slice,
+    pair: tuple[torch.Tensor, ...],
+    present: torch.Tensor,
+    empty: torch.Tensor,
+    theta: tuple[torch.Tensor, ...],
+    total: torch.Tensor,
+    mass: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Loss; L_T, L_N and their slopes at the target; the gradient's a, b, T: from the target's pair and the sums."""
+    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
+    term = problem.definition.term.torch
+    f_y, phi_y = term(logq_y.exp(), logp_y.exp(), logq_y, logp_y, delta_y, theta)
+    f_y = torch.where(present, torch.where(f_y > 1e25, torch.inf, f_y), 0.0)
+    phi_y = torch.where(present, phi_y, 0.0)
+    f_rest, phi_rest = term(log_rest_q.exp(), log_rest_p.exp(), log_rest_q, log_rest_p, delta_rest, theta)
+    weights = values_at(problem.weights, rows, total)
+    result, *split, a, b, grad_y = assemble.torch(
+        total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, *weights, problem.decoupled
+    )
+    return torch.where(empty, 0.0, result), split, (a, b, grad_y)
 
 
 def _statistics(
@@ -476,7 +491,7 @@ def _write(
         out[block.rows] = torch.nn.functional.pad(g, (0, width - g.shape[1])).to(out.dtype)
 
 
-def _values(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def values_at(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Parameters as 0-d tensors, or as (n,) where they are per row."""
     return tuple(
         value[rows].to(like.dtype)

@@ -17,7 +17,7 @@ from .head import Head
 from .kernels import logprobs as triton_logprobs
 from .kernels.logprobs import SAVED
 from .ops import outside_autocast, refuse_double_backward, scaled
-from .plan import Shape, choose
+from .planner import Shape, choose
 from .sides import Side, autocast, flattened, transform
 
 

@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import checks, ops
+from . import checks, ops, streaming
 from .backends import choose_backend
 from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
 from .kernels.divergence import Form
-from .plan import Shape, choose
+from .planner import Shape, choose_schedule, sweeps_of, whole_rows
 from .sides import Side, autocast, detached, flattened, transform
 
 
@@ -97,7 +97,10 @@ def kd_loss(
         vocab_size: compare the first `vocab_size` columns; default the smaller vocabulary. Columns beyond are masked.
         support: what a teacher logit of −inf means. "teacher": the column is removed from both sides. "floor": teacher
             log-probabilities below −50 are raised to −50, so that mass there is punished. Both −inf: removed.
-        schedule: for Heads: "auto" or "chunked". ("streaming" is not there yet.)
+        schedule: for Heads: "chunked" takes some tokens at a time over the whole vocabulary: four matrix products, a
+            float32 weight gradient. "streaming" takes some of the vocabulary at a time over all tokens: six products
+            (eight without a one-sweep form), the least memory, independent of V. "auto" is "chunked"; "streaming" where
+            only that keeps `memory_budget`, and on a GPU for reduction="none". `fusedkd.plan` tells.
         memory_budget: for Heads: bytes the call may hold beyond inputs, loss and gradients, the float32 weight gradient
             included; chunks shrink to keep it.
         drop_ignored: for Heads: leave ignored rows out of the matrix products. "auto": on the CPU; True costs a GPU one
@@ -114,7 +117,8 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work. NotImplementedError for
-        schedule="streaming". RuntimeError on double backward.
+        schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor", which need whole rows.
+        RuntimeError on double backward.
 
     Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
         parameters), one more and one write backward. Heads: four matrix products and `memory_budget` bytes at most;
@@ -126,7 +130,7 @@ def kd_loss(
         ignore_index, vocab_size, support, backend,
     )  # fmt: skip
     if isinstance(student, Head) or isinstance(teacher, Head):
-        loss, stats = _from_heads(call, reduction, memory_budget, drop_ignored, logits_dtype, return_stats)
+        loss, stats = _from_heads(call, reduction, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     else:
         _no_head_options(schedule, memory_budget, logits_dtype)
         rows, stats, _, _ = ops.rows(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
@@ -210,8 +214,6 @@ def _check_options(
         else:
             checks.positive("num_items", num_items)
     checks.one_of("schedule", schedule, ("auto", "chunked", "streaming"))
-    if schedule == "streaming":
-        raise NotImplementedError('schedule="streaming" is not implemented: use "auto" or "chunked"')
     checks.budget(memory_budget)
     checks.one_of("drop_ignored", drop_ignored, ("auto", True, False))
     checks.one_of("logits_dtype", logits_dtype, (None, torch.float32, torch.bfloat16))
@@ -296,6 +298,7 @@ def _prepare(
 def _from_heads(
     call: _Call,
     reduction: str,
+    schedule: str,
     memory_budget: int | None,
     drop_ignored: bool | str,
     logits_dtype: torch.dtype | None,
@@ -309,9 +312,15 @@ def _from_heads(
     wanted = [live and part is not None and part.requires_grad for part in (x, weight, bias)]
     drop = x.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
     drop = drop and call.counted is not None
-    chunks = choose(_shape(call, wanted, drop, logits_dtype), memory_budget)
+    words = ops.Names.of(call.names)
+    needs_rows = whole_rows(call.form, words.target == "teacher_argmax", words.support == "floor")
+    shape = _shape(call, wanted, drop, logits_dtype)
+    chosen = choose_schedule(shape, memory_budget, schedule, reduction, needs_rows, sweeps_of(call.form))
     flags = [return_stats, drop, *wanted]
-    sizes = [chunks.outer, chunks.inner]
+    if chosen.chunks is None:
+        rows, stats = _streamed(call, chosen.width, flags, logits_dtype)
+        return (rows if reduction == "none" else rows.sum()), stats
+    sizes = [chosen.chunks.outer, chosen.chunks.inner]
     if reduction == "none":
         rows, stats = ops.heads_rows(
             *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype
@@ -322,6 +331,30 @@ def _from_heads(
         *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype
     )
     return total, stats
+
+
+def _streamed(
+    call: _Call, width: int, flags: list[bool], logits_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight·loss per row, and the statistics, by the streaming schedule."""
+    operands, kept = call.operands, None
+    if flags[1] and call.counted is not None and operands[1] is not None and operands[4] is not None:
+        kept = call.counted.nonzero().squeeze(-1)
+        operands = _at(operands, kept)
+    rows, stats, _ = streaming.streamed(
+        *operands[:3], operands[3:], call.names, call.numbers, width, flags, logits_dtype
+    )
+    if kept is not None:
+        n = call.shape.numel()
+        rows = rows.new_zeros(n).index_copy(0, kept, rows)
+        stats = stats.new_zeros((n, stats.shape[1])).index_copy(0, kept, stats) if flags[0] else stats
+    return _weighted(rows, call), stats
+
+
+def _at(operands: list[torch.Tensor | None], kept: torch.Tensor) -> list[torch.Tensor | None]:
+    """Operands of two heads cut to some rows."""
+    per_row = (0, 3, *range(6, len(operands)))
+    return [x[kept] if i in per_row and x is not None else x for i, x in enumerate(operands)]
 
 
 def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dtype | None) -> Shape:

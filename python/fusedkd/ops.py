@@ -29,7 +29,7 @@ from .backends import row_functions
 from .dtypes import accumulation_dtype
 from .kernels.divergences import definitions
 from .kernels.rows import SAVED, STATS, Problem, Side
-from .plan import Chunks
+from .planner import Chunks
 
 Operands = Sequence[Optional[Tensor]]  # [x, weight, bias, *others]
 PER_ROW = 8  # where the per-row parameters start in operands, and the parameters in `numbers`
@@ -62,7 +62,8 @@ def outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _problem(operands: Operands, names: str, numbers: Sequence[float]) -> Problem:
+def problem_of(operands: Operands, names: str, numbers: Sequence[float]) -> Problem:
+    """What the row kernels compute."""
     values: tuple[Any, ...] = tuple(
         number if tensor is None else tensor
         for number, tensor in zip(numbers[PER_ROW:], operands[PER_ROW:], strict=True)
@@ -92,23 +93,24 @@ def refuse_double_backward() -> None:
         )
 
 
-def _given(tensor: Optional[Tensor]) -> Tensor:
+def given(tensor: Optional[Tensor]) -> Tensor:
+    """An operand that every call has."""
     assert tensor is not None
     return tensor
 
 
 def _wide(operands: Operands) -> torch.dtype:
-    return accumulation_dtype(_given(operands[0]), _given(operands[3]))
+    return accumulation_dtype(given(operands[0]), given(operands[3]))
 
 
 def _row_count(operands: Operands) -> Any:
-    x = _given(operands[0])
+    x = given(operands[0])
     return x.shape[0] if operands[1] is not None else x.shape[0] * x.shape[1]
 
 
 def _outputs(operands: Operands, with_stats: bool) -> tuple[Tensor, Tensor]:
     """Empty loss (N,) and statistics (N, STATS) or (0, STATS)."""
-    x, n = _given(operands[0]), _row_count(operands)
+    x, n = given(operands[0]), _row_count(operands)
     return (
         x.new_empty(n, dtype=_wide(operands)),
         x.new_empty((n if with_stats else 0, STATS), dtype=_wide(operands)),
@@ -124,11 +126,11 @@ def _like_contiguous(x: Tensor) -> Tensor:
 
 def _empty_floors(operands: Operands, names: str) -> Tensor:
     n = _row_count(operands) if Names.of(names).support == "floor" else 0
-    return _given(operands[0]).new_empty(n, dtype=_wide(operands))
+    return given(operands[0]).new_empty(n, dtype=_wide(operands))
 
 
 def _teacher(operands: Operands, floors: Tensor) -> Side:
-    return Side(_given(operands[3]), floor=floors if floors.numel() else None)
+    return Side(given(operands[3]), floor=floors if floors.numel() else None)
 
 
 def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
@@ -136,7 +138,7 @@ def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
     floors = _empty_floors(operands, names)
     if floors.numel():
         row_functions(Names.of(names).backend).floor_rows(
-            problem, Side(_given(operands[3])), operands[6], floors, chunked.FLOOR_DEPTH
+            problem, Side(given(operands[3])), operands[6], floors, chunked.FLOOR_DEPTH
         )
     return floors
 
@@ -148,7 +150,7 @@ def rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (N,), statistics, saved row scalars (N, SAVED), floors."""
     operands = [x, None, None, *others]
-    problem = _problem(operands, names, numbers)
+    problem = problem_of(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
     saved = loss.new_empty((loss.shape[0], SAVED))
     floors = _floors(operands, names, problem)
@@ -183,7 +185,7 @@ def rows_gradient(
     operands = [x, None, None, *others]
     grad = _like_contiguous(x)
     row_functions(Names.of(names).backend).gradient(
-        _problem(operands, names, numbers), Side(x), _teacher(operands, floors), operands[6], saved,
+        problem_of(operands, names, numbers), Side(x), _teacher(operands, floors), operands[6], saved,
         upstream, grad.view(-1, grad.shape[2]),
     )  # fmt: skip
     return grad
@@ -210,7 +212,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(saved, floors, x, *others)
 
 
-def _no_gradients(others: Operands) -> Optional[list[None]]:
+def no_gradients(others: Operands) -> Optional[list[None]]:
     """What torch.library wants back for the list: one None each if it took it for a list of tensors."""
     return None if any(tensor is None for tensor in others) else [None] * len(others)
 
@@ -221,7 +223,7 @@ def _rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, 
     grad = None
     if upstream is not None:
         grad = rows_gradient(x, others, saved, floors, upstream.contiguous(), ctx.names, ctx.numbers)
-    return grad, _no_gradients(others), None, None, None
+    return grad, no_gradients(others), None, None, None
 
 
 rows.register_autograd(_rows_backward, setup_context=_rows_setup)
@@ -234,7 +236,7 @@ def rows_both(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (N,), statistics, weight_n · dloss_n/dstudent."""
     operands = [x, None, None, *others]
-    problem = _problem(operands, names, numbers)
+    problem = problem_of(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
     grad = _like_contiguous(x)
     row_functions(Names.of(names).backend).value_and_gradient(
@@ -254,9 +256,10 @@ def _(
 # A Head on at least one side -----------------------------------------------------------------------------------------
 
 
-def _source(operands: Operands, first: int, scale: float, softcap: float) -> chunked.Source:
+def source_of(operands: Operands, first: int, scale: float, softcap: float) -> chunked.Source:
+    """A side, from its three operands."""
     x, weight, bias = operands[first : first + 3]
-    return chunked.Source(_given(x), weight, bias, None if scale == 1.0 else scale, softcap or None)
+    return chunked.Source(given(x), weight, bias, None if scale == 1.0 else scale, softcap or None)
 
 
 def _run(
@@ -268,9 +271,9 @@ def _run(
     logits_dtype: Optional[torch.dtype],
 ) -> chunked.Result:
     return chunked.run(
-        _problem(operands, names, numbers),
-        _source(operands, 0, numbers[4], numbers[5]),
-        _source(operands, 3, numbers[6], numbers[7]),
+        problem_of(operands, names, numbers),
+        source_of(operands, 0, numbers[4], numbers[5]),
+        source_of(operands, 3, numbers[6], numbers[7]),
         operands[6],
         operands[7],
         (flags[2], flags[3], flags[4]),
@@ -352,7 +355,7 @@ def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.wanted = list(flags[2:])
-    ctx.no_gradients = _no_gradients(others)
+    ctx.no_gradients = no_gradients(others)
     ctx.save_for_backward(x, weight, bias, *output[3:])
 
 
@@ -413,9 +416,9 @@ def _heads_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
     refuse_double_backward()
     x, weight, bias, *others = ctx.saved_tensors
-    no_gradients = _no_gradients(others)
+    nothing = no_gradients(others)
     if upstream is None:
-        return None, None, None, no_gradients, None, None, None, None, None
+        return None, None, None, nothing, None, None, None, None, None
     # The largest weight is taken out and put back, which keeps a half-precision dZ in range.
     size = torch.cat((upstream.abs(), upstream.new_full((1,), torch.finfo(upstream.dtype).tiny))).amax()
     others[4] = upstream / size
@@ -424,7 +427,7 @@ def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple
         scaled(grad, size, like) if wanted else None
         for like, grad, wanted in zip((x, weight, bias), grads, ctx.flags[2:], strict=True)
     ]
-    return *found, no_gradients, None, None, None, None, None
+    return *found, nothing, None, None, None, None, None
 
 
 heads_rows.register_autograd(_heads_rows_backward, setup_context=_heads_rows_setup)

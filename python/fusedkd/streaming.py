@@ -1,0 +1,426 @@
+"""The streaming schedule: a vocabulary chunk over all tokens at a time, so that the workspace does not depend on V.
+
+    forward     for each chunk: T, S = logits of the chunk; the rows' statistics grow
+                (once more for the sums of divergences without a one-sweep form)
+    backward    for each chunk: T, S again; dZ with the true upstream gradient;
+                dW[chunk] = dZᵀ @ H, written once in its final dtype;  dH += dZ @ W[chunk]  (float32)
+
+Six GEMMs (eight without a one-sweep form) instead of four. The forward keeps a few floats per row; every reduction and
+every upstream gradient is exact, because the gradient is formed where it is known.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from . import chunked, cpu_streaming, gemm
+from .cpu import conclude, values_at
+from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
+from .kernels import streaming as triton_streaming
+from .kernels.columns import centre_of, centred
+from .kernels.maths import softplus
+from .kernels.online import log_sum
+from .kernels.rows import SAVED, STATS, Problem, Side
+from .kernels.split import ABSENT, binary, offsets
+from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
+from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
+
+
+def functions_of(backend: str) -> ModuleType:
+    """The module whose absorb, add_sums and gradient serve a resolved backend."""
+    return triton_streaming if backend == "triton" else cpu_streaming
+
+
+class _Row(NamedTuple):
+    """What `Gather.torch` may ask of rows that were never whole."""
+
+    near: Tensor
+    dtype: torch.dtype
+
+
+class _Met(NamedTuple):
+    """Everything about the rows that does not need the sums: (n,) each."""
+
+    saved: Tensor  # (n, SAVED), the gradient's a, b, T still missing
+    pair: tuple[Tensor, ...]  # split.binary
+    extras: tuple[Tensor, ...]
+    present: Tensor
+    empty: Tensor
+    state: tuple[Tensor, ...]
+    stats: tuple[Tensor, ...] | None
+
+
+def _chunks(source: chunked.Source, start: int, stop: int, buffer: Tensor | None) -> Side:
+    """All rows' logits of some vocabulary columns."""
+    if source.weight is None:
+        return Side(source.x[..., start:stop])
+    assert buffer is not None
+    bias = None if source.bias is None else source.bias[start:stop]
+    # Addressed as a matrix of its own: a narrower last chunk fills the front of the buffer.
+    out = buffer.view(-1)[: source.rows * (stop - start)].view(source.rows, stop - start)
+    gemm.project(source.x, source.weight[start:stop], out)
+    return Side(out.unsqueeze(0), bias, source.scale, source.softcap)
+
+
+class _Pass(NamedTuple):
+    """One sweep over the vocabulary."""
+
+    problem: Problem
+    student: chunked.Source
+    teacher: chunked.Source
+    width: int  # columns per chunk
+    buffers: tuple[Tensor | None, Tensor | None]
+
+    def __iter__(self) -> Iterator[tuple[int, int, Problem, Side, Side]]:  # type: ignore[override]
+        """(first column, last, the problem on these columns, student, teacher)."""
+        total = self.student.width if self.problem.ce_weight else self.problem.vocab_size
+        for start in range(0, total, self.width):
+            stop = min(start + self.width, total)
+            compared = max(0, min(stop, self.problem.vocab_size) - start)
+            student = _chunks(self.student, start, stop, self.buffers[0])
+            # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
+            until = max(start + compared, start + 1) if start < self.teacher.width else start
+            teacher = student if until == start else _chunks(self.teacher, start, until, self.buffers[1])
+            yield start, stop, self.problem._replace(vocab_size=compared), student, teacher
+
+
+def _pass(problem: Problem, student: chunked.Source, teacher: chunked.Source, width: int, asked: Any) -> _Pass:
+    buffers = [
+        None
+        if source.weight is None
+        else source.x.new_empty((source.rows, width), dtype=logit_dtype(source.x.dtype, asked))
+        for source in (student, teacher)
+    ]
+    return _Pass(problem, student, teacher, width, (buffers[0], buffers[1]))
+
+
+def _forward(sweep: _Pass, labels: Tensor | None, backend: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (n,), statistics and saved row scalars."""
+    functions, problem = functions_of(backend), sweep.problem
+    x, n = sweep.student.x, sweep.student.rows
+    wide = accumulation_dtype(x, sweep.teacher.x)
+    count = len(online_of(problem).init.torch())
+    carry = x.new_zeros((n, CARRY + count), dtype=wide)
+    carry[:, :CARRY] = torch.tensor(EMPTY, dtype=wide, device=x.device)
+    for start, _, part, student, teacher in sweep:
+        functions.absorb(part, student, teacher, labels, carry, start, with_stats)
+    met = _meet(problem, carry, labels, with_stats)
+    sums_of = online_of(problem).sums
+    if sums_of is None:
+        sums = x.new_zeros((n, 3), dtype=wide)
+        for start, _, part, student, teacher in sweep:
+            if part.vocab_size:
+                functions.add_sums(part, student, teacher, labels, met.saved, sums, start)
+        total, mass, widest = sums.unbind(-1)
+        total = torch.where((widest > 1e20) & (total > 1e10), torch.inf, total)
+    else:
+        theta = (*values_at(problem.parameters, slice(None), carry), *met.extras)
+        total, mass = sums_of.torch(met.state, *met.saved[:, 4:7].unbind(-1), theta)
+    return _close(problem, carry, met, total, mass, labels)
+
+
+def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bool) -> _Met:
+    """The rows' normalisers, as `_row_scalars` of kernels/rows.py has them."""
+    maxima, state = carry[:, :3].unbind(-1), carry[:, CARRY:].unbind(-1)
+    inv_tau = 1.0 / problem.temperature
+    mix: tuple[Any, ...] = (None,) if problem.mix is None else values_at((problem.mix,), slice(None), carry)
+    c_s, c_t, k, m = centre_of.torch(tuple(maxima), inv_tau, mix)
+    m = m if isinstance(m, Tensor) else torch.full_like(k, m)
+    log_zs, log_zt = log_sum.torch(state[0]), log_sum.torch(state[1])
+    r = online_of(problem).ratio.torch(state)
+    s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
+    present = torch.zeros_like(r, dtype=torch.bool) if labels is None else (labels >= 0) & (t_y > ABSENT)
+    t_y = t_y.clamp(min=ABSENT)
+    zy, own_uy, dy = centred.torch(s_y, t_y, (c_s, c_t, k, m), inv_tau, (None,))
+    # An unlikely label stands far from both centres: without a large offset its plain difference is the exact one.
+    dy = torch.where((c_t - c_s).abs() < 8, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
+    zy, own_uy = torch.where(present, zy, ABSENT), torch.where(present, own_uy, ABSENT)
+    uy = own_uy
+    if mix[0] is not None:
+        uy = torch.where(present, (1.0 - mix[0]) * zy + mix[0] * own_uy - m, ABSENT)
+        dy = mix[0] * dy - m
+    pair = binary.torch(log_zs, log_zt, r, zy, uy, torch.where(present, dy, r))
+    _, _, _, log_rest_q, log_rest_p, delta_rest = pair
+    at = offsets.torch(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
+    gather = problem.definition.gather
+    theta = values_at(problem.parameters, slice(None), carry)
+    extras = () if gather is None else gather.torch(_Row(state[3] < 0.5 * state[0], carry.dtype), theta)
+    ce_lse = carry[:, 6] + log_sum.torch(carry[:, 7])
+    saved = carry.new_zeros((len(carry), SAVED))
+    for i, column in enumerate((c_s, c_t, k, m, *at)):
+        saved[:, i] = column
+    saved[:, 10] = ce_lse
+    for i, column in enumerate(extras):
+        saved[:, 12 + i] = column
+    empty = state[1] == 0
+    stats = None
+    if with_stats:
+        stats = (
+            *_about(log_zs, carry[:, 3], zy, c_s * inv_tau, s_y * inv_tau, present, empty),
+            *_about(
+                log_sum.torch(carry[:, 5]), carry[:, 4], own_uy, (c_t + k) * inv_tau, t_y * inv_tau, present, empty
+            ),
+        )
+    return _Met(saved, pair, tuple(extras), present, empty, tuple(state), stats)
+
+
+def _about(
+    log_z: Tensor, warmth: Tensor, x_y: Tensor, shift: Tensor, alone: Tensor, present: Tensor, empty: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, log-probability of the label and log-sum-exp of one side."""
+    logprob, lse = -softplus.torch(log_z - x_y), log_z + softplus.torch(x_y - log_z)
+    entropy = lse - warmth * (-lse).exp() - torch.where(present, logprob.exp() * x_y, 0.0)
+    seen = present & (logprob > ABSENT / 10)
+    return (
+        torch.where(empty, 0.0, entropy),
+        torch.where(seen, logprob, -torch.inf),
+        torch.where(empty, alone, lse + shift),
+    )
+
+
+def _close(
+    problem: Problem, carry: Tensor, met: _Met, total: Tensor, mass: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics and saved scalars from the sums; zeros in ignored rows."""
+    theta = (*values_at(problem.parameters, slice(None), carry), *met.extras)
+    result, split, slopes = conclude(problem, slice(None), met.pair, met.present, met.empty, theta, total, mass)
+    out = result * problem.factor
+    if problem.ce_weight:
+        out = out + problem.ce_weight * (met.saved[:, 10] - carry[:, 8])
+    live = (~met.empty).to(out.dtype)
+    for i, column in enumerate(slopes):
+        met.saved[:, 7 + i] = live * column
+    counted = None if labels is None else labels >= 0
+    stats = out.new_empty((0, STATS))
+    if met.stats is not None:
+        terms = [torch.where(met.empty, 0.0, x) for x in split]
+        entropy_s, logprob_s, lse_s, entropy_t, logprob_t, lse_t = met.stats
+        columns = [result, *terms, entropy_s, entropy_t, logprob_s, logprob_t, lse_s, lse_t]
+        if labels is None:
+            unknown = torch.full_like(result, torch.nan)
+            columns[1:5], columns[7:9] = [unknown] * 4, [unknown] * 2
+        stats = torch.stack(columns, -1)
+    if counted is not None:
+        out = torch.where(counted, out, 0.0)
+        stats = torch.where(counted.unsqueeze(-1), stats, 0.0) if len(stats) else stats
+        met.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
+    return out, stats, met.saved
+
+
+def _backward_pass(
+    sweep: _Pass, labels: Tensor | None, saved: Tensor, upstream: Tensor, backend: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias in their own dtypes; empty where not wanted."""
+    functions, problem, student = functions_of(backend), sweep.problem, sweep.student
+    x, weight, n = student.x, student.weight, student.rows
+    wide = accumulation_dtype(x, sweep.teacher.x)
+    total = student.width if problem.ce_weight else problem.vocab_size
+    grad_x, grad_weight, grad_bias = gradients(x, weight, needs)
+    if weight is None:
+        grad_x[..., total:] = 0
+    else:
+        grad_weight[total:] = 0
+        grad_bias[total:] = 0
+    sum_x = x.new_zeros((n, x.shape[-1]), dtype=wide) if weight is not None and needs[0] else None
+    found = x.new_zeros((n, FOUND), dtype=wide)
+    found[:, 1] = -1
+    dtype = x.dtype if weight is None else gradient_dtype(x)
+    # A half-precision dZ keeps the digits of rows with small weights: the largest weight is taken out and put back.
+    size = upstream.abs().amax().clamp(min=torch.finfo(wide).tiny) if n else upstream.new_ones(())
+    scaled = (upstream / size).contiguous()
+    room = x.new_empty((n, sweep.width), dtype=dtype) if weight is not None else None
+    for start, stop, part, s, t in sweep:
+        if room is None:
+            dz = grad_x.view(n, -1)[:, start:stop]
+            functions.gradient(part, s, t, labels, saved, upstream, found, dz, start)
+            continue
+        assert weight is not None
+        dz = room.view(-1)[: n * (stop - start)].view(n, stop - start)
+        functions.gradient(part, s, t, labels, saved, scaled, found, dz, start)
+        if sum_x is not None:
+            _add_product(dz, weight[start:stop], sum_x)
+        if needs[1]:
+            _product_into(dz, x, size, grad_weight[start:stop])
+        if needs[2]:
+            grad_bias[start:stop] = dz.sum(0, dtype=wide) * size
+    _likeliest(problem, labels, saved, upstream, found, student, (grad_x, grad_weight, grad_bias), sum_x, size, needs)
+    if sum_x is not None:
+        grad_x.copy_(sum_x)
+    return grad_x, grad_weight, grad_bias
+
+
+def _add_product(dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out += dz @ weight, in out's dtype."""
+    if dz.dtype == out.dtype:
+        torch.addmm(out, dz, weight.to(dz.dtype), out=out)
+    else:
+        torch.addmm(out, dz, weight, out_dtype=out.dtype, out=out)
+
+
+def _product_into(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None:
+    """out = size · dzᵀ @ hidden, rounded once."""
+    if dz.dtype == out.dtype == hidden.dtype and out.dtype in (torch.float32, torch.float64):
+        torch.mm(dz.t(), hidden, out=out)
+        out.mul_(size)
+        return
+    whole = out.new_empty(out.shape, dtype=accumulation_dtype(dz))
+    gemm.weight_gradient(dz, hidden, whole, accumulate=False)
+    torch.mul(whole, size, out=whole)
+    out.copy_(whole)
+
+
+def _likeliest(
+    problem: Problem,
+    labels: Tensor | None,
+    saved: Tensor,
+    upstream: Tensor,
+    found: Tensor,
+    student: chunked.Source,
+    grads: tuple[Tensor, Tensor, Tensor],
+    sum_x: Tensor | None,
+    size: Tensor,
+    needs: Sequence[bool],
+) -> None:
+    """Adds the entry of the token that holds most of a row's mass: minus the sum of the row's others."""
+    rest, top, s_top, slope = found.unbind(-1)
+    has = top >= 0 if labels is None else (top >= 0) & (labels >= 0)
+    at = top.clamp(min=0).long()
+    g = -upstream * (problem.factor / problem.temperature) * rest
+    if problem.ce_weight:
+        one = 0.0 if labels is None else (labels == at).to(g.dtype)
+        g = g + upstream * problem.ce_weight * ((s_top - saved[:, 10]).exp() - one)
+    g = torch.where(has, g * slope, 0.0)
+    grad_x, grad_weight, grad_bias = grads
+    if student.weight is None:
+        flat = grad_x.view(len(g), -1)
+        entry = flat.gather(1, at[:, None])
+        flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
+        return
+    if sum_x is not None:
+        sum_x += g.unsqueeze(-1) / size * student.weight[at].to(sum_x.dtype)
+        sum_x *= size
+    if needs[1]:
+        grad_weight.index_add_(0, at, (g.unsqueeze(-1) * student.x.to(g.dtype)).to(grad_weight.dtype))
+    if needs[2]:
+        grad_bias.index_add_(0, at, g.to(grad_bias.dtype))
+
+
+def gradients(x: Tensor, weight: Optional[Tensor], needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients in the operands' dtypes."""
+    empty = (x.new_empty(0), x.new_empty(0), x.new_empty(0))
+    if weight is None:
+        return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else empty[0]), empty[1], empty[2]
+    return (
+        x.new_empty(x.shape) if needs[0] else empty[0],
+        weight.new_empty(weight.shape) if needs[1] else empty[1],
+        weight.new_empty(weight.shape[0]) if needs[2] else empty[2],
+    )
+
+
+def _sides(operands: Operands, numbers: Sequence[float]) -> tuple[chunked.Source, chunked.Source]:
+    return source_of(operands, 0, numbers[4], numbers[5]), source_of(operands, 3, numbers[6], numbers[7])
+
+
+@torch.library.custom_op("fusedkd::streamed", mutates_args=())
+@outside_autocast
+def streamed(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    names: str,
+    numbers: Sequence[float],
+    width: int,
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (N,), statistics, saved row scalars. flags as for `heads`; width: vocabulary columns per chunk."""
+    operands = [x, weight, bias, *others]
+    sweep = _pass(problem_of(operands, names, numbers), *_sides(operands, numbers), width, logits_dtype)
+    return _forward(sweep, operands[6], Names.of(names).backend, flags[0])
+
+
+@streamed.register_fake
+def _(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    names: str,
+    numbers: Sequence[float],
+    width: int,
+    flags: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[0] if weight is not None else x.shape[0] * x.shape[1]
+    wide = accumulation_dtype(x, given(others[0]))
+    return (
+        x.new_empty(n, dtype=wide),
+        x.new_empty((n if flags[0] else 0, STATS), dtype=wide),
+        x.new_empty((n, SAVED), dtype=wide),
+    )
+
+
+@torch.library.custom_op("fusedkd::streamed_gradient", mutates_args=())
+@outside_autocast
+def streamed_gradient(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    saved: Tensor,
+    upstream: Tensor,
+    names: str,
+    numbers: Sequence[float],
+    width: int,
+    needs: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Σ upstream_n · loss_n with respect to x, weight and bias, in their dtypes."""
+    operands = [x, weight, bias, *others]
+    sweep = _pass(problem_of(operands, names, numbers), *_sides(operands, numbers), width, logits_dtype)
+    return _backward_pass(sweep, operands[6], saved, upstream, Names.of(names).backend, needs)
+
+
+@streamed_gradient.register_fake
+def _(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    others: Operands,
+    saved: Tensor,
+    upstream: Tensor,
+    names: str,
+    numbers: Sequence[float],
+    width: int,
+    needs: Sequence[bool],
+    logits_dtype: Optional[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradients(x, weight, needs)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, others, ctx.names, ctx.numbers, ctx.width, flags, ctx.logits_dtype = inputs
+    ctx.needs = list(flags[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, output[2], *others)
+
+
+def _backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
+    refuse_double_backward()
+    x, weight, bias, saved, *others = ctx.saved_tensors
+    rest = (no_gradients(others), None, None, None, None, None)
+    if upstream is None:
+        return None, None, None, *rest
+    grads = streamed_gradient(
+        x, weight, bias, others, saved, upstream.contiguous(), ctx.names, ctx.numbers, ctx.width, ctx.needs,
+        ctx.logits_dtype,
+    )  # fmt: skip
+    return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs, strict=True)), *rest
+
+
+streamed.register_autograd(_backward, setup_context=_setup)
