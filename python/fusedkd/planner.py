@@ -137,7 +137,7 @@ def choose_width(shape: Shape, memory_budget: int | None) -> int:
         if width == 1:
             least = streaming_workspace(shape, 1)
             raise ValueError(
-                f'memory_budget={memory_budget} cannot be kept: schedule="streaming" needs {least} bytes at least; '
+                f"memory_budget={memory_budget} cannot be kept: the streaming schedule needs at least {least} bytes; "
                 f"pass memory_budget={least} or more, or fewer tokens at once"
             )
         width = max(1, width // 2)

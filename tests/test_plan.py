@@ -1,0 +1,98 @@
+"""`fusedkd.plan`: what it says is what a call does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import each
+
+import fusedkd
+from fusedkd import loss, planner
+
+
+def test_a_call_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same schedule and chunks, with and without a budget."""
+    seen: list[planner.Chosen] = []
+    original = planner.choose_schedule
+
+    def noted(*args: Any) -> planner.Chosen:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loss, "choose_schedule", noted)
+    rows, vocabulary = 300, 2000
+    student = fusedkd.Head(torch.randn(rows, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True))
+    teacher = fusedkd.Head(torch.randn(rows, 12), torch.randn(vocabulary, 12))
+    for options in ({}, {"memory_budget": 60 << 20}, {"schedule": "streaming"}, {"divergence": "jsd"}):
+        said = fusedkd.plan(rows, vocabulary, 8, 12, torch.float32, **options)
+        fusedkd.kd_loss(student, teacher, **options).backward()
+        done = seen[-1]
+        assert said.schedule == done.schedule
+        assert said.workspace == done.workspace
+        if done.chunks is not None:
+            assert (said.rows_per_chunk, said.rows_per_product) == (done.chunks.outer, done.chunks.inner)
+        else:
+            assert said.columns_per_chunk == done.width
+
+
+def test_products() -> None:
+    """Four matrix products, six, eight; fewer where something is frozen."""
+    n, v, d = 1024, 32_000, 512
+    one = 2.0 * n * v * d
+    assert fusedkd.plan(n, v, d).gemm_flops == 4 * one
+    assert fusedkd.plan(n, v, d, frozen=("weight",)).gemm_flops == 3 * one
+    assert fusedkd.plan(n, v, d, frozen=("weight", "hidden")).gemm_flops == 2 * one
+    assert fusedkd.plan(n, v, d, schedule="streaming").gemm_flops == 6 * one
+    assert fusedkd.plan(n, v, d, schedule="streaming", divergence="jsd").gemm_flops == 8 * one
+    assert fusedkd.plan(n, v, d, reduction="none", device="H200").schedule == "streaming"
+    assert fusedkd.plan(n, v, d, reduction="none").schedule == "chunked"
+
+
+def test_streaming_where_only_it_fits() -> None:
+    """A budget below the float32 weight gradient; then one that nothing keeps, and the least that would do."""
+    made = fusedkd.plan(8192, 151_936, 2048, 4096, device="H200", memory_budget=1 << 30)
+    assert made.schedule == "streaming"
+    assert made.workspace <= 1 << 30
+    least = r"memory_budget=1000 cannot be kept: .*at least \d+ bytes"
+    for schedule in ("auto", "chunked", "streaming"):
+        with pytest.raises(ValueError, match=least):
+            fusedkd.plan(64, 1000, 16, memory_budget=1000, schedule=schedule)
+
+
+def test_it_reads_well() -> None:
+    """Every figure with its unit."""
+    text = str(fusedkd.plan(8192, 151_936, 2048, 4096, device="H200"))
+    for word in ("chunked", "2048 tokens", "MiB", "TFLOP", "GB", "ms", "not measured"):
+        assert word in text
+    assert "columns per chunk" in str(fusedkd.plan(64, 1000, 16, schedule="streaming"))
+
+
+def test_ceilings_scale_the_time() -> None:
+    """A faster part takes less time; this machine is measured."""
+    slow, fast = (fusedkd.plan(8192, 151_936, 2048, device=part).expected_ms for part in ("A100", "H200"))
+    assert slow > 2 * fast
+    assert "measured on this device" in fusedkd.plan(8, 100, 16).ceilings
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
+    "N": ({"N": 0}, ValueError, ("N", "> 0")),
+    "V": ({"V": 1.5}, TypeError, ("V", "float")),
+    "dtype": ({"dtype": torch.int8}, ValueError, ("dtype", "int8")),
+    "device": ({"device": "H300"}, ValueError, ("device", "H300", "H200")),
+    "frozen": ({"frozen": ("head",)}, ValueError, ("frozen", "head", "weight")),
+    "schedule": ({"schedule": "fast"}, ValueError, ("schedule", "fast")),
+    "divergence": ({"divergence": "kl"}, ValueError, ("divergence", "kl")),
+    "whole rows": ({"divergence": "akl", "schedule": "streaming"}, NotImplementedError, ("akl", "chunked")),
+}
+
+
+@each("mistake", MISTAKES)
+def test_bad_arguments(mistake: str) -> None:
+    """Named, with what would work."""
+    changed, error, words = MISTAKES[mistake]
+    with pytest.raises(error) as caught:
+        fusedkd.plan(**{"N": 64, "V": 1000, "D_student": 16, **changed})
+    for word in words:
+        assert word in str(caught.value)
