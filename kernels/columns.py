@@ -38,6 +38,15 @@ def as_numbers(values):
 
 
 @jit
+def load_numbers(ptr, COUNT: tl.constexpr):
+    """The first COUNT numbers behind a pointer."""
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (tl.load(ptr + i),)
+    return out
+
+
+@jit
 def row_mix(mix, row):
     """The teacher's weight at `row`, as a tuple of one."""
     if mix[0] is None:

@@ -25,7 +25,7 @@ TWO_SWEEPS = Online(tile="two")
 
 
 class Gather(NamedTuple):
-    """How the last `count` parameters of a definition are found on each row, on both backends.
+    """How the last `extras` parameters of a definition are found on each row, on both backends.
 
     kernel(student, teacher, view, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
         sweeps (columns.py); sums is (F, Φ) without the label's column if these sweeps found them too, else ().
@@ -34,7 +34,7 @@ class Gather(NamedTuple):
 
     kernel: Any
     torch: Callable[..., tuple[Any, ...]]
-    count: int
+    extras: int
 
 
 def _anything(**parameters: float) -> None:

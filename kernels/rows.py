@@ -22,6 +22,7 @@ from .columns import (
     centre_of,
     centred,
     columns,
+    load_numbers,
     load_pair,
     load_side,
     no_maxima,
@@ -358,12 +359,9 @@ def _gradient(
     label, counted = label_of(label_ptr, row)
     if counted:
         at = saved_ptr + row * 14
-        scalars = ()
-        for i in tl.static_range(11):
-            scalars = scalars + (tl.load(at + i),)
+        scalars = load_numbers(at, 11)
         theta = row_values(numbers[0], row)
-        for i in tl.static_range(EXTRAS):
-            theta = theta + (tl.load(at + 12 + i),)
+        theta = theta + load_numbers(at + 12, EXTRAS)
         mix = row_mix(numbers[2], row)
         y = label
         if ARGMAX:
@@ -474,7 +472,7 @@ def gradient(
         gather = problem.definition.gather
         _gradient[(n,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
-            **arguments(problem, student, teacher), EXTRAS=0 if gather is None else gather.count,
+            **arguments(problem, student, teacher), EXTRAS=0 if gather is None else gather.extras,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ holds most of a row's mass is left out of dZ: its entry is minus the sum of all 
 
 import torch
 
-from .columns import columns, load_pair, row_mix, row_values
+from .columns import columns, load_numbers, load_pair, row_mix, row_values
 from .divergence import Definition, Online
 from .language import jit, tl
 from .rows import Problem, Side, arguments, gradient_sweep, label_of, statistics, store_zeros, tile
@@ -37,12 +37,8 @@ def _absorb(
         theta = row_values(numbers[0], row)
         mix = row_mix(numbers[2], row)
         at = carry_ptr + row * (10 + COUNT)
-        carry = ()
-        for i in tl.static_range(8):
-            carry = carry + (tl.load(at + i),)
-        state = ()
-        for i in tl.static_range(COUNT):
-            state = state + (tl.load(at + 10 + i),)
+        carry = load_numbers(at, 8)
+        state = load_numbers(at + 10, COUNT)
         y = label - first
         _, maxima, state, warmth, ce = statistics(
             student, teacher, row, y, V, scales, mix, stats_ptr, theta,
@@ -70,11 +66,9 @@ def _add_sums(
     if counted:
         saved = saved_ptr + row * 14
         theta = row_values(numbers[0], row)
-        for i in tl.static_range(EXTRAS):
-            theta = theta + (tl.load(saved + 12 + i),)
-        centre = (tl.load(saved), tl.load(saved + 1), tl.load(saved + 2), tl.load(saved + 3))
-        view = (row, label - first, V, scales[0], row_mix(numbers[2], row), centre)
-        at = (tl.load(saved + 4), tl.load(saved + 5), tl.load(saved + 6))
+        theta = theta + load_numbers(saved + 12, EXTRAS)
+        view = (row, label - first, V, scales[0], row_mix(numbers[2], row), load_numbers(saved, 4))
+        at = load_numbers(saved + 4, 3)
         total = tl.load(sums_ptr + row * 3)
         mass = tl.load(sums_ptr + row * 3 + 1)
         widest = tl.load(sums_ptr + row * 3 + 2)
@@ -98,12 +92,9 @@ def _gradient(
     label, counted = label_of(label_ptr, row)
     if counted:
         at = saved_ptr + row * 14
-        scalars = ()
-        for i in tl.static_range(11):
-            scalars = scalars + (tl.load(at + i),)
+        scalars = load_numbers(at, 11)
         theta = row_values(numbers[0], row)
-        for i in tl.static_range(EXTRAS):
-            theta = theta + (tl.load(at + 12 + i),)
+        theta = theta + load_numbers(at + 12, EXTRAS)
         y = label - first
         top, rest, s_top, slope_top = gradient_sweep(
             student, teacher, row, y, y, V, scales, row_mix(numbers[2], row), grad, scalars,
@@ -183,4 +174,4 @@ def gradient(
 
 
 def _extras(definition: Definition) -> int:
-    return 0 if definition.gather is None else definition.gather.count
+    return 0 if definition.gather is None else definition.gather.extras

@@ -133,7 +133,7 @@ def _gather_whole(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
 def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float) -> torch.Tensor:
     """The author's rule by sorting, weights detached."""
     p, q = logp.exp(), logq.detach().exp()
-    order = p.argsort(-1, descending=True, stable=True)
+    order = torch.sort(p, dim=-1, descending=True, stable=True).indices
     inside = p.gather(-1, order).cumsum(-1) <= mu
     inside[..., 0] = True
     gap = (p - q).abs().gather(-1, order)

@@ -77,7 +77,7 @@ def gradient(
         scalars = saved[rows].unbind(-1)
         block = _open(problem, student, teacher, labels, rows, saved[:, 0])
         columns = _place(problem, block, *scalars[:3])
-        extras = scalars[7 : 7 + (0 if problem.definition.gather is None else problem.definition.gather.count)]
+        extras = scalars[7 : 7 + (0 if problem.definition.gather is None else problem.definition.gather.extras)]
         _, phi = _term(problem, block, columns, (*values_at(problem.parameters, rows, saved), *extras))
         _write(problem, student, block, columns.q, phi, scalars, upstream, out)
 
@@ -207,6 +207,7 @@ def _open(
     tiny = torch.finfo(like.dtype).tiny
     z_y, u_y = (s_y.unsqueeze(-1) - tops[0]) / tau, (t_y.unsqueeze(-1) - tops[1]) / tau
     own = mix = None
+    peak: torch.Tensor | float = 0.0
     lse_t = tops[1].squeeze(-1) / tau
     if problem.mix is not None:
         (mix,) = (x.unsqueeze(-1) if x.dim() else x for x in values_at((problem.mix,), rows, like))

@@ -158,7 +158,7 @@ def _terms(problem: Problem, rows: slice, s: torch.Tensor, t: torch.Tensor, save
     """q, d, f and phi at the final offsets."""
     *centre, l_s, l_t, r = saved[rows, :7].unsqueeze(-1).unbind(1)
     z, u, d = centred.torch(s, t, tuple(centre), 1.0 / problem.temperature, _mix(problem, rows, saved))
-    count = 0 if problem.definition.gather is None else problem.definition.gather.count
+    count = 0 if problem.definition.gather is None else problem.definition.gather.extras
     extras = tuple(saved[rows, 12 : 12 + count].unsqueeze(-1).unbind(1))
     q, p = (z - l_s).exp(), (u - l_t).exp()
     theta = (*_theta(problem, rows, saved), *extras)

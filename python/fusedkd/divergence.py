@@ -86,7 +86,7 @@ def divergence(name: str, *, target_token: str = "label", **parameters: Any) -> 
     if target_token not in TARGETS:
         raise ValueError(f"target_token must be one of {', '.join(map(repr, TARGETS))}, got {target_token!r}")
     known = _signature(member)
-    base = parameters.get("base", known.get("base"))
+    base: Any = parameters.get("base", known.get("base"))
     own = dict(known)
     if "base" in known and not isinstance(base, (str, Divergence)):
         raise TypeError(f"base of {name!r} must be a name such as 'rkl' or a fusedkd.Divergence, got {base!r}")
