@@ -97,6 +97,8 @@ DISTINCT = [
     ("akl", {}),
     ("drkl", ARGMAX),
 ]
+FEW = [DISTINCT[i] for i in (0, 2, 4, 5, 8)]  # where the path matters more than the formula
+SWEEPS = [DISTINCT[i] for i in (0, 1, 2, 3, 5, 8, 11)]  # long rows: one of each kind of sweep
 
 
 def named(case: Any) -> str | None:

@@ -15,6 +15,7 @@ from cases import (
     ODD,
     ROW,
     SEVERAL_TILES,
+    SWEEPS,
     Case,
     Rows,
     check_heads,
@@ -155,7 +156,7 @@ ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@each("case", DISTINCT)
+@each("case", SWEEPS)
 @each("order", ORDERS)
 @each("distance", [None, 1.4e-2])
 def test_running_maxima(case: Case, order: str, distance: float | None, backend: str) -> None:
@@ -201,7 +202,7 @@ def test_teacher_without_columns(case: Case, support: str, backend: str) -> None
     check_logits(rows, case, backend, support=support)
 
 
-@each("case", DISTINCT)
+@each("case", SWEEPS)
 def test_teacher_without_first_tiles(case: Case, backend: str) -> None:
     """Whole tiles outside the support, at both ends."""
     rows = unrelated(2, SEVERAL_TILES, ignored=False)
