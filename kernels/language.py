@@ -3,8 +3,8 @@
 A `formula` is written once, with plain operators, other formulas and `tl.exp`, `tl.log`, `tl.abs`, `tl.where`.
 Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
 counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row.
-Where the two backends need different arithmetic for the same number (only in `maths.py`), the torch version is given
-explicitly.
+Where the two backends need different arithmetic for the same number, the torch version is given explicitly; on numbers
+per row (fewer than two axes) it must not look at values, which would synchronise with a GPU.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ def _torch_expm1_product(w, v, x):
     if x.dim() == 2 and _clearly(plain, w):
         return plain
     precise = torch.expm1(x.clamp(max=_FAR)).mul_(w)
-    return torch.where(x > _FAR, plain, precise) if (x > _FAR).any() else precise
+    return torch.where(x > _FAR, plain, precise) if x.dim() < 2 or (x > _FAR).any() else precise
 
 
 def _torch_rem2_product(w, v, x):
@@ -40,7 +40,7 @@ def _torch_rem2_product(w, v, x):
     series.add_(1 / 24).mul_(near).add_(1 / 6).mul_(near).add_(0.5).mul_(near).mul_(near)
     bracket = x.clamp(max=_FAR).exp_().sub_(near.exp()).sub_(x).add_(near)
     precise = series.add_(bracket).mul_(w)
-    return torch.where(x > _FAR, plain, precise) if (x > _FAR).any() else precise
+    return torch.where(x > _FAR, plain, precise) if x.dim() < 2 or (x > _FAR).any() else precise
 
 
 def _torch_softplus(x):

@@ -22,7 +22,7 @@ def _torch_log_mixture(weight, delta, far):
     other = torch.where(weight > 0, torch.log(weight), NEVER)
     close = delta.abs() < 0.5
     near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
-    if bool(close.all()):
+    if delta.dim() == 2 and bool(close.all()):
         return near, (near - delta) * (weight < 1), torch.where(far == 0, near, near - part)
     gap = other + delta - part
     tail = torch.log1p(gap.abs().neg_().exp_())

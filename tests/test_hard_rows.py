@@ -226,6 +226,30 @@ def test_student_without_columns(case: Case, support: str, backend: str) -> None
 
 
 @each("case", DISTINCT)
+def test_student_without_label(case: Case, backend: str) -> None:
+    """The label's is the only logit of −inf in the student's row, beside rows that have none."""
+    rows = unrelated(4, 129, std=3.0, ignored=False)
+    student = rows.student.clone()
+    student[[0, 2], rows.labels[[0, 2]]] = -INF
+    check_logits(Rows.of(student, rows.teacher, rows.labels), case, backend)
+
+
+def test_floor_under_nothing(backend: str) -> None:
+    """A teacher row of nothing but −inf compares nothing: 0, with a gradient of 0."""
+    place = device(backend)
+    teacher = torch.randn(3, 40)
+    teacher[1] = -INF
+    student = torch.randn(3, 40).to(place).requires_grad_()
+    labels = torch.tensor([1, 2, 3]).to(place)
+    loss = fusedkd.kd_loss(
+        student, teacher.to(place), labels, divergence="rkl", support="floor", reduction="none", backend=backend
+    )
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert student.grad.isfinite().all()
+
+
+@each("case", DISTINCT)
 def test_all_three_kinds_at_once(case: Case, backend: str) -> None:
     """Teacher only, both, and student only, in one row."""
     rows = without(supported(5, 129), teacher=slice(1, None, 4), student=slice(1, None, 8))

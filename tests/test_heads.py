@@ -211,3 +211,18 @@ def test_loss_inside_a_graph(backend: str) -> None:
         grads.append((w.grad, m.grad))
     for ours, truth in zip(grads[1], grads[0], strict=True):
         assert_close(ours, truth, VALUE)
+
+
+@each("schedule", ["chunked", "streaming"])
+@each("reduction", ["mean", "none"])
+def test_sides_of_different_dtype(schedule: str, reduction: str) -> None:
+    """A float64 teacher beside a float32 student: the gradients are the student's affair."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(70, 8, requires_grad=True)
+    theirs = (torch.randn(5, 12, dtype=torch.float64), torch.randn(70, 12, dtype=torch.float64))
+    labels = torch.arange(5)
+    grads = []
+    for teacher in (fusedkd.Head(*theirs), fusedkd.Head(*(x.float() for x in theirs))):
+        loss = fusedkd.kd_loss(fusedkd.Head(hidden, weight), teacher, labels, reduction=reduction, schedule=schedule)
+        grads.append(torch.autograd.grad(loss.sum(), (hidden, weight)))
+    for one, other in zip(*grads, strict=True):
+        assert_close(one, other.double(), VALUE)

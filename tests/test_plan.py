@@ -61,6 +61,13 @@ def test_streaming_where_only_it_fits() -> None:
             fusedkd.plan(64, 1000, 16, memory_budget=1000, schedule=schedule)
 
 
+def test_auto_keeps_a_budget_that_either_schedule_keeps() -> None:
+    """Streaming by preference, chunked where only that fits."""
+    options: dict[str, Any] = {"device": "H100", "reduction": "none", "frozen": ("weight",)}
+    assert fusedkd.plan(8192, 32_000, 512, 1024, **options).schedule == "streaming"
+    assert fusedkd.plan(8192, 32_000, 512, 1024, memory_budget=32 << 20, **options).schedule == "chunked"
+
+
 def test_it_reads_well() -> None:
     """Every figure with its unit."""
     text = str(fusedkd.plan(8192, 151_936, 2048, 4096, device="H200"))

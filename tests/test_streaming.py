@@ -267,3 +267,29 @@ def test_budget_is_kept() -> None:
         assert budget is None or planner.streaming_workspace(shape, width) <= budget
         widths.append(width)
     assert widths == sorted(widths, reverse=True)
+
+
+def test_drop_beside_logits() -> None:
+    """Asked for where it would copy a logit matrix: refused, not ignored."""
+    student = fusedkd.Head(torch.randn(3, 8), torch.randn(50, 8))
+    options = {"schedule": "streaming", "drop_ignored": True}
+    with pytest.raises(ValueError, match=r"drop_ignored=True with schedule=.*Head on both sides"):
+        fusedkd.kd_loss(student, torch.randn(3, 50), torch.tensor([1, IGNORE, 3]), **options)
+
+
+def test_rows_that_share_their_likeliest_token() -> None:
+    """Hundreds of confident rows add to one row of a bfloat16 weight gradient: their sum is rounded once."""
+    rows, vocabulary = 700, 40
+    hidden = torch.randn(rows, 16).abs().bfloat16().double()
+    weight = 0.1 * torch.randn(vocabulary, 16).bfloat16().double()
+    weight[3] = 1.0
+    teacher = torch.randn(rows, vocabulary, dtype=torch.float64)
+    leaf = weight.clone().requires_grad_()
+    logq, logp = (hidden @ leaf.T).log_softmax(-1), teacher.float().double().log_softmax(-1)
+    assert (logq.exp()[:, 3] > 0.5).all()
+    (logp.exp() * (logp - logq)).sum().backward()
+    ours = weight.bfloat16().requires_grad_()
+    head = fusedkd.Head(hidden.bfloat16(), ours)
+    fusedkd.kd_loss(head, teacher.float(), reduction="sum", schedule="streaming").backward()
+    assert leaf.grad is not None
+    assert_close(ours.grad, leaf.grad, 5e-3, dtype=torch.bfloat16)

@@ -51,9 +51,9 @@ def _torch_slope(w, v, a, x):
     a = torch.where(limit, 1.0, a)
     y = a * x
     precise = torch.expm1(y.clamp(max=_FAR)).mul_(w).div_(a)
-    if (y > _FAR).any():
+    if y.dim() < 2 or (y > _FAR).any():
         precise = torch.where(y > _FAR, (v - w) / a, precise)
-    return torch.where(limit, w * x, precise) if limit.any() else precise
+    return torch.where(limit, w * x, precise) if y.dim() < 2 or limit.any() else precise
 
 
 def _torch_bend(w, v, u, alpha, beta, x):

@@ -102,12 +102,13 @@ def run(
         in_place = dz.dtype == logit_dtype(student.x.dtype, logits_dtype)
     if not in_place:
         student_buffer = buffer(student, inner, width, part.kept, logits_dtype)
-    grad_x, grad_weight, grad_bias = _outputs(student, n if is_head else total_rows, needs, wide)
+    own = accumulation_dtype(student.x)
+    grad_x, grad_weight, grad_bias = _outputs(student, n if is_head else total_rows, needs, own)
     picked = None
     if differentiate and not is_head and part.kept is not None:
         grad_x.zero_()
         picked = grad_x.new_empty((inner, student.width))
-    bias_buffer = None if not (is_head and needs[2]) else student.x.new_empty(width, dtype=wide)
+    bias_buffer = None if not (is_head and needs[2]) else student.x.new_empty(width, dtype=own)
 
     for start in range(0, n, outer):
         stop = min(start + outer, n)
@@ -143,7 +144,7 @@ def run(
         if needs[1]:
             gemm.weight_gradient(chunk, hidden, grad_weight[:width], accumulate=start > 0)
         if bias_buffer is not None:
-            torch.sum(chunk, 0, dtype=wide, out=bias_buffer)
+            torch.sum(chunk, 0, dtype=own, out=bias_buffer)
             grad_bias[:width] += bias_buffer
     if n == 0:
         grad_weight.zero_()

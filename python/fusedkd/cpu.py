@@ -194,6 +194,8 @@ def _open(
     y = t.argmax(-1, keepdim=True) if problem.argmax else label
     if y is not None:
         s_y, t_y = s.gather(1, y).squeeze(-1), t.gather(1, y).squeeze(-1)
+        if not special and bool((s_y == -torch.inf).any()):
+            return _open(problem, student, teacher, labels, rows, like, special=True)
         present = ~torch.isneginf(t_y) if dead is None else ~dead.gather(1, y).squeeze(-1)
         s, t = s.scatter(1, y, ABSENT), t.scatter(1, y, ABSENT)
         if dead is not None or V == 1:
@@ -476,6 +478,8 @@ def _write(
         g[row, top] = -g[row].sum()
     if block.holes is not None:
         g.masked_fill_(block.holes, 0.0)
+    if block.empty is not None:
+        g.masked_fill_(block.empty.unsqueeze(-1), 0.0)
     if problem.ce_weight or student.scale is not None or student.softcap is not None:
         s, slope = logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
         if problem.ce_weight:
@@ -497,6 +501,6 @@ def values_at(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.T
     return tuple(
         value[rows].to(like.dtype)
         if isinstance(value, torch.Tensor)
-        else torch.tensor(value, dtype=like.dtype, device=like.device)
+        else torch.full((), value, dtype=like.dtype, device=like.device)
         for value in values
     )

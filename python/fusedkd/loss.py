@@ -121,8 +121,9 @@ def kd_loss(
         RuntimeError on double backward.
 
     Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
-        parameters), one more and one write backward. Heads: four matrix products and `memory_budget` bytes at most;
-        reduction="none" repeats the forward products in its backward.
+        parameters), one more and one write backward. Heads: four matrix products, six or eight
+        with schedule="streaming"; reduction="none" repeats the forward products in its backward. At most
+        `memory_budget` bytes.
     """
     _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     call = _prepare(
@@ -279,7 +280,7 @@ def _prepare(
         checks.per_token(f"{key} of divergence {chosen.name!r}", value, shape, where)
     form = chosen.form
     values = (*form.theta, form.target, form.nontarget, 0.0 if form.mix is None else form.mix)
-    per_row = [_rows_of(value, shape).float() if isinstance(value, torch.Tensor) else None for value in values]
+    per_row = [_rows_of(value, shape).to(wide) if isinstance(value, torch.Tensor) else None for value in values]
     factor = temperature * temperature if temperature_squared else 1.0
     numbers = [float(columns), float(temperature), float(factor), float(ce_weight)]
     numbers += [*transform(student), *transform(teacher)]
@@ -314,6 +315,13 @@ def _from_heads(
     drop = drop and call.counted is not None
     words = ops.Names.of(call.names)
     needs_rows = whole_rows(call.form, words.target == "teacher_argmax", words.support == "floor")
+    if schedule == "streaming" and drop and None in (call.operands[1], call.operands[4]):
+        if drop_ignored is True:
+            raise ValueError(
+                'drop_ignored=True with schedule="streaming" needs a Head on both sides, and one is logits, whose kept '
+                'rows would be copied whole: leave it at "auto", or use schedule="chunked"'
+            )
+        drop = False
     shape = _shape(call, wanted, drop, logits_dtype)
     chosen = choose_schedule(shape, memory_budget, schedule, reduction, needs_rows, sweeps_of(call.form))
     flags = [return_stats, drop, *wanted]

@@ -326,7 +326,7 @@ def _(
     elif weight is not None:
         shapes = (x.shape, weight.shape, weight.shape[:1])
         grads = [
-            x.new_empty(shape, dtype=loss.dtype) if wanted else x.new_empty(0)
+            x.new_empty(shape, dtype=accumulation_dtype(x)) if wanted else x.new_empty(0)
             for shape, wanted in zip(shapes, flags[2:], strict=True)
         ]
     return loss.new_empty(()), loss, stats, grads[0], grads[1], grads[2]

@@ -233,7 +233,8 @@ def plan(
     Raises:
         ValueError, TypeError: naming the argument; for a budget that cannot be kept, with the least that would do.
     """
-    for name, value in (("N", N), ("V", V), ("D_student", D_student), ("D_teacher", D_teacher or D_student)):
+    teacher = D_student if D_teacher is None else D_teacher
+    for name, value in (("N", N), ("V", V), ("D_student", D_student), ("D_teacher", teacher)):
         checks.integer(name, value)
         checks.positive(name, value)
     checks.one_of("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -246,7 +247,6 @@ def plan(
     form = as_divergence(divergence).form
     best = ceiling(device)
     on_cpu = not (isinstance(device, str) and device.upper() in TABLE) and torch.device(device).type == "cpu"
-    teacher = D_teacher or D_student
     wide = 8 if dtype == torch.float64 else 4
     shape = Shape(
         rows=N,
@@ -302,6 +302,7 @@ def choose_schedule(
     if schedule == "streaming" and needs_rows is not None:
         raise NotImplementedError(f'schedule="streaming" cannot do {needs_rows}, which needs whole rows: use "chunked"')
     repeats = reduction == "none" and shape.needs_gradient and sweeps == 1 and not shape.on_cpu
+    repeats = repeats and (memory_budget is None or streaming_workspace(shape, 1) <= memory_budget)
     if schedule == "streaming" or (schedule == "auto" and needs_rows is None and repeats):
         width = choose_width(shape, memory_budget)
         return Chosen("streaming", None, width, streaming_workspace(shape, width))

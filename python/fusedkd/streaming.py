@@ -104,7 +104,8 @@ def _forward(sweep: _Pass, labels: Tensor | None, backend: str, with_stats: bool
     wide = accumulation_dtype(x, sweep.teacher.x)
     count = len(online_of(problem).init.torch())
     carry = x.new_zeros((n, CARRY + count), dtype=wide)
-    carry[:, :CARRY] = torch.tensor(EMPTY, dtype=wide, device=x.device)
+    for i, value in enumerate(EMPTY):
+        carry[:, i] = value
     for start, _, part, student, teacher in sweep:
         functions.absorb(part, student, teacher, labels, carry, start, with_stats)
     met = _meet(problem, carry, labels, with_stats)
@@ -216,7 +217,8 @@ def _backward_pass(
     """Gradients of x, weight and bias in their own dtypes; empty where not wanted."""
     functions, problem, student = functions_of(backend), sweep.problem, sweep.student
     x, weight, n = student.x, student.weight, student.rows
-    wide = accumulation_dtype(x, sweep.teacher.x)
+    wide = accumulation_dtype(x)
+    saved, upstream = saved.to(wide), upstream.to(wide)
     total = student.width if problem.ce_weight else problem.vocab_size
     grad_x, grad_weight, grad_bias = gradients(x, weight, needs)
     if weight is None:
@@ -302,10 +304,25 @@ def _likeliest(
     if sum_x is not None:
         sum_x += g.unsqueeze(-1) / size * student.weight[at].to(sum_x.dtype)
         sum_x *= size
+    if not (needs[1] or needs[2]):
+        return
+    # Many rows may share a token: their entries are summed in the wide dtype first, one segment per token.
+    at, order = at.sort(stable=True)
+    segment = torch.cat((at[:1] * 0, (at.diff() != 0).cumsum(0)))
+    g = g[order]
     if needs[1]:
-        grad_weight.index_add_(0, at, (g.unsqueeze(-1) * student.x.to(g.dtype)).to(grad_weight.dtype))
+        _add_segments(grad_weight, at, segment, g.unsqueeze(-1) * student.x[order].to(g.dtype))
     if needs[2]:
-        grad_bias.index_add_(0, at, g.to(grad_bias.dtype))
+        _add_segments(grad_bias, at, segment, g)
+
+
+def _add_segments(out: Tensor, at: Tensor, segment: Tensor, values: Tensor) -> None:
+    """out[at] += values, rounded once per distinct row of out."""
+    if not len(at):
+        return
+    sums = torch.zeros_like(values).index_add_(0, segment, values)
+    # All rows of a segment write the same number.
+    out[at] = (out[at].to(values.dtype) + sums[segment]).to(out.dtype)
 
 
 def gradients(x: Tensor, weight: Optional[Tensor], needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
