@@ -5,13 +5,18 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help install demo test lint types bench compile-all clean
+# Where make gpu leaves its results, and a folder of wheels that it installs first: make gpu WHEELS=wheels
+OUT ?= build/gpu/results
+WHEELS ?=
+
+.PHONY: help install demo test lint types bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make lint types   ruff and basedpyright"
-	@echo "make bench        time and memory of the head path on this machine, written to bench/results"
+	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
+	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
 	@echo "make compile-all  compile every kernel for every dtype and architecture (long)"
 
 install: $(VENV)/installed
@@ -40,7 +45,15 @@ types: install
 	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/fusedkd
 
 bench: install
-	$(BIN)/python -m bench.heads --out bench/results
+	$(BIN)/python -m fusedkd bench --out bench/results
+	$(BIN)/python -m fusedkd bench --out bench/results --readme README.md
+
+# With the Python that has torch, from a copy laid out as it would be installed: nothing is fetched.
+gpu:
+	rm -rf build/gpu/fusedkd && mkdir -p build/gpu/fusedkd
+	cp -r python/fusedkd/. build/gpu/fusedkd && cp -r kernels bench build/gpu/fusedkd
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/gpu $(WHEELS)/*.whl)
+	PYTHONPATH=build/gpu $(PYTHON) -m fusedkd.bench.gpu --out "$(OUT)"
 
 compile-all: install
 	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) tests/test_compile.py

@@ -1,1 +1,5 @@
-"""Measurements of fusedkd beside plain torch, run from the repository: `python -m bench.heads`."""
+"""Measurement: time, memory and accuracy beside rivals. `python -m fusedkd bench`."""
+
+from .command import add_arguments, run
+
+__all__ = ["add_arguments", "run"]

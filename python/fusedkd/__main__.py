@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "distil a small language model on real text and compare divergences",
     "explain": "show the page of one divergence and draw its gradient",
     "study": "repeat small experiments of the literature",
+    "bench": "measure time, memory and accuracy beside other implementations",
 }
 
 

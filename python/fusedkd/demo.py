@@ -13,7 +13,6 @@ import math
 import os
 import random
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from . import Head, __version__, kd_loss
-from .commands import check_file, known_divergence, require
+from .commands import Progress, check_file, known_divergence, positive, require, usable_device
 from .eager import EAGER
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ REPEATS = 5
 QUALITY_COLUMNS = ("", "steps", "seconds", "perplexity", "KL(teacher || it)", "entropy", "same top-1")
 STEP_COLUMNS = ("", "loss", "dH error", "dW error", "ms", "peak MB")
 
-N = TypeVar("N", int, float)
 T = TypeVar("T")
 
 
@@ -156,24 +154,6 @@ class Step(NamedTuple):
     peak_bytes: int
 
 
-class Progress:
-    """Stages on standard error: bars on a terminal, plain lines elsewhere, nothing if quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        """Decide once how stages are shown."""
-        self.bars = not quiet and sys.stderr.isatty()
-        self.lines = not quiet and not self.bars
-
-    def stage(self, name: str, total: int | None = None) -> tqdm[Any]:
-        """Announce a stage and return its bar, over `total` items or else over the share of a budget."""
-        from tqdm import tqdm
-
-        if self.lines:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-        shape = None if total else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        return tqdm(total=total or 1.0, desc=name, disable=not self.bars, bar_format=shape)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the demo."""
     parser.add_argument(
@@ -184,12 +164,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=known_divergence,
         help=f"distil with this divergence; may be repeated (default: {' '.join(CPU.divergences)})",
     )
-    seconds, steps = partial(_positive, float), partial(_positive, int)
+    seconds, steps = partial(positive, float), partial(positive, int)
     parser.add_argument("--text", metavar="DIR", type=Path, help="learn the text files below DIR, not Python's library")
     parser.add_argument("--teacher-seconds", metavar="S", type=seconds, help="time to train the teacher (default: 60)")
     parser.add_argument("--student-seconds", metavar="S", type=seconds, help="most time for each student (default: 20)")
     parser.add_argument("--student-steps", metavar="N", type=steps, help="steps to train each student (default: 300)")
-    parser.add_argument("--device", type=_usable_device, help="default: cuda or xpu if there is one, else cpu")
+    parser.add_argument("--device", type=usable_device, help="default: cuda or xpu if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny models for a few seconds, to see that all runs")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -208,24 +188,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
-
-
-def _positive(kind: Callable[[str], N], text: str) -> N:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = kind("0")
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
-    return number
-
-
-def _usable_device(name: str) -> str:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is not usable: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _plan(args: argparse.Namespace) -> Plan:

@@ -3,6 +3,7 @@
 Each takes the student's and the teacher's logits (N, V) and labels (N,), and returns (N,) in nats.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,14 @@ def drkl(s: Tensor, t: Tensor, labels: Tensor, gamma: float = 0.5) -> Tensor:
     return rkl(binary_s, binary_t, labels) + gamma * rkl(rest_s, rest_t, labels)
 
 
+def jsd(s: Tensor, t: Tensor, labels: Tensor, beta: float = 0.5) -> Tensor:
+    """The generalised Jensen-Shannon divergence."""
+    logq, logp = s.log_softmax(-1), t.log_softmax(-1)
+    logm = torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))
+    to_p, to_q = (F.kl_div(logm, x, reduction="none", log_target=True).sum(-1) for x in (logp, logq))
+    return beta * to_p + (1 - beta) * to_q
+
+
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The logits of (label, any other), and all logits with the label's mass taken out."""
     column = labels.unsqueeze(-1)
@@ -43,4 +52,10 @@ def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([logits.gather(-1, column), rest.logsumexp(-1, keepdim=True)], -1), rest
 
 
-EAGER: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"fkl": fkl, "rkl": rkl, "drkl": drkl, "ab": ab}
+EAGER: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "fkl": fkl,
+    "rkl": rkl,
+    "drkl": drkl,
+    "ab": ab,
+    "jsd": jsd,
+}

@@ -1,0 +1,216 @@
+"""What is measured: a case, its inputs, the plain loss on them, and what comes out of that in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..eager import EAGER
+from .shapes import Shape
+
+STD = 5.0  # of logits, as a trained model's
+CHUNK = 1 << 24  # logits that are held in float64 at once
+
+
+class HeadInputs(NamedTuple):
+    """Hidden states and output layers of student and teacher, and labels; gradients go to the student's two."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    teacher_hidden: Tensor  # (N, K)
+    teacher_weight: Tensor  # (V, K)
+    labels: Tensor  # (N,)
+    softcap: float | None = None
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gets a gradient."""
+        return {"hidden": self.hidden, "weight": self.weight}
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """All logits of student and teacher, at least float32."""
+        with torch.no_grad():
+            teacher = self._capped(self.teacher_hidden @ self.teacher_weight.t())
+        return self._capped(self.hidden @ self.weight.t()), teacher
+
+    def _capped(self, product: Tensor) -> Tensor:
+        logits = _wide(product)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def split(self, rows: int) -> Iterator[tuple[dict[str, Tensor], HeadInputs]]:
+        """Parts of a few rows in float64, and the leaves of each; the weight is one leaf for all."""
+        weight = _leaf(self.weight)
+        teacher_weight = self.teacher_weight.double()
+        parts = (x.split(rows) for x in (self.hidden, self.teacher_hidden, self.labels))
+        for hidden, teacher_hidden, labels in zip(*parts, strict=True):
+            part = HeadInputs(_leaf(hidden), weight, teacher_hidden.double(), teacher_weight, labels, self.softcap)
+            yield part.leaves, part
+
+
+class RowInputs(NamedTuple):
+    """Logits of student and teacher, and labels; the gradient goes to the student's logits."""
+
+    student: Tensor  # (N, V)
+    teacher: Tensor  # (N, V)
+    labels: Tensor  # (N,)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gets a gradient."""
+        return {"logits": self.student}
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """The logits, at least float32."""
+        return _wide(self.student), _wide(self.teacher)
+
+    def split(self, rows: int) -> Iterator[tuple[dict[str, Tensor], RowInputs]]:
+        """Parts of a few rows in float64, and the leaf of each."""
+        for student, teacher, labels in zip(*(x.split(rows) for x in self), strict=True):
+            part = RowInputs(_leaf(student), teacher.double(), labels)
+            yield part.leaves, part
+
+
+Inputs = HeadInputs | RowInputs
+Loss = Callable[[Any], Any]  # inputs -> the mean loss, or (loss, gradients) where the gradient comes with it
+
+
+class Answer(NamedTuple):
+    """A loss and its gradients, by the names of the inputs' leaves."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure. `path` is "heads" (hidden states in) or "rows" (logits in).
+
+    distance: how far the student's hidden states or logits are from the teacher's; None: they have nothing in common.
+    families: the rivals to set beside it; None: all that were asked for.
+    """
+
+    path: str
+    shape: Shape
+    dtype: str
+    divergence: str
+    distance: float | None = None
+    families: tuple[str, ...] | None = None
+
+    def small(self) -> Case:
+        """The same with so few tokens and words that it costs nothing."""
+        return replace(self, shape=self.shape.resized(rows=8, vocab=min(1024, self.shape.vocab)))
+
+    def facts(self) -> dict[str, Any]:
+        """The case as a result file holds it."""
+        return {key: value for key, value in asdict(self).items() if key != "families"}
+
+    def __str__(self) -> str:
+        s = self.shape
+        return f"{self.path} {self.divergence} {s.rows}x{s.vocab} {self.dtype}"
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    """Return random inputs whose logits have a standard deviation of 5."""
+    torch.manual_seed(0)
+    shape, dtype = case.shape, getattr(torch, case.dtype)
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*size, device=device).mul_(std)
+
+    if case.path == "rows":
+        teacher = normal(shape.rows, shape.vocab, std=STD)
+        student = normal(shape.rows, shape.vocab, std=case.distance or STD)
+        if case.distance:
+            student += teacher
+        labels = torch.randint(shape.vocab, (shape.rows,), device=device)
+        return RowInputs(student.to(dtype).requires_grad_(), teacher.to(dtype), labels)
+    d, k = shape.dim, shape.teacher_dim
+    hidden, teacher_hidden = normal(shape.rows, d), normal(shape.rows, k)
+    weight, teacher_weight = (normal(shape.vocab, width, std=STD / math.sqrt(width)) for width in (d, k))
+    if case.distance:
+        teacher_hidden, teacher_weight = hidden + case.distance * normal(*hidden.shape), weight.clone()
+    labels = torch.randint(shape.vocab, (shape.rows,), device=device)
+    h, w, teacher_h, teacher_w = (x.to(dtype) for x in (hidden, weight, teacher_hidden, teacher_weight))
+    return HeadInputs(h.requires_grad_(), w.requires_grad_(), teacher_h, teacher_w, labels, shape.softcap)
+
+
+def eager_loss(divergence: str) -> Loss:
+    """Return the loss as one writes it in torch, with all logits in memory."""
+    per_token = EAGER[divergence]
+
+    def loss(inputs: Inputs) -> Tensor:
+        student, teacher = inputs.logits()
+        return per_token(student, teacher, inputs.labels).mean()
+
+    return loss
+
+
+def answer(inputs: Inputs, loss: Loss) -> Answer:
+    """Return the loss and its gradients."""
+    found = loss(inputs)
+    if isinstance(found, tuple):
+        value, *gradients = found
+    else:
+        value, gradients = found, torch.autograd.grad(found, list(inputs.leaves.values()))
+    return Answer(value.detach(), dict(zip(inputs.leaves, gradients, strict=True)))
+
+
+def truth(inputs: Inputs, divergence: str) -> Answer:
+    """Return the answer of the plain loss in float64, a few rows at a time."""
+    loss = eager_loss(divergence)
+    values: list[Tensor] = []
+    pieces: dict[str, list[Tensor]] = {name: [] for name in inputs.leaves}
+    rows = len(inputs.labels)
+    vocab = (inputs.weight if isinstance(inputs, HeadInputs) else inputs.teacher.t()).shape[0]
+    for leaves, part in inputs.split(max(1, CHUNK // vocab)):
+        value = loss(part) * (len(part.labels) / rows)
+        value.backward()
+        values.append(value.detach())
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            if name == "weight":
+                pieces[name] = [leaf.grad]  # accumulated over the parts
+            else:
+                pieces[name].append(leaf.grad)
+    return Answer(torch.stack(values).sum(), {name: torch.cat(parts) for name, parts in pieces.items()})
+
+
+def errors(found: Answer, exact: Answer) -> dict[str, float]:
+    """Return the relative L2 errors of the loss and of each gradient; infinite where something is not finite."""
+    gradients = {name: relative(found.gradients[name], x) for name, x in exact.gradients.items()}
+    return {"loss": relative(found.loss, exact.loss), **gradients}
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    """Return ‖ours − exact‖ / ‖exact‖, without a second copy of the whole."""
+    gap = size = 0.0
+    for a, b in zip(_slabs(ours.detach()), _slabs(exact), strict=True):
+        gap += float((a.double() - b).square().sum())
+        size += float(b.square().sum())
+    error = math.sqrt(gap / size) if size else math.sqrt(gap)
+    return error if math.isfinite(error) else math.inf
+
+
+def mean_kl(inputs: Inputs) -> float:
+    """Return KL(teacher || student) per token, in float64: how far apart the two sides are."""
+    loss = eager_loss("fkl")
+    rows = len(inputs.labels)
+    with torch.no_grad():
+        return float(sum(loss(part) * len(part.labels) for _, part in inputs.split(16)) / rows)
+
+
+def _slabs(x: Tensor) -> tuple[Tensor, ...]:
+    return x.reshape(-1).split(CHUNK)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,224 @@
+"""Seconds, bytes, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import multiprocessing
+import platform
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import info, kernels
+from . import rivals
+
+HERE = Path(__file__).parent
+FLUSH = 1 << 29  # bytes that are written before a call is timed: several times any GPU's L2
+LEAST_ROUNDS = 3
+SAMPLING = 0.002  # seconds between two looks at the resident size
+
+
+class Clock:
+    """Seconds of one call: device events behind a flushed cache on a GPU, the host's clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.flush = None if device == "cpu" else torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        """Run `work` once; what it returns is kept until the clock has stopped."""
+        if self.flush is None:
+            start = time.perf_counter()
+            kept = work()
+            seconds = time.perf_counter() - start
+        else:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.flush.zero_()  # also keeps the GPU busy while the host queues the first kernels
+            begin.record()
+            kept = work()
+            end.record()
+            torch.cuda.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+        del kept
+        return seconds
+
+
+class Deadline:
+    """A point in time that may never come."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is over."""
+        return self.end is not None and time.monotonic() > self.end
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], object]], clock: Clock, rounds: int, enough: Callable[[], bool]
+) -> Iterator[dict[str, float | str]]:
+    """Yield round after round the seconds of each item, the first to warm up, the order turned by one every time.
+
+    What fails is left out from then on; its entry of that round is the reason. After three rounds `enough` may end it.
+    """
+    live = list(work)
+    for number in range(rounds + 1):
+        if number > LEAST_ROUNDS and enough():
+            return
+        turn = number % max(1, len(live))
+        found: dict[str, float | str] = {}
+        for name in live[turn:] + live[:turn]:
+            try:
+                found[name] = clock(work[name])
+            except Exception as error:
+                found[name] = reason(error)
+                live.remove(name)
+        yield found
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def peak_bytes(work: Callable[[], Mapping[str, Tensor]], device: str) -> int:
+    """Most bytes held at once during `work` beyond those held before it and the gradients that it returns.
+
+    On a GPU the allocator's own count. On a CPU the resident size of this process, which should be a fresh one.
+    """
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradients = work()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        before = _resident()
+        gradients, peak = _watched(work)
+    return peak - before - sum(x.nbytes for x in gradients.values())
+
+
+def _watched(work: Callable[[], Mapping[str, Tensor]]) -> tuple[Mapping[str, Tensor], int]:
+    """The result of `work`, and the largest resident size that was seen meanwhile."""
+    peak = _resident()
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLING):
+            peak = max(peak, _resident())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        result = work()
+        peak = max(peak, _resident())
+    finally:
+        done.set()
+        sampler.join()
+    return result, peak
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `work` returns in a process of its own, which has imported the package and done nothing else.
+
+    Raises:
+        RuntimeError: it failed there, or the process died (of memory, say).
+    """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(send, work, arguments))
+    process.start()
+    send.close()
+    try:
+        result, failure = receive.recv()
+    except EOFError:
+        process.join()
+        result, failure = None, f"the process ended with exit code {process.exitcode}"
+    process.join()
+    if failure:
+        raise RuntimeError(failure)
+    return result
+
+
+def _report(send: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        send.send((work(*arguments), None))
+    except Exception as error:
+        send.send((None, reason(error)))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    found = info.collect()
+    return {
+        "commit": _commit(),
+        "source": source(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "name": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": None if device == "cpu" else torch.cuda.get_device_properties(0).total_memory,
+        "driver": None if device == "cpu" else _driver(),
+        "triton_interpret": found["triton_interpret"],
+        "versions": found["versions"],
+        "rivals": rivals.versions(),
+    }
+
+
+def source() -> str:
+    """A digest of the package's own files: what was measured, where no commit says so."""
+    rooms = {"": Path(info.__file__).parent, "kernels": Path(kernels.__file__).parent, "bench": HERE}
+    files = {
+        (Path(name) / path.relative_to(room)).as_posix(): path
+        for name, room in rooms.items()
+        for path in room.rglob("*.py")
+    }
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + files[name].read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _commit() -> str:
+    """The commit that the package's folder is at, if it is in a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(HERE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    if shutil.which("git") is None or not (head := git("rev-parse", "HEAD")):
+        return "unknown"
+    return head + ("+changes" if git("status", "--porcelain", "-uno") else "")
+
+
+def _cpu_name() -> str:
+    info_file = Path("/proc/cpuinfo")
+    lines = info_file.read_text().splitlines() if info_file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return "unknown"
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()

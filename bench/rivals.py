@@ -1,0 +1,187 @@
+"""Every implementation that is measured, behind one signature: inputs in, the mean loss out.
+
+A rival's `loss(divergence)` builds it, importing its package there and only there, and returns a function of the inputs
+(`HeadInputs`, `RowInputs`) to the mean loss, or to (loss, gradient) where the gradient comes with it. Settings are the
+package's own defaults, the ones that its users get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import Head, kd_loss, kd_value_and_grad
+from ..eager import EAGER
+from ..kernels.language import interpreted
+from .cases import Case, HeadInputs, Loss, RowInputs, eager_loss
+
+KLS_AND_JSD = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # GKD's β, which Liger and TRL share
+FAMILIES = ("eager", "compile", "liger", "trl", "fla")
+OURS = "fusedkd"
+PACKAGES = {"liger": ("liger_kernel", "liger-kernel"), "trl": ("trl", "trl"), "fla": ("fla", "flash-linear-attention")}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An implementation and what it can do.
+
+    triton: it has Triton kernels only. compiles: it goes through torch.compile. softcap: it caps logits.
+    """
+
+    name: str
+    family: str
+    path: str
+    loss: Callable[[str], Loss]
+    divergences: tuple[str, ...] = tuple(EAGER)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    triton: bool = False
+    compiles: bool = False
+    softcap: bool = False
+
+    def suits(self, case: Case) -> bool:
+        """Whether this is something that the rival offers at all."""
+        capped = case.shape.softcap is not None
+        return case.divergence in self.divergences and case.dtype in self.dtypes and (self.softcap or not capped)
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run here, if it cannot."""
+        module, package = PACKAGES.get(self.family, ("torch", "torch"))
+        if find_spec(module) is None:
+            return f"not installed: pip install {package}"
+        if self.triton and device == "cpu" and not interpreted():
+            return "needs a GPU"
+        return None
+
+
+def chosen(case: Case, families: tuple[str, ...]) -> list[Rival]:
+    """Return the implementations that a case can have: fusedkd's own, and those of some families."""
+    wanted = {OURS, *families}.intersection((OURS, *(families if case.families is None else case.families)))
+    return [rival for rival in RIVALS if rival.path == case.path and rival.family in wanted and rival.suits(case)]
+
+
+def named(path: str, name: str) -> Rival:
+    """Return one implementation."""
+    return next(rival for rival in RIVALS if (rival.path, rival.name) == (path, name))
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of each rival's package, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for _, package in PACKAGES.values():
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _fused_heads(divergence: str, **options: Any) -> Loss:
+    def loss(x: HeadInputs) -> Tensor:
+        student = Head(x.hidden, x.weight, softcap=x.softcap)
+        teacher = Head(x.teacher_hidden, x.teacher_weight, softcap=x.softcap)
+        labels = x.labels if divergence == "drkl" else None
+        return kd_loss(student, teacher, labels, divergence=divergence, **options)
+
+    return loss
+
+
+def _fused_rows(divergence: str) -> Loss:
+    return lambda x: kd_loss(x.student, x.teacher, x.labels if divergence == "drkl" else None, divergence=divergence)
+
+
+def _fused_rows_at_once(divergence: str) -> Loss:
+    def loss(x: RowInputs) -> tuple[Tensor, ...]:
+        labels = x.labels if divergence == "drkl" else None
+        return kd_value_and_grad(x.student, x.teacher, labels, divergence=divergence)
+
+    return loss
+
+
+def _compiled(divergence: str) -> Loss:
+    return torch.compile(eager_loss(divergence), dynamic=False)
+
+
+def _liger_fused_linear_jsd(divergence: str) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+
+    loss = LigerFusedLinearJSD(jsd_beta=KLS_AND_JSD[divergence])
+    return lambda x: loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+
+
+def _liger_chunked(divergence: str) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+
+    # Left alone it adds half of the cross-entropy of the labels.
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=KLS_AND_JSD[divergence])
+    return lambda x: loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+
+
+def _trl_chunked(divergence: str) -> Loss:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
+
+    beta = KLS_AND_JSD[divergence]
+
+    def loss(x: HeadInputs) -> Tensor:
+        sides = (x.hidden, x.weight, None, x.teacher_hidden, x.teacher_weight, None)
+        per_token, _ = ChunkedDivergenceFunction.apply(*sides, beta, 1.0, 1.0, x.softcap, 1.0, x.softcap)
+        return per_token.mean()
+
+    return loss
+
+
+def _fla(divergence: str, fp32_sums: bool) -> Loss:
+    from fla.modules.fused_kl_div import FusedKLDivLoss  # pyright: ignore[reportMissingImports]
+
+    loss = FusedKLDivLoss(accumulate_grad_in_fp32=fp32_sums)
+    return lambda x: loss(x.hidden, x.teacher_hidden, x.weight, x.teacher_weight)
+
+
+def _log_probabilities(x: RowInputs) -> tuple[Tensor, Tensor]:
+    """What Liger's row losses take; in float32, because bfloat16 log-probabilities have two digits."""
+    student, teacher = x.logits()
+    return student.log_softmax(-1), teacher.log_softmax(-1)
+
+
+def _liger_jsd(divergence: str) -> Loss:
+    from liger_kernel.transformers import LigerJSD  # pyright: ignore[reportMissingImports]
+
+    loss = LigerJSD(beta=KLS_AND_JSD[divergence])
+    return lambda x: loss(*_log_probabilities(x))
+
+
+def _liger_kl_div(divergence: str) -> Loss:
+    from liger_kernel.transformers import LigerKLDIVLoss  # pyright: ignore[reportMissingImports]
+
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    return lambda x: loss(*_log_probabilities(x))
+
+
+BETAS = tuple(KLS_AND_JSD)
+RIVALS = (
+    Rival("eager torch", "eager", "heads", eager_loss, softcap=True),
+    Rival("torch.compile", "compile", "heads", _compiled, softcap=True, compiles=True),
+    Rival("Liger FusedLinearJSD", "liger", "heads", _liger_fused_linear_jsd, BETAS, triton=True),
+    Rival("Liger FusedLinearJSDLoss", "liger", "heads", _liger_chunked, BETAS, compiles=True),
+    Rival("TRL ChunkedDivergence", "trl", "heads", _trl_chunked, BETAS, softcap=True),
+    Rival("FLA FusedKLDiv, fp32 sums", "fla", "heads", partial(_fla, fp32_sums=True), ("fkl",), triton=True),
+    Rival("FLA FusedKLDiv", "fla", "heads", partial(_fla, fp32_sums=False), ("fkl",), triton=True),
+    Rival(OURS, OURS, "heads", _fused_heads, softcap=True),
+    Rival("fusedkd streaming", OURS, "heads", partial(_fused_heads, schedule="streaming"), softcap=True),
+    Rival(
+        "fusedkd bf16 logits", OURS, "heads", partial(_fused_heads, logits_dtype=torch.bfloat16),
+        dtypes=("bfloat16",), softcap=True,
+    ),
+    Rival("eager torch", "eager", "rows", eager_loss),
+    Rival("torch.compile", "compile", "rows", _compiled, compiles=True),
+    Rival("Liger JSD", "liger", "rows", _liger_jsd, BETAS, triton=True),
+    Rival("Liger KLDIVLoss", "liger", "rows", _liger_kl_div, ("fkl",), triton=True),
+    Rival(OURS, OURS, "rows", _fused_rows_at_once),
+    Rival("fusedkd, autograd", OURS, "rows", _fused_rows),
+)  # fmt: skip
