@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkd
 from fusedkd import chunked, gemm, planner
-from fusedkd import loss as loss_module
 from fusedkd.kernels.language import interpreted
 
 N, V, D, K = 384, 20_000, 8, 12  # rows, vocabulary, widths of student and teacher; a chunk of rows is 128 on a CPU
@@ -122,7 +121,7 @@ def heads(
 
     def loss(**more: Any) -> Tensor:
         ours = logits if student == "logits" else fusedkd.Head(**operands)
-        return fusedkd.kd_loss(ours, theirs, labels, **{"divergence": "rkl"} | options | more)
+        return fusedkd.kd_loss(ours, theirs, labels, **{"divergence": "rkl", "schedule": "chunked"} | options | more)
 
     return Call(loss, leaves, rows * columns * dtype.itemsize)
 
@@ -137,7 +136,7 @@ def announced(monkeypatch: pytest.MonkeyPatch) -> list[planner.Chunks]:
         chosen.append(original(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(loss_module, "choose", choose)
+    monkeypatch.setattr(planner, "choose", choose)
     return chosen
 
 

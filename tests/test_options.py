@@ -219,20 +219,22 @@ def test_stats_add_up(case: Case, backend: str) -> None:
     assert relative(at_label[counted], split[counted]) < VALUE
 
 
-def plain(kind: str, case: Case, backend: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor]:
+def plain(
+    kind: str, case: Case, backend: str, dtype: torch.dtype = torch.float32, columns: int = VOCABULARY, **options: Any
+) -> list[Tensor]:
     """Loss, per-token statistics and gradients of one fixed problem."""
     torch.manual_seed(1)
     name, params = case
     place = device(backend)
-    leaves = [(5 * torch.randn(*LEAD, VOCABULARY)).to(place, dtype).requires_grad_()]
-    student, teacher = leaves[0], (5 * torch.randn(*LEAD, VOCABULARY)).to(place, dtype)
+    leaves = [(5 * torch.randn(*LEAD, columns)).to(place, dtype).requires_grad_()]
+    student, teacher = leaves[0], (5 * torch.randn(*LEAD, columns)).to(place, dtype)
     if kind in ("heads", "head-logits"):
-        operands = side(LEAD, VOCABULARY, 24, bias=True).operands(dtype, place)
+        operands = side(LEAD, columns, 24, bias=True).operands(dtype, place)
         leaves, student = list(operands.values()), fusedkd.Head(**operands)
     if kind in ("heads", "logits-head"):
-        teacher = fusedkd.Head(**{k: x.detach() for k, x in side(LEAD, VOCABULARY, 40).operands(dtype, place).items()})
+        teacher = fusedkd.Head(**{k: x.detach() for k, x in side(LEAD, columns, 40).operands(dtype, place).items()})
     made = fusedkd.divergence(name, **params)
-    labels = random_labels(LEAD, VOCABULARY).to(place)
+    labels = random_labels(LEAD, columns).to(place)
     loss, stats = fusedkd.kd_loss(
         student, teacher, labels, divergence=made, backend=backend, return_stats=True, **options
     )
@@ -272,11 +274,13 @@ def test_schedule(reduction: str, backend: str) -> None:
 def test_memory_budget(kind: str, reduction: str, drop_ignored: bool, dtype: torch.dtype, backend: str) -> None:
     """An impossible budget names the least; the least (one row at a time) changes nothing, a byte less is refused."""
     case = ("drkl", {})
-    options = {"reduction": reduction, "drop_ignored": drop_ignored, "dtype": dtype}
+    # Few columns: the least of a long vocabulary is one column at a time, many launches in the interpreter.
+    options = {"reduction": reduction, "drop_ignored": drop_ignored, "dtype": dtype, "columns": 33}
     with pytest.raises(ValueError, match="memory_budget") as caught:
         plain(kind, case, backend, memory_budget=1, **options)
     least = max(int(re.sub("[_,]", "", number)) for number in re.findall(r"\d[\d_,]*", str(caught.value)))
-    rounded = VALUE if dtype == torch.float32 else 2**-9  # half a unit of bfloat16's last place
+    # The least may be the other schedule's, which rounds the gradient to bfloat16 once where this one does it twice.
+    rounded = VALUE if dtype == torch.float32 else 2**-8
     ours, usual = plain(kind, case, backend, memory_budget=least, **options), plain(kind, case, backend, **options)
     assert_same(ours, usual, rounded)
     with pytest.raises(ValueError, match="memory_budget"):

@@ -304,18 +304,21 @@ def choose_schedule(
     repeats = reduction == "none" and shape.needs_gradient and sweeps == 1 and not shape.on_cpu
     repeats = repeats and (memory_budget is None or streaming_workspace(shape, 1) <= memory_budget)
     if schedule == "streaming" or (schedule == "auto" and needs_rows is None and repeats):
-        width = choose_width(shape, memory_budget)
-        return Chosen("streaming", None, width, streaming_workspace(shape, width))
+        return _streamed(shape, memory_budget)
     try:
         chunks = choose(shape, memory_budget)
     except ValueError:
-        if schedule == "chunked" or needs_rows is not None or memory_budget is None:
+        if schedule == "chunked" or needs_rows is not None:
             raise
-        if streaming_workspace(shape, 1) > memory_budget:
-            raise
-        width = choose_width(shape, memory_budget)
-        return Chosen("streaming", None, width, streaming_workspace(shape, width))
+        if workspace(shape, 1, 1) <= streaming_workspace(shape, 1):
+            raise  # with the least that would do
+        return _streamed(shape, memory_budget)
     return Chosen("chunked", chunks, 0, chunks.workspace)
+
+
+def _streamed(shape: Shape, memory_budget: int | None) -> Chosen:
+    width = choose_width(shape, memory_budget)
+    return Chosen("streaming", None, width, streaming_workspace(shape, width))
 
 
 def _costs(shape: Shape, chosen: Chosen, sweeps: int, repeats: bool, best: Ceiling) -> Plan:
