@@ -102,7 +102,7 @@ def source(variant: Variant, dtype: str) -> Any:
         "RATIO": online.ratio,
         "SUMS": online.sums,
         "GATHER": None if gather is None else gather.kernel,
-        "EXTRAS": 0 if gather is None else gather.extras,
+        "EXTRAS": 0 if definition is None else definition.extras,
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,

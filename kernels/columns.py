@@ -138,6 +138,22 @@ def centred(s, t, centre, inv_tau, mix):
 
 
 @formula
+def target_terms(s_y, t_y, present, centre, inv_tau, mix, r):
+    """z, u and d of the target, and u of the unmixed teacher; ABSENT and r where there is none."""
+    c_s, c_t, k, m = centre
+    zy, uy, dy = centred(s_y, t_y, centre, inv_tau, (None,))
+    # An unlikely target stands far from both centres: without a large offset its plain difference is the exact one.
+    dy = tl.where(tl.abs(c_t - c_s) < 8.0, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
+    zy = tl.where(present, zy, -1e30)
+    own_uy = tl.where(present, uy, -1e30)
+    uy = own_uy
+    if mix[0] is not None:
+        uy = tl.where(present, (1.0 - mix[0]) * zy + mix[0] * uy - m, -1e30)
+        dy = mix[0] * dy - m
+    return zy, uy, tl.where(present, dy, r), own_uy
+
+
+@formula
 def raise_maxima(maxima, s, t, live, inv_tau, mix):
     """The running maxima with a tile, their centre, how z, u and d move (online.py), and how the unmixed u does."""
     top_s, top_t, top_m = maxima

@@ -78,6 +78,11 @@ class Definition:
     splits: bool = True
 
     @property
+    def extras(self) -> int:
+        """How many numbers each row adds to theta."""
+        return 0 if self.gather is None else self.gather.extras
+
+    @property
     def sweeps(self) -> tuple[Online, ...]:
         """Every sweep that some parameters lead to."""
         if self.one_sweep is _always:

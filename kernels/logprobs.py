@@ -11,9 +11,9 @@ import torch
 
 from .columns import load_side, spread
 from .language import jit, tl
-from .maths import softplus
 from .online import log_sum
 from .rows import Side, pack, store_zeros
+from .split import about_side
 from .tiles import fitting
 
 SAVED = 4  # centre, lse above it, log q_y, H
@@ -47,16 +47,13 @@ def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
     alone = total == 0
     top = tl.where(alone, s_y, top)
     rest = tl.where(alone, -1e30, log_sum(total))
-    zy = (s_y - top) * inv_tau
-    logprob = -softplus(rest - zy)
-    lse = tl.maximum(rest, zy) + softplus(-tl.abs(rest - zy))
-    entropy = lse - (warmth * tl.exp(-lse) + tl.exp(logprob) * tl.where(s_y > -1e30, zy, 0.0))
+    entropy, logprob, lse = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y > -1e30, y < 0)
     counted = y >= 0
     at = saved_ptr + row * 4
     tl.store(at, tl.where(counted, top, 0.0))
-    tl.store(at + 1, tl.where(counted, lse, 0.0))
-    tl.store(at + 2, tl.where(counted, tl.where(s_y > -1e30, logprob, float("-inf")), 0.0))
-    tl.store(at + 3, tl.where(counted, tl.maximum(entropy, 0.0), 0.0))
+    tl.store(at + 1, lse)
+    tl.store(at + 2, tl.where(counted, logprob, 0.0))
+    tl.store(at + 3, tl.maximum(entropy, 0.0))
 
 
 @jit

@@ -33,6 +33,27 @@ def log_sum(z):
 
 
 @formula
+def entropies_advance(warmth, zeroth, log_s, log_t, z, u, live):
+    """(Σ e^z z, Σ e^u u, Σ e^u) with a tile; zeroth is Z_s before it, and log_s, log_t say how z and u move."""
+    warm_s, warm_t, sum_t = warmth
+    to_s = tl.exp(log_s)
+    to_t = tl.exp(log_t)
+    warm_s = to_s * warm_s + tl.where(to_s > 0, to_s * log_s, 0.0) * zeroth
+    warm_t = to_t * warm_t + tl.where(to_t > 0, to_t * log_t, 0.0) * sum_t
+    warm_s += tl.sum(tl.where(live, tl.exp(z) * z, 0.0))
+    warm_t += tl.sum(tl.where(live, tl.exp(u) * u, 0.0))
+    sum_t = to_t * sum_t + tl.sum(tl.where(live, tl.exp(u), 0.0))
+    return warm_s, warm_t, sum_t
+
+
+@formula
+def cross_entropy_advance(cross, s, live):
+    """The maximum and the sum of exponentials of a log-sum-exp, with a tile."""
+    top = tl.maximum(cross[0], tl.max(s))
+    return top, cross[1] * tl.exp(cross[0] - top) + tl.sum(tl.where(live, tl.exp(s - top), 0.0))
+
+
+@formula
 def moments_init():
     """Z_s, Z_t, A, B."""
     return 0.0, 0.0, 0.0, 0.0

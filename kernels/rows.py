@@ -30,12 +30,12 @@ from .columns import (
     row_mix,
     row_values,
     spread,
+    target_terms,
 )
 from .divergence import Definition, Online
 from .language import jit, tl, triton
-from .maths import softplus
-from .online import log_sum
-from .split import assemble, binary, offsets
+from .online import cross_entropy_advance, entropies_advance, log_sum
+from .split import about_side, binary, offsets, or_infinite, settle
 from .tiles import SMALLEST, Tile, fitting
 
 SAVED = 14  # row scalars that the gradient sweep needs
@@ -78,8 +78,6 @@ def statistics(
 ):  # fmt: skip
     """The first sweep: target, maxima, online state, entropy sums (if statistics are wanted), CE's maximum and sum."""
     inv_tau, factor, ce = scales
-    warmth_s, warmth_t, own_t = warmth
-    ce_max, ce_sum = cross
     best_s, best_t = -1e30, -1e30
     width = V
     if ce is not None:
@@ -88,9 +86,7 @@ def statistics(
         cols = start + tl.arange(0, BLOCK)
         s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < width)
         if ce is not None:
-            top = tl.maximum(ce_max, tl.max(s))
-            ce_sum = ce_sum * tl.exp(ce_max - top) + tl.sum(tl.where(cols < width, tl.exp(s - top), 0.0))
-            ce_max = top
+            cross = cross_entropy_advance(cross, s, cols < width)
         if ARGMAX:
             # The favourite so far is held out; one that beats it takes its place, and the old one that of the new.
             top = tl.max(tl.where(live, t, -2e30))
@@ -112,29 +108,22 @@ def statistics(
         eu = tl.exp(u)
         if stats_ptr is not None:
             _, own, _ = centred(s, t, centre, inv_tau, (None,))
-            to_s = tl.exp(move[0])
-            to_t = tl.exp(own_log_t)
-            warmth_s = to_s * warmth_s + tl.where(to_s > 0, to_s * move[0], 0.0) * state[0]
-            warmth_t = to_t * warmth_t + tl.where(to_t > 0, to_t * own_log_t, 0.0) * own_t
-            warmth_s += tl.sum(tl.where(live, ez * z, 0.0))
-            warmth_t += tl.sum(tl.where(live, tl.exp(own) * own, 0.0))
-            own_t = to_t * own_t + tl.sum(tl.where(live, tl.exp(own), 0.0))
+            warmth = entropies_advance(warmth, state[0], move[0], own_log_t, z, own, live)
         state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
-    return y, maxima, state, (warmth_s, warmth_t, own_t), (ce_max, ce_sum)
+    return y, maxima, state, warmth, cross
 
 
 @jit
-def _second_sums(student, teacher, view, at, theta, TERM, BLOCK: tl.constexpr):
-    """The second sweep of divergences without a one-sweep form: Σ f, Σ phi."""
-    total, mass, widest = 0.0, 0.0, 0.0
+def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr):
+    """Σ f, Σ phi and the largest d over the columns, added to `sums`: the sweep of what has no one-sweep form."""
+    total, mass, widest = sums
     for start in range(0, view[2], BLOCK):
         q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
         f, phi = TERM(q, p, logq, logp, delta, theta)
         total += tl.sum(tl.where(live, f, 0.0))
         mass += tl.sum(tl.where(live, phi, 0.0))
         widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
-    # A column with q = 0 < p has d of 1e30: where that makes the sum huge, it is infinite.
-    return tl.where((widest > 1e20) & (total > 1e10), float("inf"), total), mass
+    return total, mass, widest
 
 
 @jit
@@ -152,13 +141,10 @@ def _store_stats(stats_ptr, row, held, present, empty, split, about_student, abo
             log_z, warmth, x_y, shift, alone = about_student
         else:
             log_z, warmth, x_y, shift, alone = about_teacher
-        logprob = -softplus(log_z - x_y)
-        lse = log_z + softplus(x_y - log_z)
-        about_label = tl.where(present, tl.exp(logprob) * x_y, 0.0)
-        tl.store(at + 5 + i, tl.where(empty, 0.0, lse - warmth * tl.exp(-lse) - about_label))
-        logprob = tl.where(present & (logprob > -1e29), logprob, float("-inf"))
+        entropy, logprob, lse = about_side(log_z, warmth, x_y, shift, alone, present, empty)
+        tl.store(at + 5 + i, entropy)
         tl.store(at + 7 + i, tl.where(held, logprob, float("nan")))
-        tl.store(at + 9 + i, tl.where(empty, alone, lse + shift))
+        tl.store(at + 9 + i, lse)
 
 
 @jit
@@ -187,18 +173,9 @@ def _row_scalars(
     r = RATIO(state)
 
     s_y, t_y, present, slope_y = load_pair(student, teacher, row, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
-    zy, uy, dy = centred(s_y, t_y, centre, inv_tau, (None,))
-    # An unlikely label stands far from both centres: without a large offset its plain difference is the exact one.
-    dy = tl.where(tl.abs(c_t - c_s) < 8.0, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
-    zy = tl.where(present, zy, -1e30)
-    own_uy = tl.where(present, uy, -1e30)
-    uy = own_uy
-    if mix[0] is not None:
-        uy = tl.where(present, (1.0 - mix[0]) * zy + mix[0] * uy - m, -1e30)
-        dy = mix[0] * dy - m
-    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = binary(
-        log_zs, log_zt, r, zy, uy, tl.where(present, dy, r)
-    )
+    zy, uy, dy, own_uy = target_terms(s_y, t_y, present, centre, inv_tau, mix, r)
+    pair = binary(log_zs, log_zt, r, zy, uy, dy)
+    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     l_s, l_t, r_row = offsets(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, DECOUPLED)
     at = (l_s, l_t, r_row)
     view = (row, y, V, inv_tau, mix, centre)
@@ -210,16 +187,12 @@ def _row_scalars(
     if len(sums) == 2:
         total, mass = sums
     elif SUMS is None:
-        total, mass = _second_sums(student, teacher, view, at, theta, TERM, BLOCK)
+        total, mass, widest = term_sums(student, teacher, view, at, theta, as_numbers((0.0, 0.0, 0.0)), TERM, BLOCK)
+        total = or_infinite(total, widest)
     else:
         total, mass = SUMS(state, l_s, l_t, r_row, theta)
-
-    f_y, phi_y = TERM(tl.exp(logq_y), tl.exp(logp_y), logq_y, logp_y, delta_y, theta)
-    f_y = tl.where(present, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
-    phi_y = tl.where(present, phi_y, 0.0)
-    f_rest, phi_rest = TERM(tl.exp(log_rest_q), tl.exp(log_rest_p), log_rest_q, log_rest_p, delta_rest, theta)
-    loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, b, grad_y = assemble(
-        total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED
+    loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, b, grad_y = settle(
+        total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED
     )
 
     empty = state[1] == 0  # nothing to compare but the label: every term is 0
@@ -469,10 +442,9 @@ def gradient(
     n = out.shape[0]
     if n:
         best = tile(problem, student, teacher)
-        gather = problem.definition.gather
         _gradient[(n,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
-            **arguments(problem, student, teacher), EXTRAS=0 if gather is None else gather.extras,
+            **arguments(problem, student, teacher), EXTRAS=problem.definition.extras,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
 

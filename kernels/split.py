@@ -81,3 +81,35 @@ def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targ
         per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
         slope = skew * per_q * q_y - (target * phi_y + nontarget * mass)  # phi_PQ/Q − phi_PQ = phi_PQ q_y/Q
     return loss, target_loss, nontarget_loss, target_grad, nontarget_grad, nontarget + 0.0 * q_y, slope, grad_y
+
+
+@formula
+def settle(total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED: tl.constexpr):
+    """`assemble` with the terms of the target and of the rest evaluated: from F, Φ and what `binary` returned."""
+    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
+    f_y, phi_y = TERM(tl.exp(logq_y), tl.exp(logp_y), logq_y, logp_y, delta_y, theta)
+    f_y = tl.where(present, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
+    phi_y = tl.where(present, phi_y, 0.0)
+    f_rest, phi_rest = TERM(tl.exp(log_rest_q), tl.exp(log_rest_p), log_rest_q, log_rest_p, delta_rest, theta)
+    return assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
+
+
+@formula
+def or_infinite(total, widest):
+    """F, infinite where a column with q = 0 < p, whose d is 1e30, made it huge."""
+    return tl.where((widest > 1e20) & (total > 1e10), float("inf"), total)
+
+
+@formula
+def about_side(log_z, warmth, x_y, shift, alone, present, empty):
+    """Entropy, log-probability of the target and log-sum-exp of one side.
+
+    log_z and warmth = Σ e^x x are of the other columns, x_y is the target's, all above `shift`; `alone` is the target's
+    logit where there are no others.
+    """
+    logprob = -softplus(log_z - x_y)
+    lse = log_z + softplus(x_y - log_z)
+    about_target = tl.where(present, tl.exp(logprob) * x_y, 0.0)
+    entropy = tl.where(empty, 0.0, lse - warmth * tl.exp(-lse) - about_target)
+    logprob = tl.where(present & (logprob > -1e29), logprob, float("-inf"))
+    return entropy, logprob, tl.where(empty, alone, lse + shift)

@@ -10,10 +10,10 @@ holds most of a row's mass is left out of dZ: its entry is minus the sum of all 
 
 import torch
 
-from .columns import columns, load_numbers, load_pair, row_mix, row_values
-from .divergence import Definition, Online
+from .columns import load_numbers, load_pair, row_mix, row_values
+from .divergence import Online
 from .language import jit, tl
-from .rows import Problem, Side, arguments, gradient_sweep, label_of, statistics, store_zeros, tile
+from .rows import Problem, Side, arguments, gradient_sweep, label_of, statistics, store_zeros, term_sums, tile
 from .tiles import Tile
 
 CARRY = 10  # three maxima, three entropy sums, CE's maximum and sum, the label's two logits; then the online state
@@ -69,18 +69,10 @@ def _add_sums(
         theta = theta + load_numbers(saved + 12, EXTRAS)
         view = (row, label - first, V, scales[0], row_mix(numbers[2], row), load_numbers(saved, 4))
         at = load_numbers(saved + 4, 3)
-        total = tl.load(sums_ptr + row * 3)
-        mass = tl.load(sums_ptr + row * 3 + 1)
-        widest = tl.load(sums_ptr + row * 3 + 2)
-        for start in range(0, V, BLOCK):
-            q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
-            f, phi = TERM(q, p, logq, logp, delta, theta)
-            total += tl.sum(tl.where(live, f, 0.0))
-            mass += tl.sum(tl.where(live, phi, 0.0))
-            widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
-        tl.store(sums_ptr + row * 3, total)
-        tl.store(sums_ptr + row * 3 + 1, mass)
-        tl.store(sums_ptr + row * 3 + 2, widest)
+        sums = load_numbers(sums_ptr + row * 3, 3)
+        sums = term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK)
+        for i in tl.static_range(3):
+            tl.store(sums_ptr + row * 3 + i, sums[i])
 
 
 @jit
@@ -147,7 +139,7 @@ def add_sums(
     common = arguments(problem, student, teacher)
     _add_sums[(len(saved),)](
         common["student"], common["teacher"], labels, saved, sums, problem.vocab_size, first, common["scales"],
-        common["numbers"], TERM=problem.definition.term, EXTRAS=_extras(problem.definition),
+        common["numbers"], TERM=problem.definition.term, EXTRAS=problem.definition.extras,
         BLOCK=best.block, **best.options(),
     )  # fmt: skip
 
@@ -169,9 +161,5 @@ def gradient(
     _gradient[(len(out),)](
         common["student"], common["teacher"], labels, saved, upstream, found, (out, *out.stride(), out.shape[1]),
         problem.vocab_size, first, common["scales"], common["numbers"], TERM=problem.definition.term,
-        EXTRAS=_extras(problem.definition), BLOCK=best.block, **best.options(),
+        EXTRAS=problem.definition.extras, BLOCK=best.block, **best.options(),
     )  # fmt: skip
-
-
-def _extras(definition: Definition) -> int:
-    return 0 if definition.gather is None else definition.gather.extras

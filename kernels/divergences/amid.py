@@ -28,6 +28,7 @@ from ..language import formula, jit, tl
 from ..maths import expm1_product, log1p
 from ..mixture import log_mixture
 from ..online import log_sum
+from ..split import or_infinite
 from .ab import AB
 from .ab import term as ab_term
 
@@ -126,8 +127,7 @@ def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr
         weight += tl.sum(tl.where(live, share * r, 0.0))
         direct += tl.sum(tl.where(live, past, 0.0))
         widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
-    total = tl.where((widest > 1e20) & (total > 1e10), float("inf"), total)
-    return (log_r_sum, mass), (total, shared - mass * weight + direct)
+    return (log_r_sum, mass), (or_infinite(total, widest), shared - mass * weight + direct)
 
 
 @jit
@@ -177,26 +177,23 @@ def _mixture(logp: torch.Tensor, logq: torch.Tensor, alpha: float, lam: float) -
 
 
 _PARAMETERS = MappingProxyType({"alpha": 0.5, "lam": 0.5, "base_alpha": 1.0, "base_beta": 0.0})
-TEACHER = Definition(
-    "amid_teacher",
-    term_teacher,
-    reference_teacher,
-    parameters=_PARAMETERS,
-    online=TWO_SWEEPS._replace(tile="gathered"),
-    gather=Gather(gather_teacher, _whole_rows(parts_teacher), 2),
-    separable=False,
-    splits=False,
-)
-STUDENT = Definition(
-    "amid_student",
-    term_student,
-    reference_student,
-    parameters=_PARAMETERS,
-    online=TWO_SWEEPS._replace(tile="gathered"),
-    gather=Gather(gather_student, _whole_rows(parts_student), 2),
-    separable=False,
-    splits=False,
-)
+
+
+def _definition(name: str, term: Any, reference: Any, gather: Any, parts: Any) -> Definition:
+    return Definition(
+        name,
+        term,
+        reference,
+        parameters=_PARAMETERS,
+        online=TWO_SWEEPS._replace(tile="gathered"),
+        gather=Gather(gather, _whole_rows(parts), 2),
+        separable=False,
+        splits=False,
+    )
+
+
+TEACHER = _definition("amid_teacher", term_teacher, reference_teacher, gather_teacher, parts_teacher)
+STUDENT = _definition("amid_student", term_student, reference_student, gather_student, parts_student)
 _FAMILY = {"fkl": lambda: (1.0, 0.0), "rkl": lambda: (0.0, 1.0), "ab": lambda alpha, beta: (alpha, beta)}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .kernels.maths import softplus
 from .kernels.rows import Problem, Side
-from .kernels.split import ABSENT, assemble, binary, offsets
+from .kernels.split import ABSENT, binary, offsets, settle
 
 BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
 _NEAR = 0.5  # KL(q‖p) below which r needs its exact form
@@ -56,7 +56,7 @@ def value(
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as kernels.rows.value."""
     _clear(loss, stats, saved)
-    for rows in _row_blocks(problem, labels, loss.shape[0], loss.device):
+    for rows in row_blocks(problem.vocab_size, labels, loss.shape[0], loss.device):
         block = _open(problem, student, teacher, labels, rows, loss)
         _, _, scalars = _evaluate(problem, student, block, loss, stats)
         if saved is not None:
@@ -73,11 +73,11 @@ def gradient(
     out: torch.Tensor,
 ) -> None:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), as kernels.rows.gradient."""
-    for rows in _row_blocks(problem, labels, out.shape[0], out.device, out):
+    for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
         scalars = saved[rows].unbind(-1)
         block = _open(problem, student, teacher, labels, rows, saved[:, 0])
         columns = _place(problem, block, *scalars[:3])
-        extras = scalars[7 : 7 + (0 if problem.definition.gather is None else problem.definition.gather.extras)]
+        extras = scalars[7 : 7 + problem.definition.extras]
         _, phi = _term(problem, block, columns, (*values_at(problem.parameters, rows, saved), *extras))
         _write(problem, student, block, columns.q, phi, scalars, upstream, out)
 
@@ -94,7 +94,7 @@ def value_and_gradient(
 ) -> None:
     """Fills `loss`, `stats` and `out`, as kernels.rows.value_and_gradient."""
     _clear(loss, stats)
-    for rows in _row_blocks(problem, labels, out.shape[0], out.device, out):
+    for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
         block = _open(problem, student, teacher, labels, rows, loss)
         q, phi, scalars = _evaluate(problem, student, block, loss, stats)
         _write(problem, student, block, q, phi, scalars, upstream, out)
@@ -103,7 +103,7 @@ def value_and_gradient(
 def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp, as kernels.rows.floor_rows."""
     out.zero_()
-    for rows in _row_blocks(problem, labels, out.shape[0], out.device):
+    for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device):
         t, _ = logits(teacher, rows, problem.vocab_size, out.dtype)
         out[rows] = (torch.logsumexp(t / problem.temperature, -1) - depth) * problem.temperature
 
@@ -114,11 +114,11 @@ def _clear(*tensors: torch.Tensor | None) -> None:
             tensor.zero_()
 
 
-def _row_blocks(
-    problem: Problem, labels: torch.Tensor | None, n: int, device: torch.device, out: torch.Tensor | None = None
+def row_blocks(
+    width: int, labels: torch.Tensor | None, n: int, device: torch.device, out: torch.Tensor | None = None
 ) -> Iterator[torch.Tensor | slice]:
     """The counted rows, a block at a time, as a slice where they are neighbours; other rows of `out` are zeroed."""
-    step = max(2, BLOCK // problem.vocab_size)
+    step = max(2, BLOCK // max(width, 1))
     if labels is None or bool((labels >= 0).all()):
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
         return
@@ -415,16 +415,9 @@ def conclude(
     mass: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """Loss; L_T, L_N and their slopes at the target; the gradient's a, b, T: from the target's pair and the sums."""
-    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
-    term = problem.definition.term.torch
-    f_y, phi_y = term(logq_y.exp(), logp_y.exp(), logq_y, logp_y, delta_y, theta)
-    f_y = torch.where(present, torch.where(f_y > 1e25, torch.inf, f_y), 0.0)
-    phi_y = torch.where(present, phi_y, 0.0)
-    f_rest, phi_rest = term(log_rest_q.exp(), log_rest_p.exp(), log_rest_q, log_rest_p, delta_rest, theta)
     weights = values_at(problem.weights, rows, total)
-    result, *split, a, b, grad_y = assemble.torch(
-        total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, *weights, problem.decoupled
-    )
+    term = problem.definition.term.torch
+    result, *split, a, b, grad_y = settle.torch(total, mass, pair, present, theta, *weights, term, problem.decoupled)
     return torch.where(empty, 0.0, result), split, (a, b, grad_y)
 
 

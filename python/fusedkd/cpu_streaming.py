@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from .cpu import BLOCK, logits
+from .cpu import logits, row_blocks, values_at
 from .kernels.columns import centred, raise_maxima
+from .kernels.online import cross_entropy_advance, entropies_advance
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT
 from .kernels.streaming import CARRY, online_of
-
-Rows = slice
 
 
 def absorb(
@@ -28,12 +27,11 @@ def absorb(
 ) -> None:
     """Adds a chunk to `carry`, as kernels.streaming.absorb."""
     advance = online_of(problem).advance.torch
-    for rows, s, t, live, _ in _blocks(problem, student, teacher, carry):
+    for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, carry):
         own = list(carry[rows].unsqueeze(-1).unbind(1))
         maxima, warmth, ce, state = tuple(own[:3]), own[3:6], own[6:8], tuple(own[CARRY:])
         if problem.ce_weight:
-            top = torch.maximum(ce[0], s.amax(-1, keepdim=True))
-            ce = [top, ce[1] * (ce[0] - top).exp() + (s - top).exp().sum(-1, keepdim=True)]
+            ce = cross_entropy_advance.torch(ce, s, torch.ones_like(s, dtype=torch.bool))
         s, t, live = s[:, : problem.vocab_size], t[:, : problem.vocab_size], live[:, : problem.vocab_size]
         label = _local(labels, rows, first)
         picked = own[8:10]
@@ -52,26 +50,9 @@ def absorb(
             z, u, d = centred.torch(s, t, centre, inv_tau, mix)
             if with_stats:
                 _, plain, _ = centred.torch(s, t, centre, inv_tau, (None,))
-                warmth = _warmth(warmth, state, move[0], own_log_t, z, plain, live)
+                warmth = entropies_advance.torch(warmth, state[0], move[0], own_log_t, z, plain, live)
             state = advance(state, move, z, u, d, z.exp(), u.exp(), live, _theta(problem, rows, carry))
         carry[rows] = torch.cat((*maxima, *warmth, *ce, *picked, *state), -1)
-
-
-def _warmth(
-    warmth: list[torch.Tensor], state: tuple[torch.Tensor, ...], log_s: Any, log_t: Any, z: Any, u: Any, live: Any
-) -> list[torch.Tensor]:
-    """Σ e^z z, Σ e^u u and Σ e^u of the unmixed teacher, moved and added to."""
-    hot_s, hot_t, own_t = warmth
-    e_s, e_t = (torch.where(live, x.exp(), 0.0) for x in (z, u))
-    to_s, to_t = log_s.exp(), log_t.exp()
-    lost_s, lost_t = (torch.where(to > 0, to * log, 0.0) for to, log in ((to_s, log_s), (to_t, log_t)))
-    total = (e_s * torch.where(live, z, 0.0)).sum(-1, keepdim=True)
-    teacher = (e_t * torch.where(live, u, 0.0)).sum(-1, keepdim=True)
-    return [
-        to_s * hot_s + lost_s * state[0] + total,
-        to_t * hot_t + lost_t * own_t + teacher,
-        to_t * own_t + e_t.sum(-1, keepdim=True),
-    ]
 
 
 def add_sums(
@@ -84,7 +65,7 @@ def add_sums(
     first: int,
 ) -> None:
     """Adds a chunk's Σ f and Σ phi, as kernels.streaming.add_sums."""
-    for rows, s, t, live, _ in _blocks(problem, student, teacher, saved):
+    for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, saved):
         _, d, f, phi = _terms(problem, rows, s, t, saved)
         live = _without(live, _local(labels, rows, first))
         total, mass, widest = sums[rows].unbind(-1)
@@ -106,7 +87,7 @@ def gradient(
 ) -> None:
     """A chunk's dZ without the likeliest token, as kernels.streaming.gradient."""
     V = problem.vocab_size
-    for rows, s, t, live, slope in _blocks(problem, student, teacher, saved):
+    for rows, s, t, live, slope in _blocks(problem, student, teacher, labels, saved, out):
         a, b, grad_y, ce_lse = saved[rows, 7:11].unsqueeze(-1).unbind(1)
         up = upstream[rows].unsqueeze(-1)
         label = _local(labels, rows, first)
@@ -133,19 +114,25 @@ def gradient(
         top = likeliest.to(torch.int8).argmax(-1, keepdim=True)
         numbers = torch.cat((top + float(first), s.gather(1, top), slope.gather(1, top)), -1)
         found[rows, 1:] = torch.where(has.unsqueeze(-1), numbers, found[rows, 1:])
-        out[rows] = (g * slope).masked_fill_(likeliest, 0.0).masked_fill_(up == 0, 0.0)
-    if labels is not None:
-        out[labels < 0] = 0
+        out[rows] = (g * slope).masked_fill_(likeliest, 0.0).masked_fill_(up == 0, 0.0).to(out.dtype)
 
 
-def _blocks(problem: Problem, student: Side, teacher: Side, like: torch.Tensor) -> Iterator[tuple[Any, ...]]:
-    """Rows, student logits over the chunk, teacher logits beside them (−1e30 beyond), compared columns, slope."""
+def _blocks(
+    problem: Problem,
+    student: Side,
+    teacher: Side,
+    labels: torch.Tensor | None,
+    like: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> Iterator[tuple[Any, ...]]:
+    """Counted rows, student logits over the chunk, teacher logits beside them (−1e30 beyond), compared columns, slope.
+
+    Other rows of `out` are zeroed.
+    """
     width, V = student.x.shape[2], problem.vocab_size
     if problem.ce_weight == 0:
         width = V
-    step = max(1, BLOCK // max(width, 1))
-    for start in range(0, len(like), step):
-        rows = slice(start, min(start + step, len(like)))
+    for rows in row_blocks(width, labels, len(like), like.device, out):
         s, slope = logits(student, rows, width, like.dtype)
         t, _ = logits(teacher, rows, V, like.dtype)
         live = t > -torch.inf
@@ -154,37 +141,39 @@ def _blocks(problem: Problem, student: Side, teacher: Side, like: torch.Tensor) 
         yield rows, s.clamp(min=ABSENT), t, live, slope
 
 
-def _terms(problem: Problem, rows: slice, s: torch.Tensor, t: torch.Tensor, saved: torch.Tensor) -> tuple[Any, ...]:
+def _terms(
+    problem: Problem, rows: torch.Tensor | slice, s: torch.Tensor, t: torch.Tensor, saved: torch.Tensor
+) -> tuple[Any, ...]:
     """q, d, f and phi at the final offsets."""
     *centre, l_s, l_t, r = saved[rows, :7].unsqueeze(-1).unbind(1)
     z, u, d = centred.torch(s, t, tuple(centre), 1.0 / problem.temperature, _mix(problem, rows, saved))
-    count = 0 if problem.definition.gather is None else problem.definition.gather.extras
-    extras = tuple(saved[rows, 12 : 12 + count].unsqueeze(-1).unbind(1))
+    extras = tuple(saved[rows, 12 : 12 + problem.definition.extras].unsqueeze(-1).unbind(1))
     q, p = (z - l_s).exp(), (u - l_t).exp()
     theta = (*_theta(problem, rows, saved), *extras)
     f, phi = problem.definition.term.torch(q, p, z - l_s, u - l_t, d - r, theta)
     return q, d, f, phi
 
 
-def _local(labels: torch.Tensor | None, rows: slice, first: int) -> torch.Tensor | None:
+def _local(labels: torch.Tensor | None, rows: torch.Tensor | slice, first: int) -> torch.Tensor | None:
     """(n, 1) columns of the labels in the chunk; out of its range where they lie elsewhere."""
     if labels is None:
         return None
     label = labels[rows].unsqueeze(-1)
-    return torch.where(label >= 0, label - first, -1)
+    return label - first
 
 
 def _without(live: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
     return live if label is None else live & (torch.arange(live.shape[1], device=live.device) != label)
 
 
-def _theta(problem: Problem, rows: slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(
-        x[rows].to(like.dtype).unsqueeze(-1) if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=like.dtype)
-        for x in problem.parameters
-    )
+def _columnwise(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Values as 0-d tensors, or as (n, 1) where they are per row."""
+    return tuple(x.unsqueeze(-1) if x.dim() else x for x in values_at(values, rows, like))
 
 
-def _mix(problem: Problem, rows: slice, like: torch.Tensor) -> tuple[Any, ...]:
-    mix = problem.mix
-    return (mix[rows].to(like.dtype).unsqueeze(-1) if isinstance(mix, torch.Tensor) else mix,)
+def _theta(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _columnwise(problem.parameters, rows, like)
+
+
+def _mix(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[Any, ...]:
+    return (None,) if problem.mix is None else _columnwise((problem.mix,), rows, like)

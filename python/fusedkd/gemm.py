@@ -22,14 +22,20 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
-def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out (n, D) = dz (n, V) @ weight (V, D)."""
+def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
+    """out (n, D) = dz (n, V) @ weight (V, D), added to what is there if `accumulate`."""
     if dz.dtype == weight.dtype == out.dtype:
-        torch.mm(dz, weight, out=out)
+        if accumulate:
+            torch.addmm(out, dz, weight, out=out)
+        else:
+            torch.mm(dz, weight, out=out)
     elif dz.device.type == "cpu":
-        out.zero_()
+        if not accumulate:
+            out.zero_()
         for rows, block in _upcast(weight):
             out.addmm_(dz[:, rows], block)
+    elif accumulate:
+        torch.addmm(out, dz, weight, out_dtype=out.dtype, out=out)
     else:
         torch.mm(dz, weight, out_dtype=out.dtype, out=out)
 

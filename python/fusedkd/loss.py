@@ -315,13 +315,15 @@ def _from_heads(
     drop = drop and call.counted is not None
     words = ops.Names.of(call.names)
     needs_rows = whole_rows(call.form, words.target == "teacher_argmax", words.support == "floor")
-    if schedule == "streaming" and drop and None in (call.operands[1], call.operands[4]):
-        if drop_ignored is True:
+    beside_logits = drop and (call.operands[1] is None or call.operands[4] is None)
+    if beside_logits and drop_ignored is True:
+        if schedule == "streaming":
             raise ValueError(
                 'drop_ignored=True with schedule="streaming" needs a Head on both sides, and one is logits, whose kept '
                 'rows would be copied whole: leave it at "auto", or use schedule="chunked"'
             )
-        drop = False
+        needs_rows = needs_rows or "drop_ignored=True beside logits"
+    drop = drop and not (beside_logits and schedule == "streaming")
     shape = _shape(call, wanted, drop, logits_dtype)
     chosen = choose_schedule(shape, memory_budget, schedule, reduction, needs_rows, sweeps_of(call.form))
     flags = [return_stats, drop, *wanted]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import chunked
 from .backends import row_functions
-from .dtypes import accumulation_dtype
+from .dtypes import accumulation_dtype, size_of
 from .kernels.divergences import definitions
 from .kernels.rows import SAVED, STATS, Problem, Side
 from .planner import Chunks
@@ -419,8 +419,7 @@ def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple
     nothing = no_gradients(others)
     if upstream is None:
         return None, None, None, nothing, None, None, None, None, None
-    # The largest weight is taken out and put back, which keeps a half-precision dZ in range.
-    size = torch.cat((upstream.abs(), upstream.new_full((1,), torch.finfo(upstream.dtype).tiny))).amax()
+    size = size_of(upstream)
     others[4] = upstream / size
     _, _, _, *grads = heads(x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, ctx.flags, ctx.logits_dtype)
     found = [

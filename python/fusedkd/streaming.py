@@ -18,13 +18,12 @@ from torch import Tensor
 
 from . import chunked, cpu_streaming, gemm
 from .cpu import conclude, values_at
-from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
+from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from .kernels import streaming as triton_streaming
-from .kernels.columns import centre_of, centred
-from .kernels.maths import softplus
+from .kernels.columns import centre_of, target_terms
 from .kernels.online import log_sum
 from .kernels.rows import SAVED, STATS, Problem, Side
-from .kernels.split import ABSENT, binary, offsets
+from .kernels.split import ABSENT, about_side, binary, offsets, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
 from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
 
@@ -116,7 +115,7 @@ def _forward(sweep: _Pass, labels: Tensor | None, backend: str, with_stats: bool
             if part.vocab_size:
                 functions.add_sums(part, student, teacher, labels, met.saved, sums, start)
         total, mass, widest = sums.unbind(-1)
-        total = torch.where((widest > 1e20) & (total > 1e10), torch.inf, total)
+        total = or_infinite.torch(total, widest)
     else:
         theta = (*values_at(problem.parameters, slice(None), carry), *met.extras)
         total, mass = sums_of.torch(met.state, *met.saved[:, 4:7].unbind(-1), theta)
@@ -135,15 +134,8 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
     present = torch.zeros_like(r, dtype=torch.bool) if labels is None else (labels >= 0) & (t_y > ABSENT)
     t_y = t_y.clamp(min=ABSENT)
-    zy, own_uy, dy = centred.torch(s_y, t_y, (c_s, c_t, k, m), inv_tau, (None,))
-    # An unlikely label stands far from both centres: without a large offset its plain difference is the exact one.
-    dy = torch.where((c_t - c_s).abs() < 8, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
-    zy, own_uy = torch.where(present, zy, ABSENT), torch.where(present, own_uy, ABSENT)
-    uy = own_uy
-    if mix[0] is not None:
-        uy = torch.where(present, (1.0 - mix[0]) * zy + mix[0] * own_uy - m, ABSENT)
-        dy = mix[0] * dy - m
-    pair = binary.torch(log_zs, log_zt, r, zy, uy, torch.where(present, dy, r))
+    zy, uy, dy, own_uy = target_terms.torch(s_y, t_y, present, (c_s, c_t, k, m), inv_tau, mix, r)
+    pair = binary.torch(log_zs, log_zt, r, zy, uy, dy)
     _, _, _, log_rest_q, log_rest_p, delta_rest = pair
     at = offsets.torch(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
     gather = problem.definition.gather
@@ -159,27 +151,12 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     empty = state[1] == 0
     stats = None
     if with_stats:
+        own_t = log_sum.torch(carry[:, 5])
         stats = (
-            *_about(log_zs, carry[:, 3], zy, c_s * inv_tau, s_y * inv_tau, present, empty),
-            *_about(
-                log_sum.torch(carry[:, 5]), carry[:, 4], own_uy, (c_t + k) * inv_tau, t_y * inv_tau, present, empty
-            ),
+            *about_side.torch(log_zs, carry[:, 3], zy, c_s * inv_tau, s_y * inv_tau, present, empty),
+            *about_side.torch(own_t, carry[:, 4], own_uy, (c_t + k) * inv_tau, t_y * inv_tau, present, empty),
         )
     return _Met(saved, pair, tuple(extras), present, empty, tuple(state), stats)
-
-
-def _about(
-    log_z: Tensor, warmth: Tensor, x_y: Tensor, shift: Tensor, alone: Tensor, present: Tensor, empty: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, log-probability of the label and log-sum-exp of one side."""
-    logprob, lse = -softplus.torch(log_z - x_y), log_z + softplus.torch(x_y - log_z)
-    entropy = lse - warmth * (-lse).exp() - torch.where(present, logprob.exp() * x_y, 0.0)
-    seen = present & (logprob > ABSENT / 10)
-    return (
-        torch.where(empty, 0.0, entropy),
-        torch.where(seen, logprob, -torch.inf),
-        torch.where(empty, alone, lse + shift),
-    )
 
 
 def _close(
@@ -230,8 +207,7 @@ def _backward_pass(
     found = x.new_zeros((n, FOUND), dtype=wide)
     found[:, 1] = -1
     dtype = x.dtype if weight is None else gradient_dtype(x)
-    # A half-precision dZ keeps the digits of rows with small weights: the largest weight is taken out and put back.
-    size = upstream.abs().amax().clamp(min=torch.finfo(wide).tiny) if n else upstream.new_ones(())
+    size = size_of(upstream)
     scaled = (upstream / size).contiguous()
     room = x.new_empty((n, sweep.width), dtype=dtype) if weight is not None else None
     for start, stop, part, s, t in sweep:
@@ -243,35 +219,27 @@ def _backward_pass(
         dz = room.view(-1)[: n * (stop - start)].view(n, stop - start)
         functions.gradient(part, s, t, labels, saved, scaled, found, dz, start)
         if sum_x is not None:
-            _add_product(dz, weight[start:stop], sum_x)
+            gemm.hidden_gradient(dz, weight[start:stop], sum_x, accumulate=True)
         if needs[1]:
             _product_into(dz, x, size, grad_weight[start:stop])
         if needs[2]:
             grad_bias[start:stop] = dz.sum(0, dtype=wide) * size
-    _likeliest(problem, labels, saved, upstream, found, student, (grad_x, grad_weight, grad_bias), sum_x, size, needs)
+    if sum_x is not None:
+        sum_x *= size
+    _likeliest(problem, labels, saved, upstream, found, student, (grad_x, grad_weight, grad_bias), sum_x, needs)
     if sum_x is not None:
         grad_x.copy_(sum_x)
     return grad_x, grad_weight, grad_bias
 
 
-def _add_product(dz: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out += dz @ weight, in out's dtype."""
-    if dz.dtype == out.dtype:
-        torch.addmm(out, dz, weight.to(dz.dtype), out=out)
-    else:
-        torch.addmm(out, dz, weight, out_dtype=out.dtype, out=out)
-
-
 def _product_into(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None:
     """out = size · dzᵀ @ hidden, rounded once."""
-    if dz.dtype == out.dtype == hidden.dtype and out.dtype in (torch.float32, torch.float64):
-        torch.mm(dz.t(), hidden, out=out)
-        out.mul_(size)
-        return
-    whole = out.new_empty(out.shape, dtype=accumulation_dtype(dz))
+    wide = accumulation_dtype(dz)
+    whole = out if out.dtype == wide else out.new_empty(out.shape, dtype=wide)
     gemm.weight_gradient(dz, hidden, whole, accumulate=False)
-    torch.mul(whole, size, out=whole)
-    out.copy_(whole)
+    whole.mul_(size)
+    if whole is not out:
+        out.copy_(whole)
 
 
 def _likeliest(
@@ -283,7 +251,6 @@ def _likeliest(
     student: chunked.Source,
     grads: tuple[Tensor, Tensor, Tensor],
     sum_x: Tensor | None,
-    size: Tensor,
     needs: Sequence[bool],
 ) -> None:
     """Adds the entry of the token that holds most of a row's mass: minus the sum of the row's others."""
@@ -302,8 +269,7 @@ def _likeliest(
         flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
         return
     if sum_x is not None:
-        sum_x += g.unsqueeze(-1) / size * student.weight[at].to(sum_x.dtype)
-        sum_x *= size
+        sum_x += g.unsqueeze(-1) * student.weight[at].to(sum_x.dtype)
     if not (needs[1] or needs[2]):
         return
     # Many rows may share a token: their entries are summed in the wide dtype first, one segment per token.
