@@ -19,7 +19,6 @@ import torch
 
 from .columns import (
     as_numbers,
-    centre_of,
     centred,
     columns,
     load_numbers,
@@ -30,12 +29,11 @@ from .columns import (
     row_mix,
     row_values,
     spread,
-    target_terms,
 )
 from .divergence import Definition, Online
 from .language import jit, tl, triton
 from .online import cross_entropy_advance, entropies_advance, log_sum
-from .split import about_side, binary, offsets, or_infinite, settle
+from .split import about_side, meet, or_infinite, settle
 from .tiles import SMALLEST, Tile, fitting
 
 SAVED = 14  # row scalars that the gradient sweep needs
@@ -72,6 +70,21 @@ class Problem(NamedTuple):
 
 
 @jit
+def take_tile(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """A tile into a row's maxima, online state and, if statistics are wanted, entropy sums."""
+    maxima, state, warmth = gathered
+    maxima, centre, move, own_log_t = raise_maxima(maxima, s, t, live, inv_tau, mix)
+    z, u, d = centred(s, t, centre, inv_tau, mix)
+    ez = tl.exp(z)
+    eu = tl.exp(u)
+    if stats_ptr is not None:
+        _, own, _ = centred(s, t, centre, inv_tau, (None,))
+        warmth = entropies_advance(warmth, state[0], move[0], own_log_t, z, own, live)
+    state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
+    return maxima, state, warmth
+
+
+@jit
 def statistics(
     student, teacher, row, y, V, scales, mix, stats_ptr, theta, maxima, state, warmth, cross,
     ADVANCE, ARGMAX, BLOCK: tl.constexpr,
@@ -102,15 +115,16 @@ def statistics(
             best_t = tl.where(favourite >= 0, top, best_t)
         else:
             live = live & (cols != y)
-        maxima, centre, move, own_log_t = raise_maxima(maxima, s, t, live, inv_tau, mix)
-        z, u, d = centred(s, t, centre, inv_tau, mix)
-        ez = tl.exp(z)
-        eu = tl.exp(u)
-        if stats_ptr is not None:
-            _, own, _ = centred(s, t, centre, inv_tau, (None,))
-            warmth = entropies_advance(warmth, state[0], move[0], own_log_t, z, own, live)
-        state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
+        maxima, state, warmth = take_tile(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
     return y, maxima, state, warmth, cross
+
+
+@jit
+def add_terms(sums, f, phi, d, live):
+    """Σ f, Σ phi and the largest d, with a tile."""
+    total = sums[0] + tl.sum(tl.where(live, f, 0.0))
+    mass = sums[1] + tl.sum(tl.where(live, phi, 0.0))
+    return total, mass, tl.maximum(sums[2], tl.max(tl.where(live, d, 0.0)))
 
 
 @jit
@@ -120,9 +134,7 @@ def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr
     for start in range(0, view[2], BLOCK):
         q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
         f, phi = TERM(q, p, logq, logp, delta, theta)
-        total += tl.sum(tl.where(live, f, 0.0))
-        mass += tl.sum(tl.where(live, phi, 0.0))
-        widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
+        total, mass, widest = add_terms((total, mass, widest), f, phi, d, live)
     return total, mass, widest
 
 
@@ -148,6 +160,37 @@ def _store_stats(stats_ptr, row, held, present, empty, split, about_student, abo
 
 
 @jit
+def close(
+    row, scales, loss_ptr, stats_ptr, state, warmth, ends, about_target, met, theta, target, nontarget,
+    TERM, DECOUPLED: tl.constexpr,
+):  # fmt: skip
+    """Stores loss and statistics of a row whose sums are known; returns what the gradient sweep needs."""
+    inv_tau, factor, ce = scales
+    total, mass, cross, s_label = ends
+    s_y, t_y, present, held = about_target
+    centre, at, pair, own = met
+    c_s, c_t, k, m = centre
+    log_zs, zy, own_uy = own
+    loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, b, grad_y = settle(
+        total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED
+    )
+    empty = state[1] == 0  # nothing to compare but the label: every term is 0
+    out = tl.where(empty, 0.0, loss * factor)
+    ce_lse = cross[0] + log_sum(cross[1])
+    if ce is not None:
+        out += ce[0] * (ce_lse - s_label)
+    if loss_ptr is not None:
+        tl.store(loss_ptr + row, out)
+    if stats_ptr is not None:
+        split = (loss, target_loss, nontarget_loss, target_grad, nontarget_grad)
+        about_student = (log_zs, warmth[0], zy, c_s * inv_tau, s_y * inv_tau)
+        about_teacher = (log_sum(warmth[2]), warmth[1], own_uy, (c_t + k) * inv_tau, t_y * inv_tau)
+        _store_stats(stats_ptr, row, held, present, empty, split, about_student, about_teacher)
+    live = tl.where(empty, 0.0, 1.0)
+    return c_s, c_t, k, m, at[0], at[1], at[2], live * a, live * b, live * grad_y, ce_lse
+
+
+@jit
 def _row_scalars(
     student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
     TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
@@ -165,23 +208,12 @@ def _row_scalars(
         as_numbers(no_maxima()), as_numbers(INIT()), as_numbers((0.0, 0.0, 0.0)), as_numbers((-1e20, 0.0)),
         ADVANCE, ARGMAX, BLOCK,
     )  # fmt: skip
-    centre = centre_of(maxima, inv_tau, mix)
-    ce_lse = cross[0] + log_sum(cross[1])
-    c_s, c_t, k, m = centre
-    log_zs = log_sum(state[0])
-    log_zt = log_sum(state[1])
-    r = RATIO(state)
-
     s_y, t_y, present, slope_y = load_pair(student, teacher, row, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
-    zy, uy, dy, own_uy = target_terms(s_y, t_y, present, centre, inv_tau, mix, r)
-    pair = binary(log_zs, log_zt, r, zy, uy, dy)
-    logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
-    l_s, l_t, r_row = offsets(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, DECOUPLED)
-    at = (l_s, l_t, r_row)
+    centre, at, pair, own = meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED)
     view = (row, y, V, inv_tau, mix, centre)
     extras, sums = (), ()
     if GATHER is not None:
-        label_terms = (logq_y, logp_y, delta_y, present)
+        label_terms = (pair[0], pair[1], pair[2], present)
         extras, sums = GATHER(student, teacher, view, state, at, label_terms, theta, BLOCK)
         theta = theta + extras
     if len(sums) == 2:
@@ -190,25 +222,56 @@ def _row_scalars(
         total, mass, widest = term_sums(student, teacher, view, at, theta, as_numbers((0.0, 0.0, 0.0)), TERM, BLOCK)
         total = or_infinite(total, widest)
     else:
-        total, mass = SUMS(state, l_s, l_t, r_row, theta)
-    loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, b, grad_y = settle(
-        total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED
-    )
-
-    empty = state[1] == 0  # nothing to compare but the label: every term is 0
-    out = tl.where(empty, 0.0, loss * factor)
+        total, mass = SUMS(state, at[0], at[1], at[2], theta)
+    s_label = 0.0
     if ce is not None:
         s_label, slope_label = load_side(student, row, label, label >= 0)
-        out += ce[0] * (ce_lse - s_label)
-    tl.store(loss_ptr + row, out)
-    if stats_ptr is not None:
-        split = (loss, target_loss, nontarget_loss, target_grad, nontarget_grad)
-        about_student = (log_zs, warmth[0], zy, c_s * inv_tau, s_y * inv_tau)
-        about_teacher = (log_sum(warmth[2]), warmth[1], own_uy, (c_t + k) * inv_tau, t_y * inv_tau)
-        _store_stats(stats_ptr, row, y >= 0, present, empty, split, about_student, about_teacher)
-    live = tl.where(empty, 0.0, 1.0)
-    scalars = (c_s, c_t, k, m, l_s, l_t, r_row, live * a, live * b, live * grad_y, ce_lse)
+    ends = (total, mass, cross, s_label)
+    about_target = (s_y, t_y, present, y >= 0)
+    scalars = close(
+        row, scales, loss_ptr, stats_ptr, state, warmth, ends, about_target, (centre, at, pair, own), theta,
+        target, nontarget, TERM, DECOUPLED,
+    )  # fmt: skip
     return y, mix, theta, extras, scalars
+
+
+@jit
+def gradient_tile(columns, row, y, label, scales, mix, grad, scalars, upstream, theta, found, TERM):
+    """Writes a tile of the gradient but for the likeliest token; `found` is what gradient_sweep returns, so far."""
+    s, t, live, slope, cols = columns
+    inv_tau, factor, ce = scales
+    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
+    top, rest, s_top, slope_top = found
+    grad_ptr, stride_n, _, width = grad
+    z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
+    q = tl.exp(z - l_s)
+    f, phi = TERM(q, tl.exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
+    likeliest = live & (q > 0.5) & (cols != y)
+    rest += tl.sum(tl.where(likeliest, 0.0, g))
+    top = tl.maximum(top, tl.max(tl.where(likeliest, cols, -1)))
+    s_top += tl.sum(tl.where(likeliest, s, 0.0))  # at most one; `grad` may lie over the logits, so no later read
+    slope_top += tl.sum(tl.where(likeliest, slope, 0.0))
+    g = tl.where(s > -1e30, upstream * factor * inv_tau * g, 0.0)
+    if ce is not None:
+        g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == label, 1.0, 0.0))
+    at = grad_ptr + row * stride_n + spread(cols, grad[2])
+    g = tl.where(likeliest, 0.0, g)
+    tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
+    return top, rest, s_top, slope_top
+
+
+@jit
+def store_likeliest(row, label, scales, grad, found, ce_lse, upstream):
+    """The entry of the likeliest token, if there is one: minus the sum of all others."""
+    top, rest, s_top, slope_top = found
+    inv_tau, factor, ce = scales
+    grad_ptr, stride_n, _, width = grad
+    if top >= 0:
+        g = -upstream * factor * inv_tau * rest
+        if ce is not None:
+            g += upstream * ce[0] * (tl.exp(s_top - ce_lse) - tl.where(top == label, 1.0, 0.0))
+        tl.store(grad_ptr + row * stride_n + spread(top, grad[2]), (g * slope_top).to(grad_ptr.dtype.element_ty))
 
 
 @jit
@@ -221,9 +284,7 @@ def gradient_sweep(
     gradient of a row sums to 0, and the sum of the others, which is returned too, does not cancel.
     """
     inv_tau, factor, ce = scales
-    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
-    grad_ptr, stride_n, _, width = grad
-    kd = upstream * factor * inv_tau
+    width = grad[3]
     seen = V
     if ce is not None:
         seen = width
@@ -232,21 +293,10 @@ def gradient_sweep(
     for tile in range(0, tiles):
         cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
         s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < seen)
-        z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
-        q = tl.exp(z - l_s)
-        f, phi = TERM(q, tl.exp(u - l_t), z - l_s, u - l_t, d - r, theta)
-        g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
-        likeliest = live & (q > 0.5) & (cols != y)
-        rest += tl.sum(tl.where(likeliest, 0.0, g))
-        top = tl.maximum(top, tl.max(tl.where(likeliest, cols, -1)))
-        s_top += tl.sum(tl.where(likeliest, s, 0.0))  # at most one; `grad` may lie over the logits, so no later read
-        slope_top += tl.sum(tl.where(likeliest, slope, 0.0))
-        g = tl.where(s > -1e30, kd * g, 0.0)
-        if ce is not None:
-            g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == label, 1.0, 0.0))
-        at = grad_ptr + row * stride_n + spread(cols, grad[2])
-        g = tl.where(likeliest, 0.0, g)
-        tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
+        found = (top, rest, s_top, slope_top)
+        top, rest, s_top, slope_top = gradient_tile(
+            (s, t, live, slope, cols), row, y, label, scales, mix, grad, scalars, upstream, theta, found, TERM
+        )
     return top, rest, s_top, slope_top
 
 
@@ -255,17 +305,8 @@ def _whole_gradient(
     student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr
 ):
     """The last sweep over a whole row, the likeliest token included."""
-    top, rest, s_top, slope_top = gradient_sweep(
-        student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK
-    )
-    if top >= 0:
-        inv_tau, factor, ce = scales
-        ce_lse = scalars[10]
-        grad_ptr, stride_n, _, width = grad
-        g = -upstream * factor * inv_tau * rest
-        if ce is not None:
-            g += upstream * ce[0] * (tl.exp(s_top - ce_lse) - tl.where(top == label, 1.0, 0.0))
-        tl.store(grad_ptr + row * stride_n + spread(top, grad[2]), (g * slope_top).to(grad_ptr.dtype.element_ty))
+    found = gradient_sweep(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+    store_likeliest(row, label, scales, grad, found, scalars[10], upstream)
 
 
 @jit

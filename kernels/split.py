@@ -23,8 +23,10 @@ Sources: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7 (decoup
 Chen, arXiv 2604.00223 (decoupled RKL with a constant weight). The two structures for a general f are derived here.
 """
 
+from .columns import centre_of, target_terms
 from .language import formula, tl
 from .maths import expm1, log1p, softplus
+from .online import log_sum
 
 ABSENT = -1e30  # log-probability of a column that is not there; finite, so that 0 · ABSENT = 0
 
@@ -57,6 +59,19 @@ def offsets(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, DECOUPLED: tl
         return log_zs, log_zt, r
     else:
         return log_zs - log_rest_q, log_zt - log_rest_p, r - delta_rest
+
+
+@formula
+def meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED: tl.constexpr):
+    """Centre, offsets, `binary`, and (log Z_s, z_y, the unmixed u_y) of a row whose statistics are complete."""
+    centre = centre_of(maxima, inv_tau, mix)
+    log_zs = log_sum(state[0])
+    log_zt = log_sum(state[1])
+    r = RATIO(state)
+    zy, uy, dy, own_uy = target_terms(s_y, t_y, present, centre, inv_tau, mix, r)
+    pair = binary(log_zs, log_zt, r, zy, uy, dy)
+    at = offsets(log_zs, log_zt, r, pair[3], pair[4], pair[5], DECOUPLED)
+    return centre, at, pair, (log_zs, zy, own_uy)
 
 
 @formula

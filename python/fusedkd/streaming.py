@@ -20,10 +20,9 @@ from . import chunked, cpu_streaming, gemm
 from .cpu import conclude, values_at
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from .kernels import streaming as triton_streaming
-from .kernels.columns import centre_of, target_terms
 from .kernels.online import log_sum
 from .kernels.rows import SAVED, STATS, Problem, Side
-from .kernels.split import ABSENT, about_side, binary, offsets, or_infinite
+from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
 from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
 
@@ -127,17 +126,13 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     maxima, state = carry[:, :3].unbind(-1), carry[:, CARRY:].unbind(-1)
     inv_tau = 1.0 / problem.temperature
     mix: tuple[Any, ...] = (None,) if problem.mix is None else values_at((problem.mix,), slice(None), carry)
-    c_s, c_t, k, m = centre_of.torch(tuple(maxima), inv_tau, mix)
-    m = m if isinstance(m, Tensor) else torch.full_like(k, m)
-    log_zs, log_zt = log_sum.torch(state[0]), log_sum.torch(state[1])
-    r = online_of(problem).ratio.torch(state)
     s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
-    present = torch.zeros_like(r, dtype=torch.bool) if labels is None else (labels >= 0) & (t_y > ABSENT)
+    present = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & (t_y > ABSENT)
     t_y = t_y.clamp(min=ABSENT)
-    zy, uy, dy, own_uy = target_terms.torch(s_y, t_y, present, (c_s, c_t, k, m), inv_tau, mix, r)
-    pair = binary.torch(log_zs, log_zt, r, zy, uy, dy)
-    _, _, _, log_rest_q, log_rest_p, delta_rest = pair
-    at = offsets.torch(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
+    (c_s, c_t, k, m), at, pair, (log_zs, zy, own_uy) = meet.torch(
+        tuple(maxima), state, s_y, t_y, present, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
+    )
+    m = m if isinstance(m, Tensor) else torch.full_like(k, m)
     gather = problem.definition.gather
     theta = values_at(problem.parameters, slice(None), carry)
     extras = () if gather is None else gather.torch(_Row(state[3] < 0.5 * state[0], carry.dtype), theta)
