@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import logprobs, rows, streaming
+from . import logprobs, parts, rows, streaming
 from .divergence import TWO_SWEEPS, Definition, Online
 from .divergences import definitions
 from .language import triton
@@ -46,6 +46,8 @@ class Variant(NamedTuple):
 
 _ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
 _CHUNK_KERNELS = {"absorb": streaming._absorb, "add_sums": streaming._add_sums, "chunk_gradient": streaming._gradient}
+_PART_KERNELS = {"one_read": parts._one_read}
+_PARTS = 37  # programs of a row: a vocabulary of 151,936 in tiles of 4096
 
 
 def variants(width: int) -> Iterator[tuple[str, Variant]]:
@@ -62,6 +64,7 @@ def variants(width: int) -> Iterator[tuple[str, Variant]]:
                     kernels |= _CHUNK_KERNELS
                     if online.sums is not None:
                         del kernels["add_sums"]
+                    kernels |= _PART_KERNELS
                 for key, kernel in kernels.items():
                     yield key, Variant(title, kernel, tile, definition, decoupled, online)
     for title, name, decoupled, option in (
@@ -89,7 +92,8 @@ def source(variant: Variant, dtype: str) -> Any:
         **dict.fromkeys(("loss_ptr", "saved_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
         "stats_ptr": "constexpr",
         "grad": (element, "i64", "constexpr", "i32"),
-        **dict.fromkeys(("V", "first"), "i32"),
+        "room": ("*fp32", "*fp32", "*fp32", "*i32", "i32"),
+        **dict.fromkeys(("V", "first", "N"), "i32"),
         "inv_tau": "fp32",
         "scales": ("fp32", "fp32", "constexpr"),
         "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32" if variant.mixed else "constexpr",)),
@@ -106,6 +110,8 @@ def source(variant: Variant, dtype: str) -> Any:
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
+        "LANES": triton.next_power_of_2(_PARTS),
+        "PHASE": 0,
         "BLOCK": variant.tile.block,
     }
     names = variant.kernel.arg_names

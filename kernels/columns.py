@@ -154,25 +154,54 @@ def target_terms(s_y, t_y, present, centre, inv_tau, mix, r):
 
 
 @formula
-def raise_maxima(maxima, s, t, live, inv_tau, mix):
-    """The running maxima with a tile, their centre, how z, u and d move (online.py), and how the unmixed u does."""
-    top_s, top_t, top_m = maxima
-    old_s, old_t, old_k, old_m = centre_of(maxima, inv_tau, mix)
-    top_s = tl.maximum(top_s, tl.max(tl.where(live, s, -1e20)))
-    top_t = tl.maximum(top_t, tl.max(tl.where(live, t, -1e20)))
-    c_s, c_t, k, m = centre_of((top_s, top_t, top_m), inv_tau, mix)
+def _move(maxima, top_s, top_t, inv_tau):
+    """The unmixed centre of new maxima, and how z, u and d move to it from that of the old ones (online.py)."""
+    old_s, old_t, old_k, _ = centre_of(maxima, inv_tau, (None,))
+    c_s, c_t, k, _ = centre_of((top_s, top_t, 0.0), inv_tau, (None,))
     more = old_k - k  # added last: beside a large move its digits would be lost
     log_s = (old_s - c_s) * inv_tau
     log_t = ((old_t - c_t) + more) * inv_tau
     x = (((old_s - c_s) - (old_t - c_t)) - more) * inv_tau
-    own_log_t = log_t
+    return (c_s, c_t, k, 0.0), (log_s, log_t, x)
+
+
+@formula
+def _move_mixed(maxima, whole, centre, move, inv_tau, mix):
+    """The centre and the moves where the teacher is mixed: `whole` are the new maxima, that of u' included."""
+    c_s, c_t, k, _ = centre
+    _, _, _, old_m = centre_of(maxima, inv_tau, mix)
+    m = whole[2] - (whole[0] - c_s) * inv_tau
+    x = mix[0] * move[2] + (m - old_m)
+    return (c_s, c_t, k, m), (move[0], move[0] - x, x)
+
+
+@formula
+def raise_maxima(maxima, s, t, live, inv_tau, mix):
+    """The running maxima with a tile, their centre, how z, u and d move (online.py), and how the unmixed u does."""
+    top_s = tl.maximum(maxima[0], tl.max(tl.where(live, s, -1e20)))
+    top_t = tl.maximum(maxima[1], tl.max(tl.where(live, t, -1e20)))
+    top_m = maxima[2]
+    centre, move = _move(maxima, top_s, top_t, inv_tau)
+    own_log_t = move[1]
     if mix[0] is not None:
-        _, u, _ = centred(s, t, (c_s, c_t, k, 0.0), inv_tau, mix)
-        top_m = tl.maximum(top_m + log_s - mix[0] * x, tl.max(tl.where(live, u, -1e20)))
-        m = top_m - (top_s - c_s) * inv_tau
-        x = mix[0] * x + (m - old_m)
-        log_t = log_s - x
-    return (top_s, top_t, top_m), (c_s, c_t, k, m), (log_s, log_t, x), own_log_t
+        _, u, _ = centred(s, t, centre, inv_tau, mix)
+        top_m = tl.maximum(top_m + move[0] - mix[0] * move[2], tl.max(tl.where(live, u, -1e20)))
+        centre, move = _move_mixed(maxima, (top_s, top_t, top_m), centre, move, inv_tau, mix)
+    return (top_s, top_t, top_m), centre, move, own_log_t
+
+
+@formula
+def merge_maxima(maxima, inv_tau, mix):
+    """The maxima of the parts of a row, one lane each, together; how each part moves, and its unmixed u."""
+    top_s = tl.max(maxima[0])
+    top_t = tl.max(maxima[1])
+    top_m = tl.max(maxima[2])
+    centre, move = _move(maxima, top_s, top_t, inv_tau)
+    own_log_t = move[1]
+    if mix[0] is not None:
+        top_m = tl.max(maxima[2] + move[0] - mix[0] * move[2])
+        centre, move = _move_mixed(maxima, (top_s, top_t, top_m), centre, move, inv_tau, mix)
+    return (top_s, top_t, top_m), move, own_log_t
 
 
 @jit

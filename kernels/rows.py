@@ -320,7 +320,8 @@ def store_zeros(grad, row, BLOCK: tl.constexpr):
 
 
 @jit
-def _ignore(row, loss_ptr, stats_ptr):
+def ignore(row, loss_ptr, stats_ptr):
+    """Zeros for a row that does not count."""
     tl.store(loss_ptr + row, 0.0)
     if stats_ptr is not None:
         for i in tl.static_range(11):
@@ -358,7 +359,7 @@ def _value(
                 else:
                     tl.store(saved_ptr + row * 14 + i, 0.0)
     else:
-        _ignore(row, loss_ptr, stats_ptr)
+        ignore(row, loss_ptr, stats_ptr)
         if saved_ptr is not None:
             for i in tl.static_range(14):
                 tl.store(saved_ptr + row * 14 + i, 0.0)
@@ -404,7 +405,7 @@ def _value_and_gradient(
             upstream = tl.load(upstream_ptr + row)
         _whole_gradient(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
     else:
-        _ignore(row, loss_ptr, stats_ptr)
+        ignore(row, loss_ptr, stats_ptr)
         store_zeros(grad, row, BLOCK)
 
 
@@ -427,7 +428,8 @@ def pack(side: Side) -> tuple[Any, ...]:
     return (side.x, side.first, side.x.shape[1], *side.x.stride(), side.bias, side.scale, side.softcap, side.floor)
 
 
-def _sweep(problem: Problem) -> dict[str, Any]:
+def sweep_of(problem: Problem) -> dict[str, Any]:
+    """What the kernels of the value are injected with."""
     online = problem.definition.sweep(problem.parameters)
     gather = problem.definition.gather
     return {
@@ -466,7 +468,7 @@ def value(
         best = tile(problem, student, teacher)
         _value[(n,)](
             label_ptr=labels, loss_ptr=loss, saved_ptr=saved, stats_ptr=stats,
-            **arguments(problem, student, teacher), **_sweep(problem), BLOCK=best.block, **best.options(),
+            **arguments(problem, student, teacher), **sweep_of(problem), BLOCK=best.block, **best.options(),
         )  # fmt: skip
 
 
@@ -507,7 +509,7 @@ def value_and_gradient(
         _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
             grad=(out, *out.stride(), out.shape[1]),
-            **arguments(problem, student, teacher), **_sweep(problem), BLOCK=best.block, **best.options(),
+            **arguments(problem, student, teacher), **sweep_of(problem), BLOCK=best.block, **best.options(),
         )  # fmt: skip
 
 

@@ -5,15 +5,31 @@ from types import ModuleType
 import torch
 
 from . import cpu
+from .kernels import parts as triton_parts
 from .kernels import rows as triton_rows
 from .kernels.language import HAS_TRITON, interpreted
+from .kernels.rows import Problem
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+FEW_ROWS = 64  # half the multiprocessors of a large GPU; where it pays in time is not measured
 
 
 def row_functions(backend: str) -> ModuleType:
     """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
     return triton_rows if backend == "triton" else cpu
+
+
+def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> ModuleType:
+    """The module whose value, gradient and value_and_gradient serve logits (outer, inner, V) of one call."""
+    if backend == "triton" and splits_rows(problem, x):
+        return triton_parts
+    return row_functions(backend)
+
+
+def splits_rows(problem: Problem, x: torch.Tensor) -> bool:
+    """Whether several programs share a row: where one program per row would leave most of a GPU idle."""
+    few = x.is_cuda and x.shape[0] * x.shape[1] <= FEW_ROWS
+    return few and triton_parts.serves(problem)
 
 
 def choose_backend(asked: str, device: torch.device) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import chunked
-from .backends import row_functions
+from .backends import logit_functions, row_functions
 from .dtypes import accumulation_dtype, size_of
 from .kernels.divergences import definitions
 from .kernels.rows import SAVED, STATS, Problem, Side
@@ -154,7 +154,7 @@ def rows(
     loss, stats = _outputs(operands, flags[0])
     saved = loss.new_empty((loss.shape[0], SAVED))
     floors = _floors(operands, names, problem)
-    row_functions(Names.of(names).backend).value(
+    logit_functions(Names.of(names).backend, problem, x).value(
         problem, Side(x), _teacher(operands, floors), operands[6], loss, saved,
         stats if flags[0] else None,
     )  # fmt: skip
@@ -183,9 +183,10 @@ def rows_gradient(
 ) -> Tensor:
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
     operands = [x, None, None, *others]
+    problem = problem_of(operands, names, numbers)
     grad = _like_contiguous(x)
-    row_functions(Names.of(names).backend).gradient(
-        problem_of(operands, names, numbers), Side(x), _teacher(operands, floors), operands[6], saved,
+    logit_functions(Names.of(names).backend, problem, x).gradient(
+        problem, Side(x), _teacher(operands, floors), operands[6], saved,
         upstream, grad.view(-1, grad.shape[2]),
     )  # fmt: skip
     return grad
@@ -239,7 +240,7 @@ def rows_both(
     problem = problem_of(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
     grad = _like_contiguous(x)
-    row_functions(Names.of(names).backend).value_and_gradient(
+    logit_functions(Names.of(names).backend, problem, x).value_and_gradient(
         problem, Side(x), _teacher(operands, _floors(operands, names, problem)), operands[6],
         operands[7], grad.view(-1, grad.shape[2]), loss, stats if flags[0] else None,
     )  # fmt: skip
