@@ -300,9 +300,10 @@ def check_heads(
     dtype: torch.dtype = torch.float32,
     frozen: tuple[str, ...] = (),
     prepare: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    weight_grad: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """Value, statistics and gradients where at least one side is a head."""
+    """Value, statistics and gradients where at least one side is a head; the weight's in a buffer of a given dtype."""
     name, params = case
     place = device(backend)
     exact = [x.rounded(dtype) if isinstance(x, Side) else x.to(dtype).double() for x in (student, teacher)]
@@ -322,34 +323,46 @@ def check_heads(
         products.append(product)
         logits.append(final)
     truth, value, weights = expected(logits[0].detach(), logits[1].detach(), labels, case, options)
+    doubles, operands = leaves[0]
+    buffer = None if weight_grad is None else torch.zeros(operands["weight"].shape, dtype=weight_grad, device=place)
     loss, stats = fusedkd.kd_loss(
         *given,
         None if labels is None else labels.to(place),
         divergence=fusedkd.divergence(name, **moved(params, place)),
         return_stats=True,
         backend=backend,
+        weight_grad=buffer,
         **moved(options, place),
     )
     upstream = torch.randn(value.shape)
-    loss.backward(upstream.to(place))
 
     wide, bound = torch.float32, VALUE + HEAD / kl_of(truth, logits, labels, options) ** 0.5
     check_stats(stats, truth, bound=bound, lse=HEAD)
     if dtype == torch.float64:
         wide, bound = torch.float64, DOUBLE
     assert_close(loss, value, bound, dtype=wide, what="loss")
-    doubles, operands = leaves[0]
     slope = truth.gradient(upstream.double() * weights)
     (slope,) = torch.autograd.grad(logits[0], products[0], slope, retain_graph=True)
     wanted = torch.autograd.grad(products[0], list(doubles.values()), slope, retain_graph=True)
     coarse = torch.autograd.grad(products[0], list(doubles.values()), slope.to(dtype).double(), retain_graph=True)
+    start = None
+    if buffer is not None:  # of the gradient's size, and not what the forward pass saw
+        size = wanted[list(doubles).index("weight")].square().mean().sqrt()
+        buffer.normal_().mul_(torch.where(size > 0, size, 1.0).item())
+        start = buffer.detach().to("cpu", torch.float64, copy=True)
+    loss.backward(upstream.to(place))
     for key, exactly, coarsely in zip(doubles, wanted, coarse, strict=True):
+        ours = operands[key].grad
         if key in frozen:
-            assert operands[key].grad is None, f"{key} is frozen and got a gradient"
+            assert ours is None, f"{key} is frozen and got a gradient"
             continue
-        half = 1.2 * relative(coarsely.to(dtype), exactly)  # what rounding dZ and the output costs by itself
+        if start is not None and key == "weight":
+            assert ours is None, "the weight got a gradient beside its buffer"
+            ours, exactly, coarsely = buffer, start + exactly, start + coarsely
+        stored = weight_grad if weight_grad is not None and key == "weight" else dtype
+        half = 1.2 * relative(coarsely.to(stored), exactly)  # what rounding dZ and the output costs by itself
         half += MIXED if name == "amid" else 0.0
-        assert_close(operands[key].grad, exactly, bound + half, dtype=dtype, what=f"gradient of {key}")
+        assert_close(ours, exactly, bound + half, dtype=stored, what=f"gradient of {key}")
     for key, operand in leaves[1][1].items():
         assert operand.grad is None, f"{key} of the teacher got a gradient"
 

@@ -22,7 +22,8 @@ from fusedkd.kernels.language import interpreted
 N, V, D, K = 4, 12, 4, 3
 KINDS = ("logits", "heads", "rows of heads")
 OPERATORS = {
-    name: getattr(ops, name) for name in ("rows", "rows_gradient", "rows_both", "heads", "heads_rows", "scaled")
+    name: getattr(ops, name)
+    for name in ("rows", "rows_gradient", "rows_both", "heads", "heads_rows", "scaled", "add_scaled")
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own
 triton = pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="Triton's interpreter"))
@@ -124,6 +125,8 @@ def test_opcheck(name: str, options: str, calls: dict[str, tuple[Any, ...]]) -> 
     """Schema, fake tensors, autograd registration and compilation, on the arguments of real calls."""
     for kind in KINDS:
         problem = Problem(kind, **OPCHECK[options])
+        if name == "add_scaled" and kind != "logits":
+            problem.options["weight_grad"] = torch.randn(V, D)
         result = fusedkd.kd_loss(*problem.sides(), problem.labels, **problem.options)
         (result[0] if isinstance(result, tuple) else result).sum().backward()
         if kind == "logits":

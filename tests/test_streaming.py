@@ -207,7 +207,7 @@ def test_operators() -> None:
     names = " ".join(ops.Names("rkl", "decoupled", "torch", "teacher", "label", "own"))
     numbers = [300.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.0]
     flags = [True, False, True, True, False]
-    given = (hidden, weight, None, others, names, numbers, 128, flags, None)
+    given = (hidden, weight, None, others, names, numbers, 128, flags, None, None)
     torch.library.opcheck(torch.ops.fusedkd.streamed.default, given)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(loss(hidden), hidden, create_graph=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .divergence import Divergence
+from .dtypes import accumulation_dtype
 from .head import Head
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,6 +188,57 @@ def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> 
         raise ValueError(
             f"{name} must broadcast to the leading shape {tuple(shape)} of student, got {tuple(value.shape)}"
         )
+
+
+def weight_grad(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> None:
+    """A buffer that can take the gradient of the student Head's weight, in memory that the call does not read."""
+    if value is None:
+        return
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "weight_grad cannot be used inside torch.compile, which would hold the buffer constant from the forward to "
+            "the backward pass: call kd_loss outside the compiled function, or leave it at None"
+        )
+    tensor("weight_grad", value)
+    if not isinstance(student, Head):
+        raise ValueError(
+            "weight_grad takes the gradient of the student Head's weight, and student is logits: leave it at None"
+        )
+    weight = student.weight
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            "weight_grad takes the gradient of student.weight, which does not require grad: leave it at None"
+        )
+    if value.shape != weight.shape:
+        raise ValueError(
+            f"weight_grad must have the shape {tuple(weight.shape)} of student.weight, got {tuple(value.shape)}"
+        )
+    allowed = dict.fromkeys((accumulation_dtype(weight), weight.dtype))
+    if value.dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise TypeError(f"weight_grad must be {names} for a {weight.dtype} student.weight, got {value.dtype}")
+    if value.device != weight.device:
+        raise ValueError(f"weight_grad is on {value.device} and student.weight on {weight.device}: move one")
+    if not value.is_contiguous():
+        raise ValueError(f"weight_grad must be contiguous, got strides {value.stride()}")
+    if value.requires_grad:
+        raise ValueError("weight_grad requires grad, and is added to in place: pass weight_grad.detach()")
+    for name, given in (("student", student), ("teacher", teacher)):
+        operands = given._asdict() if isinstance(given, Head) else {"logits": given}
+        for part, operand in operands.items():
+            if isinstance(operand, torch.Tensor) and _overlap(value, operand):
+                raise ValueError(f"weight_grad shares memory with {part} of {name}: pass a buffer of its own")
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the spans of two tensors in memory meet."""
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    spans = []
+    for x in (one, other):
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+    return max(start for start, _ in spans) < min(stop for _, stop in spans)
 
 
 def targets(chosen: Divergence, given_labels: Any, ce_weight: float) -> None:

@@ -48,6 +48,7 @@ class _Call(NamedTuple):
     weights: torch.Tensor | None  # (N,) token weights
     counted: torch.Tensor | None  # (N,) bool
     form: Form
+    weight_grad: torch.Tensor | None  # (V, D)
 
 
 def kd_loss(
@@ -71,6 +72,7 @@ def kd_loss(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    weight_grad: torch.Tensor | None = None,
 ) -> Any:
     """The divergence between a teacher's and a student's next-token distributions, in nats.
 
@@ -110,6 +112,12 @@ def kd_loss(
         backend: "auto": Triton for GPU tensors, torch for CPU tensors. "triton" on CPU tensors needs
             TRITON_INTERPRET=1; "torch" runs anywhere.
         return_stats: also return `KDStats`.
+        weight_grad: (V, D), contiguous, float32 or of the weight's dtype (float64 for a float64 weight): a buffer to
+            which the backward pass adds the gradient of the student Head's weight, as Megatron's `weight.main_grad`.
+            The weight gets no gradient from this call (None), nor does anything it was computed from. Every backward
+            pass through the loss adds once more, one for other inputs alone included; without one, as under
+            torch.no_grad, the buffer stays as it is. Not inside torch.compile, which would hold the buffer constant
+            from the forward to the backward pass.
 
     Returns:
         A float32 scalar, or (...) for reduction="none" (float64 for float64 inputs); with `return_stats`,
@@ -117,18 +125,20 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work. NotImplementedError for
-        schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor", which need whole rows.
+        schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor", which need whole rows,
+        and for weight_grad inside torch.compile.
         RuntimeError on double backward.
 
     Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
         parameters), one more and one write backward. Heads: four matrix products, six or eight
         with schedule="streaming"; reduction="none" repeats the forward products in its backward. At most
-        `memory_budget` bytes.
+        `memory_budget` bytes. With `weight_grad` the backward makes no weight gradient: "chunked" adds the float32 one
+        of the forward in one pass, "streaming" has each chunk's product added where it belongs and makes none at all.
     """
     _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     call = _prepare(
         student, teacher, labels, divergence, temperature, temperature_squared, token_weights, ce_weight,
-        ignore_index, vocab_size, support, backend,
+        ignore_index, vocab_size, support, backend, weight_grad,
     )  # fmt: skip
     if isinstance(student, Head) or isinstance(teacher, Head):
         loss, stats = _from_heads(call, reduction, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
@@ -244,10 +254,12 @@ def _prepare(
     vocab_size: int | None,
     support: str,
     backend: str,
+    weight_grad: torch.Tensor | None = None,
 ) -> _Call:
     checks.side("student", student)
     checks.side("teacher", teacher)
     checks.pair(student, teacher)
+    checks.weight_grad(weight_grad, student, teacher)
     chosen = as_divergence(divergence)
     checks.positive("temperature", temperature)
     checks.flag("temperature_squared", temperature_squared)
@@ -293,7 +305,7 @@ def _prepare(
         chosen.target_token,
         "own" if form.mix is None else "mixed",
     )
-    return _Call([*operands, y, None, *per_row], " ".join(names), numbers, shape, weights, counted, form)
+    return _Call([*operands, y, None, *per_row], " ".join(names), numbers, shape, weights, counted, form, weight_grad)
 
 
 def _from_heads(
@@ -333,12 +345,13 @@ def _from_heads(
     sizes = [chosen.chunks.outer, chosen.chunks.inner]
     if reduction == "none":
         rows, stats = ops.heads_rows(
-            *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype
-        )
+            *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype,
+            call.weight_grad,
+        )  # fmt: skip
         return _weighted(rows, call), stats
     call.operands[7] = call.weights
     total, _, stats, *_ = ops.heads(
-        *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype
+        *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype, call.weight_grad
     )
     return total, stats
 
@@ -352,7 +365,7 @@ def _streamed(
         kept = call.counted.nonzero().squeeze(-1)
         operands = _at(operands, kept)
     rows, stats, _ = streaming.streamed(
-        *operands[:3], operands[3:], call.names, call.numbers, width, flags, logits_dtype
+        *operands[:3], operands[3:], call.names, call.numbers, width, flags, logits_dtype, call.weight_grad
     )
     if kept is not None:
         n = call.shape.numel()

@@ -12,7 +12,8 @@ from .sides import Side
 class DistillationLoss(torch.nn.Module):
     """nn.Module shell of `kd_loss`: options at construction, (student, teacher, labels) at call.
 
-    Any option of `kd_loss` can be given again at call time (num_items and token_weights usually are).
+    Any option of `kd_loss` can be given again at call time (num_items and token_weights usually are; weight_grad, a
+    buffer that a copy of the module would not share, must be).
     """
 
     def __init__(self, divergence: str | Divergence = "fkl", **options: Any) -> None:
@@ -20,6 +21,8 @@ class DistillationLoss(torch.nn.Module):
         unknown = options.keys() - (kd_loss.__kwdefaults__ or {}).keys()
         if unknown:
             raise TypeError(f"DistillationLoss has no option {sorted(unknown)[0]!r}; options are those of kd_loss")
+        if "weight_grad" in options:
+            raise TypeError("weight_grad belongs to one weight: give it at call time, module(..., weight_grad=buffer)")
         self.divergence = as_divergence(divergence)
         self.options = options
 

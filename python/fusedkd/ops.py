@@ -6,6 +6,8 @@ fusedkd::rows_both          per-row loss and weighted gradient in one launch, no
 fusedkd::heads              a Head on at least one side -> Σ weight·loss with the gradient formed beside it; its
                             backward multiplies by the upstream scalar
 fusedkd::heads_rows         the same sides -> per-row loss; its backward runs `heads` with the upstream as row weights
+fusedkd::scaled             a gradient of `heads` times the upstream scalar, in the operand's dtype
+fusedkd::add_scaled         the same product added to a buffer that the caller owns
 
 All are opaque to torch.compile, so a call crosses the boundary as plain values:
     x, weight, bias   the student: hidden states (N, D) and its head, or logits (outer, inner, V) alone
@@ -15,6 +17,8 @@ All are opaque to torch.compile, so a call crosses the boundary as plain values:
     numbers    vocab_size, temperature, factor, ce_weight; scale and softcap (0: none) of student and teacher; then the
                divergence parameters, the two term weights and the teacher's weight
     flags      statistics wanted, ignored rows dropped, gradients wanted of x, weight, bias
+    weight_grad   where the backward pass adds the weight's gradient, which it then does not return; or None. It is kept
+               beside the saved tensors, not among them: others may add to it before the backward pass does.
 """
 
 import functools
@@ -299,6 +303,7 @@ def heads(
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Σ weight·loss, loss (N,), statistics, gradients of the sum: x, weight, bias, empty where not wanted."""
     result = _run([x, weight, bias, *others], names, numbers, chunks, flags, logits_dtype)
@@ -318,6 +323,7 @@ def _(
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = [x, weight, bias, *others]
     loss, stats = _outputs(operands, flags[0])
@@ -351,8 +357,42 @@ def _(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
     return _like_contiguous(like)
 
 
+@torch.library.custom_op("fusedkd::add_scaled", mutates_args=("out",))
+@outside_autocast
+def add_scaled(out: Tensor, grad: Tensor, by: Tensor) -> None:
+    """out += grad · by: one pass, one rounding, no temporary."""
+    if out.dtype == grad.dtype or not out.is_cpu:
+        out.addcmul_(grad, by)
+    else:  # a CPU converts whole operands first
+        for target, source in zip(out.split(512), grad.split(512), strict=True):
+            target.addcmul_(source, by)
+
+
+@add_scaled.register_fake
+def _(out: Tensor, grad: Tensor, by: Tensor) -> None:
+    return None
+
+
+def _delivered(
+    grads: Sequence[Tensor],
+    by: Tensor,
+    likes: Sequence[Optional[Tensor]],
+    wanted: Sequence[bool],
+    weight_grad: Optional[Tensor],
+) -> list[Optional[Tensor]]:
+    """Gradients of x, weight and bias times `by`; None where not wanted or, of the weight, added to `weight_grad`."""
+    returned = (wanted[0], wanted[1] and weight_grad is None, wanted[2])
+    found = [
+        scaled(grad, by, given(like)) if wanted else None
+        for like, grad, wanted in zip(likes, grads, returned, strict=True)
+    ]
+    if weight_grad is not None:
+        add_scaled(weight_grad, grads[1], by)
+    return found
+
+
 def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, others, _, _, _, flags, _ = inputs
+    x, weight, bias, others, _, _, _, flags, _, ctx.weight_grad = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.wanted = list(flags[2:])
@@ -363,11 +403,10 @@ def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _heads_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
     refuse_double_backward()
     saved = ctx.saved_tensors
-    found = [
-        scaled(grad, upstream, like) if wanted and upstream is not None else None
-        for like, grad, wanted in zip(saved[:3], saved[3:], ctx.wanted, strict=True)
-    ]
-    return *found, ctx.no_gradients, None, None, None, None, None
+    found: list[Optional[Tensor]] = [None, None, None]
+    if upstream is not None:
+        found = _delivered(saved[3:], upstream, saved[:3], ctx.wanted, ctx.weight_grad)
+    return *found, ctx.no_gradients, None, None, None, None, None, None
 
 
 heads.register_autograd(_heads_backward, setup_context=_heads_setup)
@@ -385,6 +424,7 @@ def heads_rows(
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Loss (N,) and statistics; the gradients that `flags` want are formed in the backward pass."""
     result = _run([x, weight, bias, *others], names, numbers, chunks, [*flags[:2], False, False, False], logits_dtype)
@@ -402,12 +442,13 @@ def _(
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     return _outputs([x, weight, bias, *others], flags[0])
 
 
 def _heads_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, flags, ctx.logits_dtype = inputs
+    x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, flags, ctx.logits_dtype, ctx.weight_grad = inputs
     ctx.flags = [False, *flags[1:]]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -419,15 +460,14 @@ def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple
     x, weight, bias, *others = ctx.saved_tensors
     nothing = no_gradients(others)
     if upstream is None:
-        return None, None, None, nothing, None, None, None, None, None
+        return None, None, None, nothing, None, None, None, None, None, None
     size = size_of(upstream)
     others[4] = upstream / size
-    _, _, _, *grads = heads(x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, ctx.flags, ctx.logits_dtype)
-    found = [
-        scaled(grad, size, like) if wanted else None
-        for like, grad, wanted in zip((x, weight, bias), grads, ctx.flags[2:], strict=True)
-    ]
-    return *found, nothing, None, None, None, None, None
+    _, _, _, *grads = heads(
+        x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, ctx.flags, ctx.logits_dtype, None
+    )
+    found = _delivered(grads, size, (x, weight, bias), ctx.flags[2:], ctx.weight_grad)
+    return *found, nothing, None, None, None, None, None, None
 
 
 heads_rows.register_autograd(_heads_rows_backward, setup_context=_heads_rows_setup)

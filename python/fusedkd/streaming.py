@@ -3,7 +3,8 @@
     forward     for each chunk: T, S = logits of the chunk; the rows' statistics grow
                 (once more for the sums of divergences without a one-sweep form)
     backward    for each chunk: T, S again; dZ with the true upstream gradient;
-                dW[chunk] = dZᵀ @ H, written once in its final dtype;  dH += dZ @ W[chunk]  (float32)
+                dW[chunk] = dZᵀ @ H, written once in its final dtype, or added to the caller's buffer by the product;
+                dH += dZ @ W[chunk]  (float32)
 
 Six GEMMs (eight without a one-sweep form) instead of four. The forward keeps a few floats per row; every reduction and
 every upstream gradient is exact, because the gradient is formed where it is known.
@@ -184,15 +185,21 @@ def _close(
 
 
 def _backward_pass(
-    sweep: _Pass, labels: Tensor | None, saved: Tensor, upstream: Tensor, backend: str, needs: Sequence[bool]
+    sweep: _Pass,
+    labels: Tensor | None,
+    saved: Tensor,
+    upstream: Tensor,
+    backend: str,
+    needs: Sequence[bool],
+    weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias in their own dtypes; empty where not wanted."""
+    """Gradients of x, weight and bias in their own dtypes; empty where not wanted or added to `weight_grad`."""
     functions, problem, student = functions_of(backend), sweep.problem, sweep.student
     x, weight, n = student.x, student.weight, student.rows
     wide = accumulation_dtype(x)
     saved, upstream = saved.to(wide), upstream.to(wide)
     total = student.width if problem.ce_weight else problem.vocab_size
-    grad_x, grad_weight, grad_bias = gradients(x, weight, needs)
+    grad_x, grad_weight, grad_bias = gradients(x, weight, needs, weight_grad)
     if weight is None:
         grad_x[..., total:] = 0
     else:
@@ -202,7 +209,9 @@ def _backward_pass(
     found = x.new_zeros((n, FOUND), dtype=wide)
     found[:, 1] = -1
     dtype = x.dtype if weight is None else gradient_dtype(x)
-    size = size_of(upstream)
+    # A product that lands in the buffer leaves nothing to put back; only float16 has no range for a plain dZ.
+    direct = weight_grad is not None and dtype != torch.float16
+    size = upstream.new_ones(()) if direct else size_of(upstream)
     scaled = (upstream / size).contiguous()
     room = x.new_empty((n, sweep.width), dtype=dtype) if weight is not None else None
     for start, stop, part, s, t in sweep:
@@ -215,13 +224,16 @@ def _backward_pass(
         functions.gradient(part, s, t, labels, saved, scaled, found, dz, start)
         if sum_x is not None:
             gemm.hidden_gradient(dz, weight[start:stop], sum_x, accumulate=True)
-        if needs[1]:
+        if weight_grad is not None:
+            _add_product(dz, x, size, weight_grad[start:stop])
+        elif needs[1]:
             _product_into(dz, x, size, grad_weight[start:stop])
         if needs[2]:
             grad_bias[start:stop] = dz.sum(0, dtype=wide) * size
     if sum_x is not None:
         sum_x *= size
-    _likeliest(problem, labels, saved, upstream, found, student, (grad_x, grad_weight, grad_bias), sum_x, needs)
+    whole_weight = grad_weight if weight_grad is None else weight_grad
+    _likeliest(problem, labels, saved, upstream, found, student, (grad_x, whole_weight, grad_bias), sum_x, needs)
     if sum_x is not None:
         grad_x.copy_(sum_x)
     return grad_x, grad_weight, grad_bias
@@ -233,6 +245,20 @@ def _product_into(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None
     whole = out if out.dtype == wide else out.new_empty(out.shape, dtype=wide)
     gemm.weight_gradient(dz, hidden, whole, accumulate=False)
     whole.mul_(size)
+    if whole is not out:
+        out.copy_(whole)
+
+
+def _add_product(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None:
+    """out += size · dzᵀ @ hidden, rounded once; size is 1 unless dz is float16."""
+    wide = accumulation_dtype(dz)
+    if dz.dtype == torch.float16 or out.dtype.itemsize > wide.itemsize:
+        whole = out.new_empty(out.shape, dtype=wide)
+        gemm.weight_gradient(dz, hidden, whole, accumulate=False)
+        out.addcmul_(whole, size)
+        return
+    whole = out.to(wide)
+    gemm.weight_gradient(dz, hidden, whole, accumulate=True)
     if whole is not out:
         out.copy_(whole)
 
@@ -286,14 +312,16 @@ def _add_segments(out: Tensor, at: Tensor, segment: Tensor, values: Tensor) -> N
     out[at] = (out[at].to(values.dtype) + sums[segment]).to(out.dtype)
 
 
-def gradients(x: Tensor, weight: Optional[Tensor], needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients in the operands' dtypes."""
+def gradients(
+    x: Tensor, weight: Optional[Tensor], needs: Sequence[bool], weight_grad: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients in the operands' dtypes; none for the weight's where `weight_grad` takes it."""
     empty = (x.new_empty(0), x.new_empty(0), x.new_empty(0))
     if weight is None:
         return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else empty[0]), empty[1], empty[2]
     return (
         x.new_empty(x.shape) if needs[0] else empty[0],
-        weight.new_empty(weight.shape) if needs[1] else empty[1],
+        weight.new_empty(weight.shape) if needs[1] and weight_grad is None else empty[1],
         weight.new_empty(weight.shape[0]) if needs[2] else empty[2],
     )
 
@@ -314,6 +342,7 @@ def streamed(
     width: int,
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (N,), statistics, saved row scalars. flags as for `heads`; width: vocabulary columns per chunk."""
     operands = [x, weight, bias, *others]
@@ -332,6 +361,7 @@ def _(
     width: int,
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = x.shape[0] if weight is not None else x.shape[0] * x.shape[1]
     wide = accumulation_dtype(x, given(others[0]))
@@ -342,7 +372,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fusedkd::streamed_gradient", mutates_args=())
+@torch.library.custom_op("fusedkd::streamed_gradient", mutates_args=("weight_grad",))
 @outside_autocast
 def streamed_gradient(
     x: Tensor,
@@ -356,11 +386,15 @@ def streamed_gradient(
     width: int,
     needs: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Σ upstream_n · loss_n with respect to x, weight and bias, in their dtypes."""
+    """Gradients of Σ upstream_n · loss_n with respect to x, weight and bias, in their dtypes.
+
+    The weight's is added to `weight_grad` instead, if there is one.
+    """
     operands = [x, weight, bias, *others]
     sweep = _pass(problem_of(operands, names, numbers), *_sides(operands, numbers), width, logits_dtype)
-    return _backward_pass(sweep, operands[6], saved, upstream, Names.of(names).backend, needs)
+    return _backward_pass(sweep, operands[6], saved, upstream, Names.of(names).backend, needs, weight_grad)
 
 
 @streamed_gradient.register_fake
@@ -376,12 +410,13 @@ def _(
     width: int,
     needs: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
+    weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(x, weight, needs)
+    return gradients(x, weight, needs, weight_grad)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, others, ctx.names, ctx.numbers, ctx.width, flags, ctx.logits_dtype = inputs
+    x, weight, bias, others, ctx.names, ctx.numbers, ctx.width, flags, ctx.logits_dtype, ctx.weight_grad = inputs
     ctx.needs = list(flags[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -391,14 +426,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
     refuse_double_backward()
     x, weight, bias, saved, *others = ctx.saved_tensors
-    rest = (no_gradients(others), None, None, None, None, None)
+    rest = (no_gradients(others), None, None, None, None, None, None)
     if upstream is None:
         return None, None, None, *rest
     grads = streamed_gradient(
         x, weight, bias, others, saved, upstream.contiguous(), ctx.names, ctx.numbers, ctx.width, ctx.needs,
-        ctx.logits_dtype,
+        ctx.logits_dtype, ctx.weight_grad,
     )  # fmt: skip
-    return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs, strict=True)), *rest
+    returned = (ctx.needs[0], ctx.needs[1] and ctx.weight_grad is None, ctx.needs[2])
+    return *(grad if wanted else None for grad, wanted in zip(grads, returned, strict=True)), *rest
 
 
 streamed.register_autograd(_backward, setup_context=_setup)
