@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import IGNORE, each
+from cases import IGNORE, each, named
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,6 +205,53 @@ def test_backward_makes_the_gradients_alone(dtype: torch.dtype, frozen: str) -> 
     gradients = sum(x.nbytes for x in call.leaves)
     assert gradients <= memory.kept <= gradients + 1024
     assert memory.peak <= 1 << 16  # a block of rows that is rounded
+
+
+# (of the head, of the buffer)
+BUFFERS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), BUFFERS, ids=named)
+@each("reduction", ["mean", "none"])
+def test_chunked_backward_into_a_buffer(dtype: torch.dtype, stored: torch.dtype, reduction: str) -> None:
+    """The float32 gradient of the forward pass is added as it is: nothing of (V, D) is made for it."""
+    call = heads(dtype, columns=9000, reduction=reduction)
+    hidden, weight = call.leaves
+    buffer = torch.zeros_like(weight, dtype=stored, requires_grad=False)
+    plain = call.loss().sum()
+    loss = call.loss(weight_grad=buffer).sum()
+    memory = measure(lambda: torch.autograd.grad(loss, call.leaves, allow_unused=True))
+    with_gradient = measure(lambda: torch.autograd.grad(plain, call.leaves))
+    assert hidden.nbytes <= memory.kept <= hidden.nbytes + 1024
+    assert memory.peak <= with_gradient.peak + (1 << 16)  # a block of rows that is rounded
+    assert buffer.any()
+    if reduction == "mean":
+        assert max(memory.sizes) < weight.nbytes
+
+
+@pytest.mark.parametrize(("dtype", "stored"), BUFFERS, ids=named)
+def test_streamed_backward_into_a_buffer(
+    dtype: torch.dtype, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk's product lands where it belongs: no tensor of (V, D) from start to end; without a buffer, one."""
+    monkeypatch.setattr(planner, "_STREAM_LOGITS", 1)
+    rows = 16
+    call = heads(dtype, rows=rows, schedule="streaming", drop_ignored=False)
+    hidden, weight = call.leaves
+    buffer = torch.zeros_like(weight, dtype=stored, requires_grad=False)
+    announced = fusedkd.plan(rows, V, D, K, dtype, divergence="rkl", schedule="streaming").workspace
+
+    def run(**options: Any) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(call.loss(**options), call.leaves, allow_unused=True)
+
+    for given in ({}, {"weight_grad": buffer}):
+        run(**given)  # what is made once and kept is not workspace
+        memory = measure(lambda given=given: run(**given))
+        assert memory.peak <= announced
+        largest = max(memory.sizes)
+        assert largest < weight.nbytes // 2 if given else largest == weight.nbytes
+        assert memory.kept <= hidden.nbytes + (0 if given else weight.nbytes) + 1024
+    assert buffer.any()
 
 
 def test_student_logits(announced: list[planner.Chunks]) -> None:

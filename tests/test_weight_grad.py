@@ -278,10 +278,9 @@ def test_module() -> None:
 
 
 @pytest.mark.unpoisoned
-@ways
-def test_compile(options: dict[str, Any]) -> None:
+def test_compile() -> None:
     """A whole graph is refused by name; where the graph may break, the call runs eagerly between its parts."""
-    step, truth = training(options)
+    step, truth = training(WAYS[0])
     buffer = torch.zeros(V, D)
 
     def work(hidden: Tensor) -> Tensor:
