@@ -235,11 +235,11 @@ def test_streamed_backward_into_a_buffer(
 ) -> None:
     """Each chunk's product lands where it belongs: no tensor of (V, D) from start to end; without a buffer, one."""
     monkeypatch.setattr(planner, "_STREAM_LOGITS", 1)
-    rows = 16
-    call = heads(dtype, rows=rows, schedule="streaming", drop_ignored=False)
+    rows, columns = 16, 8000
+    call = heads(dtype, rows=rows, columns=columns, schedule="streaming", drop_ignored=False)
     hidden, weight = call.leaves
     buffer = torch.zeros_like(weight, dtype=stored, requires_grad=False)
-    announced = fusedkd.plan(rows, V, D, K, dtype, divergence="rkl", schedule="streaming").workspace
+    announced = fusedkd.plan(rows, columns, D, K, dtype, divergence="rkl", schedule="streaming").workspace
 
     def run(**options: Any) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(call.loss(**options), call.leaves, allow_unused=True)
