@@ -354,7 +354,7 @@ MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], Any, tuple[str, ...]]] =
 
 @each("mistake", MISTAKES)
 def test_refused(mistake: str) -> None:
-    """Named, with what would work, before any work: neither the buffer nor a gradient is touched."""
+    """Named, with what would work."""
     make, error, words = MISTAKES[mistake]
     given = make()
     weight = given.get("weight", torch.randn(V, D)).detach()

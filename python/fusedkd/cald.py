@@ -47,8 +47,8 @@ def cald_loss(
             labels for the teacher responses and its negative for the student responses. An anchor is the mean of Δ
             over the data, which the authors carry from the epoch before. λ is a constant for the gradient here.
         reduction: "mean" over sequences, "sum", or "none" -> (B,).
-        options: others of `kd_loss`: temperature, vocab_size, support, memory_budget, drop_ignored, logits_dtype and
-            backend.
+        options: others of `kd_loss`: temperature, vocab_size, support, memory_budget, drop_ignored, logits_dtype,
+            backend and, where both halves share one student weight, weight_grad.
 
     Returns:
         float32 scalar, or (B,).
