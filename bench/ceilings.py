@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..gemm import hidden_gradient, project, weight_gradient
-from .measure import Clock, interleaved
+from ..timing import Clock, interleaved
 from .shapes import Shape
 
 GPU_SQUARE = 8192

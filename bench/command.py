@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from .. import tuning
 from ..commands import Progress, make_folder, positive, require, usable_device
+from ..timing import Clock
 from . import readme, report
-from .measure import Clock, Deadline, machine
+from .measure import Deadline, machine
 from .results import empty, load, save, stem
 from .rivals import FAMILIES
 from .sections import SECTIONS, Bench, Settings, measure_section, units_of
@@ -49,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     sections = [name for name in SECTIONS if name in (args.only or SECTIONS)]
     require("benchmark", "bench", ["tqdm", *["matplotlib"] * bool(args.out), *["transformers"] * ("step" in sections)])
-    folder = make_folder("--out", args.out) if args.out else None
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_tuning(device, args.out)
+    folder = make_folder("--out", args.out) if args.out else None
     families = FAMILIES if args.rivals is None else tuple(args.rivals)
     settings = Settings(device, args.quick, families)
     found = machine(device)
@@ -72,6 +75,17 @@ def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
     return usable_device(name)
+
+
+def _check_tuning(device: str, out: Path | None) -> None:
+    """Refuse a search of tiles where there is none to do, and to file what no user gets."""
+    try:
+        tuning.check(torch.device(device))
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
+    if out and tuning.wanted():
+        why = f"{tuning.VARIABLE}=1 measures with tiles that no user gets: paste the lines, unset it, measure again"
+        raise argparse.ArgumentError(None, f"--out: {why}")
 
 
 def _share(sections: list[str], section: str) -> float:

@@ -1,4 +1,4 @@
-"""Seconds, bytes, and the machine they were measured on."""
+"""Deadlines, bytes, and the machine that something was measured on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import info, kernels
+from ..timing import reason
 from . import rivals
 
 HERE = Path(__file__).parent
-FLUSH = 1 << 29  # bytes that are written before a call is timed: several times any GPU's L2
-LEAST_ROUNDS = 3
 SAMPLING = 0.002  # seconds between two looks at the resident size
-
-
-class Clock:
-    """Seconds of one call: device events behind a flushed cache on a GPU, the host's clock on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.flush = None if device == "cpu" else torch.empty(FLUSH, dtype=torch.uint8, device=device)
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        """Run `work` once; what it returns is kept until the clock has stopped."""
-        if self.flush is None:
-            start = time.perf_counter()
-            kept = work()
-            seconds = time.perf_counter() - start
-        else:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()  # also keeps the GPU busy while the host queues the first kernels
-            begin.record()
-            kept = work()
-            end.record()
-            torch.cuda.synchronize()
-            seconds = begin.elapsed_time(end) / 1e3
-        del kept
-        return seconds
 
 
 class Deadline:
@@ -60,34 +35,6 @@ class Deadline:
     def passed(self) -> bool:
         """Whether it is over."""
         return self.end is not None and time.monotonic() > self.end
-
-
-def interleaved(
-    work: Mapping[str, Callable[[], object]], clock: Clock, rounds: int, enough: Callable[[], bool]
-) -> Iterator[dict[str, float | str]]:
-    """Yield round after round the seconds of each item, the first to warm up, the order turned by one every time.
-
-    What fails is left out from then on; its entry of that round is the reason. After three rounds `enough` may end it.
-    """
-    live = list(work)
-    for number in range(rounds + 1):
-        if number > LEAST_ROUNDS and enough():
-            return
-        turn = number % max(1, len(live))
-        found: dict[str, float | str] = {}
-        for name in live[turn:] + live[:turn]:
-            try:
-                found[name] = clock(work[name])
-            except Exception as error:
-                found[name] = reason(error)
-                live.remove(name)
-        yield found
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def peak_bytes(work: Callable[[], Mapping[str, Tensor]], device: str) -> int:

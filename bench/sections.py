@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..timing import Clock, interleaved, reason
 from . import ceilings, shapes
 from .cases import Case, Loss, mean_kl
-from .measure import Clock, Deadline, interleaved, reason
+from .measure import Deadline
 from .rivals import FAMILIES, OURS, Rival
 from .step import TrainingStep, case_of
 from .subjects import LossHead, Subject

@@ -18,7 +18,7 @@ from . import logprobs, parts, rows, streaming
 from .divergence import TWO_SWEEPS, Definition, Online
 from .divergences import definitions
 from .language import triton
-from .tiles import TABLE, Tile
+from .tiles import Tile, chosen
 
 ARCHITECTURES = {
     "sm_80": ("cuda", 80, 32),
@@ -50,7 +50,7 @@ _PART_KERNELS = {"one_read": parts._one_read}
 _PARTS = 37  # programs of a row: a vocabulary of 151,936 in tiles of 4096
 
 
-def variants(width: int) -> Iterator[tuple[str, Variant]]:
+def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
     """Every kernel × divergence × sweep that a logit of `width` bytes can launch, with the kernel's name."""
     for name, definition in definitions().items():
         for decoupled in (False, True):
@@ -58,7 +58,7 @@ def variants(width: int) -> Iterator[tuple[str, Variant]]:
                 continue
             for online in definition.sweeps:
                 title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
-                tile = TABLE[online.tile, width]
+                tile = chosen((architecture, online.tile, width))
                 kernels = dict(_ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
                     kernels |= _CHUNK_KERNELS
@@ -72,11 +72,11 @@ def variants(width: int) -> Iterator[tuple[str, Variant]]:
         ("mixed_fkl", "fkl", False, {"mixed": True}),
     ):
         definition = definitions()[name]
-        tile = TABLE[rows.tile_class(definition.online, "argmax" in option), width]
+        tile = chosen((architecture, rows.tile_class(definition.online, "argmax" in option), width))
         for key, kernel in _ROW_KERNELS.items():
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
     for key, kernel in (("value", logprobs._value), ("gradient", logprobs._gradient)):
-        yield key, Variant("token_logprobs", kernel, TABLE["light", width])
+        yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
 
 
 def source(variant: Variant, dtype: str) -> Any:
@@ -180,7 +180,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main(architecture: str, dtype: str, *names: str) -> None:
     """Compile all variants (or those named) and print a JSON line each."""
-    for kernel, variant in variants(DTYPES[dtype][1]):
+    for kernel, variant in variants(DTYPES[dtype][1], architecture):
         if not names or variant.name in names:
             print(json.dumps(compile_variant(kernel, variant, dtype, architecture)), flush=True)
 

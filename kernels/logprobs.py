@@ -7,6 +7,8 @@ The token's column is held out of the sums, so that log q_y and 1 − q_y keep t
 logit for the value, one more and one write for the gradient. A row with a negative token reads nothing and gives 0.
 """
 
+from typing import Any
+
 import torch
 
 from .columns import load_side, spread
@@ -14,7 +16,7 @@ from .language import jit, tl
 from .online import log_sum
 from .rows import Side, pack, store_zeros
 from .split import about_side
-from .tiles import fitting
+from .tiles import Line, architecture, fitting
 
 SAVED = 4  # centre, lse above it, log q_y, H
 
@@ -86,14 +88,20 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
         store_zeros(grad, row, BLOCK)
 
 
-def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> None:
+def line(side: Side) -> Line:
+    """The line of the table that logits run with."""
+    return architecture(side.x.device), "light", side.x.element_size()
+
+
+def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> Any:
     """Fills `saved` (N, SAVED): centre, log-sum-exp above it, log q of the token, entropy; zeros where token < 0."""
     if len(saved):
         vocabulary = side.x.shape[2]
-        best = fitting("light", side.x.element_size(), vocabulary)
-        _value[(len(saved),)](
+        best = fitting(line(side), vocabulary)
+        return _value[(len(saved),)](
             pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
         )
+    return None
 
 
 def gradient(
@@ -103,12 +111,13 @@ def gradient(
     upstream: torch.Tensor,
     out: torch.Tensor,
     temperature: float,
-) -> None:
+) -> Any:
     """Writes upstream (N, 2) · d(log q_y, H)/dx into `out` (N, V), which may lie over the logits."""
     if len(out):
         vocabulary = side.x.shape[2]
-        best = fitting("light", side.x.element_size(), vocabulary)
-        _gradient[(len(out),)](
+        best = fitting(line(side), vocabulary)
+        return _gradient[(len(out),)](
             pack(side), tokens, saved, upstream, (out, *out.stride(), vocabulary), vocabulary, 1.0 / temperature,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
+    return None

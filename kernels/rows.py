@@ -11,6 +11,8 @@ Sweeps (each reads every logit once):
 
 A row whose label is negative is ignored: nothing of it is read, zeros are written. Columns whose teacher logit is −inf
 are outside the support: removed from both sides, gradient 0.
+
+Launchers return what Triton compiled: None in its interpreter and where there are no rows.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +36,7 @@ from .divergence import Definition, Online
 from .language import jit, tl, triton
 from .online import cross_entropy_advance, entropies_advance, log_sum
 from .split import about_side, meet, or_infinite, settle
-from .tiles import SMALLEST, Tile, fitting
+from .tiles import SMALLEST, Line, Tile, architecture, fitting
 
 SAVED = 14  # row scalars that the gradient sweep needs
 STATS = 11  # per-token statistics, in the order of fusedkd.KDStats
@@ -444,8 +446,14 @@ def sweep_of(problem: Problem) -> dict[str, Any]:
 
 def tile(problem: Problem, student: Side, teacher: Side) -> Tile:
     """The table's tile for a problem."""
+    return fitting(line(problem, student, teacher), problem.vocab_size)
+
+
+def line(problem: Problem, student: Side, teacher: Side) -> Line:
+    """The line of the table that a problem runs with."""
     width = max(student.x.element_size(), teacher.x.element_size())
-    return fitting(tile_class(problem.definition.sweep(problem.parameters), problem.argmax), width, problem.vocab_size)
+    kind = tile_class(problem.definition.sweep(problem.parameters), problem.argmax)
+    return architecture(student.x.device), kind, width
 
 
 def tile_class(online: Online, argmax: bool) -> str:
@@ -461,15 +469,16 @@ def value(
     loss: torch.Tensor,
     saved: torch.Tensor | None,
     stats: torch.Tensor | None,
-) -> None:
+) -> Any:
     """Fills the per-row `loss` (N,), the row scalars `saved` (N, SAVED) for `gradient`, and `stats` (N, STATS)."""
     n = loss.shape[0]
     if n:
         best = tile(problem, student, teacher)
-        _value[(n,)](
+        return _value[(n,)](
             label_ptr=labels, loss_ptr=loss, saved_ptr=saved, stats_ptr=stats,
             **arguments(problem, student, teacher), **sweep_of(problem), BLOCK=best.block, **best.options(),
         )  # fmt: skip
+    return None
 
 
 def gradient(
@@ -480,16 +489,17 @@ def gradient(
     saved: torch.Tensor,
     upstream: torch.Tensor,
     out: torch.Tensor,
-) -> None:
+) -> Any:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), any strides."""
     n = out.shape[0]
     if n:
         best = tile(problem, student, teacher)
-        _gradient[(n,)](
+        return _gradient[(n,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
             **arguments(problem, student, teacher), EXTRAS=problem.definition.extras,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
+    return None
 
 
 def value_and_gradient(
@@ -501,16 +511,17 @@ def value_and_gradient(
     out: torch.Tensor,
     loss: torch.Tensor,
     stats: torch.Tensor | None,
-) -> None:
+) -> Any:
     """Fills `loss` (N,), `stats` if given, and `out` with upstream_n · dloss_n/dx (upstream 1 if None)."""
     n = out.shape[0]
     if n:
         best = tile(problem, student, teacher)
-        _value_and_gradient[(n,)](
+        return _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
             grad=(out, *out.stride(), out.shape[1]),
             **arguments(problem, student, teacher), **sweep_of(problem), BLOCK=best.block, **best.options(),
         )  # fmt: skip
+    return None
 
 
 def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:

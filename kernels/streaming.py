@@ -8,6 +8,8 @@ What lies between the sweeps is a few numbers per row and is computed in torch (
 holds most of a row's mass is left out of dZ: its entry is minus the sum of all others (rows.py), known at the end.
 """
 
+from typing import Any
+
 import torch
 
 from .columns import load_numbers, load_pair, row_mix, row_values
@@ -113,12 +115,12 @@ def absorb(
     carry: torch.Tensor,
     first: int,
     with_stats: bool,
-) -> None:
+) -> Any:
     """Adds a chunk to `carry` (N, CARRY + online state). problem.vocab_size: how many of its columns are compared."""
     online, count = online_of(problem), carry.shape[1] - CARRY
     best = _tile(problem, student, teacher, student.x.shape[2])
     common = arguments(problem, student, teacher)
-    _absorb[(len(carry),)](
+    return _absorb[(len(carry),)](
         common["student"], common["teacher"], labels, carry, carry if with_stats else None, problem.vocab_size, first,
         common["scales"], common["numbers"], ADVANCE=online.advance, COUNT=count,
         BLOCK=best.block, **best.options(),
@@ -133,11 +135,11 @@ def add_sums(
     saved: torch.Tensor,
     sums: torch.Tensor,
     first: int,
-) -> None:
+) -> Any:
     """Adds a chunk's Σ f and Σ phi to `sums` (N, 3), beside the largest d."""
     best = _tile(problem, student, teacher, problem.vocab_size)
     common = arguments(problem, student, teacher)
-    _add_sums[(len(saved),)](
+    return _add_sums[(len(saved),)](
         common["student"], common["teacher"], labels, saved, sums, problem.vocab_size, first, common["scales"],
         common["numbers"], TERM=problem.definition.term, EXTRAS=problem.definition.extras,
         BLOCK=best.block, **best.options(),
@@ -154,11 +156,11 @@ def gradient(
     found: torch.Tensor,
     out: torch.Tensor,
     first: int,
-) -> None:
+) -> Any:
     """Writes a chunk's dZ into `out` (N, chunk); the likeliest token is left out and noted in `found` (N, FOUND)."""
     best = _tile(problem, student, teacher, out.shape[1])
     common = arguments(problem, student, teacher)
-    _gradient[(len(out),)](
+    return _gradient[(len(out),)](
         common["student"], common["teacher"], labels, saved, upstream, found, (out, *out.stride(), out.shape[1]),
         problem.vocab_size, first, common["scales"], common["numbers"], TERM=problem.definition.term,
         EXTRAS=problem.definition.extras, BLOCK=best.block, **best.options(),

@@ -18,6 +18,7 @@ import torch
 from test_commands import fusedkd_command
 from torch import Tensor
 
+from fusedkd import timing
 from fusedkd.bench import cases, gpu, measure, readme, results, rivals, sections, shapes, subjects, targets
 from fusedkd.bench.cases import Answer, Case, HeadInputs, RowInputs, answer, errors, make_inputs, relative, truth
 from fusedkd.bench.tables import tables
@@ -300,7 +301,7 @@ def fakes() -> dict[str, Callable[[str], Any]]:
 def bench(seconds: float | None = None) -> sections.Bench:
     """What a section works with, told nobody."""
     settings = sections.Settings("cpu", quick=True)
-    return sections.Bench(settings, measure.Clock("cpu"), measure.Deadline(seconds), lambda what, begins: None)
+    return sections.Bench(settings, timing.Clock("cpu"), measure.Deadline(seconds), lambda what, begins: None)
 
 
 @pytest.fixture
@@ -363,10 +364,10 @@ def test_rounds_are_interleaved() -> None:
 
         return run
 
-    rounds = list(measure.interleaved({name: work(name) for name in "abc"}, measure.Clock("cpu"), 9, lambda: True))
+    rounds = list(timing.interleaved({name: work(name) for name in "abc"}, timing.Clock("cpu"), 9, lambda: True))
     assert ran == ["a", "b", "c", "b", "c", "a", "a", "c", "c", "a"]
     assert rounds[1]["b"] == "ValueError: enough of this"
-    assert len(rounds) == 1 + measure.LEAST_ROUNDS
+    assert len(rounds) == 1 + timing.LEAST_ROUNDS
     assert set(rounds[3]) == {"a", "c"}
 
 

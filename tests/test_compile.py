@@ -37,7 +37,7 @@ def compiled(architecture: str, dtype: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("architecture", "dtype"), PAIRS, ids=lambda value: str(value))
 def test_compile(architecture: str, dtype: str) -> None:
     reports = compiled(architecture, dtype)
-    expected = {(variant.name, kernel) for kernel, variant in aot.variants(aot.DTYPES[dtype][1])}
+    expected = {(variant.name, kernel) for kernel, variant in aot.variants(aot.DTYPES[dtype][1], architecture)}
     assert {(r["name"], r["kernel"]) for r in reports} == expected
     for report in reports:
         assert report["stack"] == 0, report

@@ -1,6 +1,6 @@
 """Which implementation does the row work."""
 
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -9,17 +9,18 @@ from .kernels import parts as triton_parts
 from .kernels import rows as triton_rows
 from .kernels.language import HAS_TRITON, interpreted
 from .kernels.rows import Problem
+from .tuning import check, tuned
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 FEW_ROWS = 64  # half the multiprocessors of a large GPU; where it pays in time is not measured
 
 
-def row_functions(backend: str) -> ModuleType:
+def row_functions(backend: str) -> Any:
     """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
-    return triton_rows if backend == "triton" else cpu
+    return tuned(triton_rows) if backend == "triton" else cpu
 
 
-def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> ModuleType:
+def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> Any:
     """The module whose value, gradient and value_and_gradient serve logits (outer, inner, V) of one call."""
     if backend == "triton" and splits_rows(problem, x):
         return triton_parts
@@ -36,6 +37,7 @@ def choose_backend(asked: str, device: torch.device) -> str:
     """ "triton" or "torch" for a request. Raises where the request cannot be met: nothing falls back silently."""
     if asked not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {asked!r}')
+    check(device)
     if asked == "torch":
         return "torch"
     if device.type in TRITON_DEVICES:

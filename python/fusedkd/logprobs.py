@@ -4,7 +4,6 @@ The value pass makes a few rows of logits at a time and keeps four floats per ro
 overwrites them with dZ and feeds the two products of the head's gradient.
 """
 
-from types import ModuleType
 from typing import Any, Optional
 
 import torch
@@ -19,6 +18,7 @@ from .kernels.logprobs import SAVED
 from .ops import outside_autocast, refuse_double_backward, scaled
 from .planner import Shape, choose
 from .sides import Side, autocast, flattened, transform
+from .tuning import tuned
 
 
 def token_logprobs(
@@ -102,8 +102,8 @@ def _shape(rows: int, x: Tensor, weight: Tensor) -> Shape:
     )
 
 
-def _functions(backend: str) -> ModuleType:
-    return triton_logprobs if backend == "triton" else cpu_logprobs
+def _functions(backend: str) -> Any:
+    return tuned(triton_logprobs) if backend == "triton" else cpu_logprobs
 
 
 def _source(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], numbers: list[float]) -> chunked.Source:

@@ -11,7 +11,6 @@ every upstream gradient is exact, because the gradient is formed where it is kno
 """
 
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -26,11 +25,12 @@ from .kernels.rows import SAVED, STATS, Problem, Side
 from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
 from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
+from .tuning import tuned
 
 
-def functions_of(backend: str) -> ModuleType:
+def functions_of(backend: str) -> Any:
     """The module whose absorb, add_sums and gradient serve a resolved backend."""
-    return triton_streaming if backend == "triton" else cpu_streaming
+    return tuned(triton_streaming) if backend == "triton" else cpu_streaming
 
 
 class _Row(NamedTuple):
