@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,37 @@ class Spilled(Exception):
     """A compiled kernel keeps numbers in memory for want of registers."""
 
 
+class Call(NamedTuple):
+    """A launch with its tensors, and what of it matters to a search."""
+
+    name: str  # of the kernel
+    line: Line
+    columns: int
+    subject: str  # what is computed
+    written: list[Tensor]
+    launch: Callable[[], Any]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...]) -> Call:
+        """From a launcher of kernels/ and its arguments."""
+        given = inspect.signature(function).bind(*args).arguments
+        if "problem" in given:
+            problem = given["problem"]
+            line, columns = rows.line(problem, given["student"], given["teacher"]), problem.vocab_size
+            subject = problem.definition.name
+        else:
+            line, columns, subject = logprobs.line(given["side"]), given["side"].x.shape[2], "token_logprobs"
+        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        written = [given[key] for key in WRITTEN if given.get(key) is not None]
+        return cls(name, line, columns, subject, written, partial(function, *args))
+
+    @property
+    def place(self) -> str:
+        """The device's name."""
+        device = self.written[0].device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 class Search:
     """What was timed in this process: seconds by line of the table, kernel and tile."""
 
@@ -98,13 +129,10 @@ class Search:
 
     def launch(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a launcher of kernels/, after a search if it is the first with its line of the table."""
-        given = inspect.signature(function).bind(*args).arguments
-        line, columns = _looked_up(given)
-        written = [given[name] for name in WRITTEN if given.get(name) is not None]
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        call = Call.of(function, args)
         with self._one_at_a_time:
-            if len(written[0]) and (line, name) not in self._searched and not _capturing():
-                self._find(line, name, columns, partial(function, *args), written)
+            if len(call.written[0]) and (call.line, call.name) not in self._searched and not _capturing():
+                self._find(call)
             return function(*args)
 
     def best(self, line: Line) -> Tile:
@@ -115,45 +143,44 @@ class Search:
             return chosen(line)
         return min(common, key=lambda tile: sum(seconds[tile] / min(seconds.values()) for seconds in found))
 
-    def _find(self, line: Line, name: str, columns: int, launch: Callable[[], Any], written: list[Tensor]) -> None:
+    def _find(self, call: Call) -> None:
         """Time the candidates, print what was found, and put the best into the table."""
+        name, line = call.name, call.line
         tiles, usual = self.propose(line), chosen(line)
         widest = max(tile.block for tile in tiles)
-        if columns < widest:  # the table's tiles would be cut down, all to the same
+        if call.columns < widest:  # the table's tiles would be cut down, all to the same
             if (line, name) not in self._too_short:
-                _say(f"# {VARIABLE}=1: {name} is not tuned on {columns} columns; the widest tile has {widest}")
+                _say(f"# {VARIABLE}=1: {name} is not tuned on {call.columns} columns; the widest tile has {widest}")
             self._too_short.add((line, name))
             return
         self._searched.add((line, name))
-        times, failures = self._timed(line, name, tiles, launch, written)
-        device = written[0].device
-        place = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        _say(f"# {VARIABLE}=1: {name} on {place}, medians of {self.rounds}")
+        times, failures = self._timed(call, tiles)
+        about = f"{call.place}, {call.subject}, {len(call.written[0])} x {call.columns}"
+        _say(f"# {VARIABLE}=1: {name} on {about}, medians of {self.rounds}")
         for tile, seconds in sorted(times.items(), key=lambda item: item[1]):
-            _say(f"# {seconds * 1e3:10.4f} ms  {_call(tile)}{' (the table)' * (tile == usual)}")
+            _say(f"# {seconds * 1e3:10.4f} ms  {_call(tile)}{' (so far)' * (tile == usual)}")
         for tile, why in failures.items():
-            _say(f"#   left out    {_call(tile)}: {why}")
+            _say(f"#   left out     {_call(tile)}: {why}")
         if times:
             self.seconds.setdefault(line, {})[name] = times
-            TABLE[line] = replace(self.best(line), source=f"{place}, {len(written[0])} x {columns}")
+            TABLE[line] = replace(self.best(line), source=about)
             _say(as_code(line, TABLE[line]))
 
-    def _timed(
-        self, line: Line, name: str, tiles: list[Tile], launch: Callable[[], Any], written: list[Tensor]
-    ) -> tuple[dict[Tile, float], dict[Tile, str]]:
+    def _timed(self, call: Call, tiles: list[Tile]) -> tuple[dict[Tile, float], dict[Tile, str]]:
         """Median seconds of every tile that works, and why others do not. Leaves table and tensors as they were."""
-        before, kept = TABLE.get(line), [tensor.clone() for tensor in written]
-        clock = self.clock(str(written[0].device))
-        bar = _bar(f"{VARIABLE}=1: {name} {line}", len(tiles) * (1 + self.rounds))
+        line = call.line
+        before, kept = TABLE.get(line), [tensor.clone() for tensor in call.written]
+        clock = self.clock(str(call.written[0].device))
+        bar = _bar(f"{VARIABLE}=1: {call.name} {line}", len(tiles) * (1 + self.rounds))
 
         def attempt(tile: Tile) -> None:
             TABLE[line] = tile
-            spills = getattr(launch(), "n_spills", 0)  # of what Triton compiled; its interpreter returns nothing
+            spills = getattr(call.launch(), "n_spills", 0)  # of what Triton compiled; its interpreter returns nothing
             if spills:
                 raise Spilled(f"{spills} registers")
 
         def put_back() -> None:
-            for tensor, copy in zip(written, kept, strict=True):
+            for tensor, copy in zip(call.written, kept, strict=True):
                 tensor.copy_(copy)
 
         def timed(work: Callable[[], object]) -> float:
@@ -189,14 +216,6 @@ def _call(tile: Tile, source: str | None = None) -> str:
     registers = "" if tile.registers is None else f", {tile.registers}"
     named = "" if source is None else f', source="{source}"'
     return f"Tile({tile.block}, {tile.num_warps}{registers}{named})"
-
-
-def _looked_up(given: dict[str, Any]) -> tuple[Line, int]:
-    """The table's line for a launch, and its columns."""
-    if "problem" in given:
-        problem = given["problem"]
-        return rows.line(problem, given["student"], given["teacher"]), problem.vocab_size
-    return logprobs.line(given["side"]), given["side"].x.shape[2]
 
 
 def _capturing() -> bool:
