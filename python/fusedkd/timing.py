@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 K = TypeVar("K", bound=Hashable)
+Timer = Callable[[Callable[[], object]], float]  # runs something once; seconds
 
 FLUSH = 1 << 29  # bytes that are written before a call is timed: several times any GPU's L2
 LEAST_ROUNDS = 3
@@ -39,7 +40,7 @@ class Clock:
 
 
 def interleaved(
-    work: Mapping[K, Callable[[], object]], clock: Clock, rounds: int, enough: Callable[[], bool]
+    work: Mapping[K, Callable[[], object]], clock: Timer, rounds: int, enough: Callable[[], bool]
 ) -> Iterator[dict[K, float | str]]:
     """Yield round after round the seconds of each item, the first to warm up, the order turned by one every time.
 

@@ -29,14 +29,12 @@ from torch import Tensor
 from .kernels import logprobs, rows
 from .kernels.language import interpreted
 from .kernels.tiles import TABLE, Line, Tile, candidates, chosen
-from .timing import Clock, interleaved
+from .timing import Clock, Timer, interleaved
 
 VARIABLE = "FUSEDKD_TUNE"
 ROUNDS = 10  # timed launches of each candidate, after one to compile it
 TILED = ("value", "gradient", "value_and_gradient", "absorb", "add_sums")  # launches that take a tile of the table
 WRITTEN = ("loss", "saved", "stats", "out", "carry", "sums", "found")  # what launches may write, by parameter
-
-Timer = Callable[[Callable[[], object]], float]
 
 
 def wanted() -> bool:
