@@ -34,6 +34,7 @@ from cases import (
 )
 from close import assert_close, relative, rounding
 from test_logits import LAYOUTS
+from test_sync import MORE, OPTIONS, WAYS, at_once, logprob, small_chunks, step
 from torch import Tensor
 
 import fusedkd
@@ -215,17 +216,41 @@ def test_memory_budget(slack: float) -> None:
     assert peak <= budget
 
 
-@each("kind", ["logits", "heads"])
-def test_no_synchronisation(kind: str) -> None:
-    """Forward and backward never make the host wait."""
-    inputs = random_logits(70, V, torch.bfloat16) if kind == "logits" else random_heads(700, V, 64, torch.bfloat16)
-    answer(inputs, loss_of("drkl"))
+def never_waits(work: Callable[[], None]) -> None:
+    """The second time, with all kernels compiled, nothing makes the host wait."""
+    work()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        answer(inputs, loss_of("drkl"))
+        work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("kind", "schedule", "name"), WAYS)
+@each("reduction", ["mean", "none"])
+def test_no_synchronisation(
+    kind: str, schedule: str, name: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls of test_sync.py on a device that would be waited for."""
+    small_chunks(monkeypatch)
+    never_waits(lambda: step(kind, "cuda", schedule=schedule, divergence=name, reduction=reduction))
+
+
+@pytest.mark.parametrize(("kind", "schedule", "more"), OPTIONS)
+def test_no_synchronisation_for_options(kind: str, schedule: str, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What adds work between the kernels."""
+    small_chunks(monkeypatch)
+    never_waits(lambda: step(kind, "cuda", schedule=schedule, **MORE[more]("cuda")))
+
+
+def test_no_synchronisation_elsewhere() -> None:
+    """kd_value_and_grad and token_logprobs; torch's check hears what is documented to wait."""
+    never_waits(lambda: at_once("cuda"))
+    for kind in ("logits", "heads"):
+        never_waits(lambda kind=kind: logprob(kind, "cuda"))
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        never_waits(lambda: step("heads", "cuda", drop_ignored=True))
 
 
 MEMCHECK = """

@@ -430,7 +430,8 @@ def _denominator(call: _Call, num_items: float | torch.Tensor | None) -> torch.T
     where = call.operands[0]
     assert where is not None
     if isinstance(num_items, torch.Tensor):
-        return num_items.detach().to(device=where.device, dtype=torch.float32)
+        # From a CPU the host goes on once the number is staged; to a CPU it must wait, or would read too early.
+        return num_items.detach().to(where.device, torch.float32, non_blocking=not where.is_cpu)
     if num_items is not None:
         return torch.full((), float(num_items), device=where.device)
     if call.counted is None:
