@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkd
-from fusedkd import chunked, gemm, planner
+from fusedkd import chunked, gemm, loss, planner
 from fusedkd.kernels.language import interpreted
 
 N, V, D, K = 384, 20_000, 8, 12  # rows, vocabulary, widths of student and teacher; a chunk of rows is 128 on a CPU
@@ -323,6 +323,42 @@ def test_logits_in_triton(layout: str) -> None:
     backward = measure(lambda: torch.autograd.grad(graph[0], student))
     assert max(backward.sizes) == student.numel() * 4
     assert sum(backward.sizes) <= student.numel() * 4 + student.shape[:-1].numel() * 256
+
+
+@each("rows", [1, N])
+@each("frozen", ["", "weight"])
+@each("dtype", [torch.float32, torch.bfloat16])
+def test_streaming(rows: int, frozen: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens too keep what was announced, which is no more than the chunked schedule announces."""
+    seen: list[planner.Chosen] = []
+    original = planner.choose_schedule
+    monkeypatch.setattr(loss, "choose_schedule", lambda *args: seen.append(original(*args)) or seen[-1])
+    call = heads(dtype, frozen=frozen, rows=rows)
+    for schedule in ("streaming", "chunked"):
+        call.run(schedule=schedule)
+        assert measure(lambda schedule=schedule: call.run(schedule=schedule)).peak <= seen[-1].workspace
+    assert seen[0].workspace <= seen[-1].workspace
+
+
+@each("shared", [("weight",), ("hidden",), ("weight", "hidden"), ()])
+def test_autocast_casts_what_is_shared_once(shared: tuple[str, ...]) -> None:
+    """Self-distillation: one half-precision copy of the operands that both sides have; the same numbers either way."""
+    hidden, weight = torch.randn(40, D).requires_grad_(), torch.randn(3001, D).requires_grad_()
+    student = fusedkd.Head(hidden, weight)
+    made = {"hidden": torch.randn(40, D), "weight": torch.randn(3001, D)}
+    theirs = fusedkd.Head(**made | {part: getattr(student, part) for part in shared})
+
+    def run(teacher: fusedkd.Head) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = fusedkd.kd_loss(student, teacher, divergence="rkl")
+        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+    copied = fusedkd.Head(*(x.detach().clone() for x in theirs[:2]))
+    for one, other in zip(run(theirs), run(copied), strict=True):
+        assert torch.equal(one, other)
+    for part, operand in (("hidden", hidden), ("weight", weight)):
+        copies = [measure(lambda teacher=t: run(teacher)).sizes.count(2 * operand.numel()) for t in (theirs, copied)]
+        assert copies[1] - copies[0] == (part in shared)
 
 
 class Run(NamedTuple):

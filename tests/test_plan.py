@@ -68,6 +68,21 @@ def test_auto_keeps_a_budget_that_either_schedule_keeps() -> None:
     assert fusedkd.plan(8192, 32_000, 512, 1024, memory_budget=32 << 20, **options).schedule == "chunked"
 
 
+@each("rows", [1, 16, 128, 2048, 8192])
+@each("device", ["cpu", "H200"])
+@each("dtype", [torch.float32, torch.bfloat16])
+@each("frozen", [(), ("weight",), ("hidden", "weight")])
+def test_streaming_never_takes_more(rows: int, device: str, dtype: torch.dtype, frozen: tuple[str, ...]) -> None:
+    """It is asked for to save memory: few tokens do not make its chunks the whole vocabulary, nor many its sums."""
+    for vocabulary in (32_000, 151_936):
+        chunked, streaming = (
+            fusedkd.plan(rows, vocabulary, 256, 512, dtype, device=device, frozen=frozen, schedule=schedule)
+            for schedule in ("chunked", "streaming")
+        )
+        assert streaming.workspace <= chunked.workspace
+        assert streaming.columns_per_chunk >= 128, "one tile of a product"
+
+
 def test_it_reads_well() -> None:
     """Every figure with its unit."""
     text = str(fusedkd.plan(8192, 151_936, 2048, 4096, device="H200"))

@@ -34,8 +34,8 @@ KINDS = ("head-head", "head-logits", "logits-head")
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 128 columns, so that a few hundred columns are several chunks and a rest."""
-    monkeypatch.setattr(planner, "_STREAM_LEAST", 128)
-    monkeypatch.setattr(planner, "_STREAM_LOGITS", 128)
+    for name in ("_STREAM_LEAST", "_CPU_STREAM", "_GPU_STREAM"):
+        monkeypatch.setattr(planner, name, 128)
 
 
 def sides(kind: str, lead: tuple[int, ...] = LEAD, student: int = VOCABULARY, teacher: int = VOCABULARY) -> list[Any]:

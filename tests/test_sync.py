@@ -70,7 +70,7 @@ class Host(TorchDispatchMode):
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them in these small calls."""
-    for name, value in {"_STREAM_LEAST": 128, "_STREAM_LOGITS": 128, "_GPU_INNER": 8}.items():
+    for name, value in {"_STREAM_LEAST": 128, "_GPU_STREAM": 128, "_GPU_INNER": 8}.items():
         monkeypatch.setattr(planner, name, value)
 
 

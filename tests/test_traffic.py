@@ -16,6 +16,7 @@ from cases import ALL, IGNORE, Case, each
 from torch import Tensor
 
 import fusedkd
+from fusedkd import planner, streaming
 from fusedkd.kernels.divergence import Definition
 from fusedkd.kernels.divergences import REGISTRY
 from fusedkd.kernels.language import formula, interpreted
@@ -276,3 +277,48 @@ def test_columns_beyond_the_vocabulary() -> None:
         assert 2 * N * 100 <= moved.count("load", logits) <= 2 * N * 100 + 2 * N
     assert moved.count("store", grad) == N * V
     assert not grad[:, 100:].any()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The passes over the vocabulary of a streamed call, forward then backward, kept alive; several chunks each."""
+    seen: list[Any] = []
+    original = streaming._pass
+
+    def noted(*args: Any) -> Any:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(streaming, "_pass", noted)
+    for name in ("_STREAM_LEAST", "_CPU_STREAM"):
+        monkeypatch.setattr(planner, name, 256)
+    return seen
+
+
+@each("case", [("drkl", {}), ("jsd", {}), ("toy", {})])
+@each("dtype", [torch.float32, torch.bfloat16])
+@each("teacher_kind", ["head", "logits"])
+def test_streaming(case: Case, dtype: torch.dtype, teacher_kind: str, passes: list[Any]) -> None:
+    """Recomputed logits: the value's sweeps read each once, the gradient's once more and writes dZ over the student's.
+
+    Beside them a few numbers per row and chunk travel between the launches.
+    """
+    name, params = case
+    logits, theirs, labels = problem(dtype)
+    hidden, weight = (torch.randn(rows, 8).to(dtype).requires_grad_() for rows in logits.shape)
+    teacher = theirs if teacher_kind == "logits" else fusedkd.Head(*(torch.randn(n, 4).to(dtype) for n in theirs.shape))
+    options = {"divergence": fusedkd.divergence(name, **params), "schedule": "streaming", "backend": "triton"}
+    with traffic() as forward:
+        loss = fusedkd.kd_loss(fusedkd.Head(hidden, weight), teacher, labels, drop_ignored=False, **options)
+    with traffic() as backward:
+        torch.autograd.grad(loss, [hidden, weight])
+    assert [made.width < V for made in passes] == [True, True]
+    for moved, made, reads, writes in ((forward, passes[0], sweeps(case), 0), (backward, passes[1], 1, N * V)):
+        student, kept = made.buffers
+        kept = theirs if kept is None else kept
+        assert_reads(moved, student, reads)
+        assert_reads(moved, kept, reads)
+        assert moved.count("store", student) == writes
+        assert moved.count("store", kept) == 0
+        chunks = -(-V // made.width)
+        assert moved.other(student, kept) <= N * chunks * reads * 4 * 64

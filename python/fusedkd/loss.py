@@ -11,7 +11,7 @@ from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
 from .kernels.divergence import Form
 from .planner import Shape, choose_schedule, sweeps_of, whole_rows
-from .sides import Side, autocast, detached, flattened, transform
+from .sides import Side, both_autocast, flattened, transform
 
 
 class KDStats(NamedTuple):
@@ -84,7 +84,9 @@ def kd_loss(
     Args:
         student: (..., V) logits, float32, bfloat16, float16 (float64 with backend="torch"), any strides; or a `Head`.
             Gradients flow here, to the logits or to hidden, weight and bias.
-        teacher: likewise, with its own V and width. No gradient ever flows into it.
+        teacher: likewise, with its own V and width. No gradient ever flows into it. A weight or hidden states that both
+            Heads share (self-distillation) are held once, also as autocast's copy; the four products remain, because
+            sides that differ in either have different logits, and sides that differ in neither have the loss 0.
         labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count. Others must lie in
             [0, vocab_size): an error on the CPU; on a GPU (and inside torch.compile), where looking would synchronise,
             such a row is masked like an ignored one, unless FUSEDKD_CHECK=1 asks for the error.
@@ -274,7 +276,7 @@ def _prepare(
     if token_weights is not None:
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
-    student, teacher = autocast(student), autocast(detached(teacher))
+    student, teacher = both_autocast(student, teacher)
     operands = [*flattened(student), *flattened(teacher)]
     x, teacher_x = operands[0], operands[3]
     assert x is not None and teacher_x is not None

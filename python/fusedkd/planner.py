@@ -26,7 +26,9 @@ _CPU_INNER, _GPU_INNER = 128, 512  # a logit GEMM loses less than 10 % to re-rea
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
 _STREAM_LEAST = 512  # columns of a chunk: fewer, and a product re-reads all hidden states too often
-_STREAM_LOGITS = 1 << 24  # logits of a chunk
+_STREAM_NARROW = 128  # one tile of a product: what is given up for memory ends here
+LIKELIEST_ROWS = 1024  # rows at a time that get the streamed gradient of their likeliest token
+_CPU_STREAM, _GPU_STREAM = 1 << 22, 1 << 24  # logits of a chunk: what feeds a product on few cores, four waves on many
 _GENEROUS = 1 << 30  # dZ may take as much as dW, or this
 
 
@@ -112,10 +114,12 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     total = shape.rows * (_ROW_BYTES + _STREAM_ROW * shape.accumulator_bytes)
     sides = bool(shape.student_width) + bool(shape.teacher_width)
     total += shape.rows * width * sides * shape.logit_bytes
-    if shape.student_width and shape.needs_gradient:
+    if shape.student_width and shape.needs_gradient and shape.logit_bytes != shape.dz_bytes:
         total += shape.rows * width * shape.dz_bytes
     if shape.needs_hidden and shape.student_dim:
-        total += 2 * shape.rows * shape.student_dim * shape.accumulator_bytes
+        total += 3 * min(shape.rows, LIKELIEST_ROWS) * shape.student_dim * shape.accumulator_bytes
+        if shape.hidden_bytes < shape.accumulator_bytes:
+            total += shape.rows * shape.student_dim * shape.accumulator_bytes
     if shape.needs_weight and shape.student_dim:
         total += width * (shape.student_dim + 1) * shape.accumulator_bytes
         total += 2 * shape.rows * shape.student_dim * shape.accumulator_bytes  # rows whose likeliest token is put back
@@ -130,9 +134,17 @@ def streaming_workspace(shape: Shape, width: int) -> int:
 
 
 def choose_width(shape: Shape, memory_budget: int | None) -> int:
-    """Vocabulary columns per streamed chunk. Raises ValueError with the least that would do."""
+    """Vocabulary columns per streamed chunk. Raises ValueError with the least that would do.
+
+    Wide enough to feed the products, but not so wide that the call takes more than the chunked schedule would: with few
+    tokens a chunk of that many logits is the whole vocabulary, and memory is what this schedule is asked for.
+    """
     vocabulary = max(shape.student_width, shape.teacher_width, shape.student_logits, 1)
-    width = min(vocabulary, max(_STREAM_LEAST, _STREAM_LOGITS // max(shape.rows, 1) // _STREAM_LEAST * _STREAM_LEAST))
+    logits = _CPU_STREAM if shape.on_cpu else _GPU_STREAM
+    width = min(vocabulary, max(_STREAM_LEAST, logits // max(shape.rows, 1) // _STREAM_LEAST * _STREAM_LEAST))
+    chunked = choose(shape, None).workspace
+    while width > _STREAM_NARROW and streaming_workspace(shape, width) > chunked:
+        width = max(_STREAM_NARROW, width // 2)
     while memory_budget is not None and streaming_workspace(shape, width) > memory_budget:
         if width == 1:
             least = streaming_workspace(shape, 1)
@@ -228,7 +240,8 @@ def plan(
             is the student's). dtype: of both heads.
         divergence, memory_budget, schedule, reduction, logits_dtype: as given to `kd_loss`.
         device: a torch device, or a part by name ("A100", "H100", "H200", "B200"): its ceilings give the expected time.
-        frozen: "hidden" and/or "weight" of the student, if they need no gradient.
+        frozen: "hidden" and/or "weight" of the student, if they need no gradient. A weight that the teacher shares
+            counts in full: its product with other hidden states is another product.
 
     Raises:
         ValueError, TypeError: naming the argument; for a budget that cannot be kept, with the least that would do.

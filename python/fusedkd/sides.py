@@ -5,6 +5,7 @@ import torch
 from .head import Head
 
 Side = torch.Tensor | Head
+_PARTS = ("hidden", "weight", "bias")
 
 
 def autocast(side: Side) -> Side:
@@ -14,6 +15,15 @@ def autocast(side: Side) -> Side:
     dtype = torch.get_autocast_dtype(side.hidden.device.type)
     bias = None if side.bias is None else side.bias.to(dtype)
     return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype), bias=bias)
+
+
+def both_autocast(student: Side, teacher: Side) -> tuple[Side, Side]:
+    """`autocast` of the student and of the detached teacher. What is one tensor on both sides is cast once."""
+    ours = autocast(student)
+    if isinstance(student, Head) and isinstance(teacher, Head):
+        shared = {part: getattr(ours, part) for part in _PARTS if getattr(student, part) is getattr(teacher, part)}
+        teacher = teacher._replace(**shared)
+    return ours, autocast(detached(teacher))
 
 
 def detached(side: Side) -> Side:

@@ -25,6 +25,7 @@ from .kernels.rows import SAVED, STATS, Problem, Side
 from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
 from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
+from .planner import LIKELIEST_ROWS
 from .tuning import tuned
 
 
@@ -205,7 +206,9 @@ def _backward_pass(
     else:
         grad_weight[total:] = 0
         grad_bias[total:] = 0
-    sum_x = x.new_zeros((n, x.shape[-1]), dtype=wide) if weight is not None and needs[0] else None
+    sum_x = None
+    if weight is not None and needs[0]:
+        sum_x = grad_x.zero_() if grad_x.dtype == wide else torch.zeros_like(grad_x, dtype=wide)
     found = x.new_zeros((n, FOUND), dtype=wide)
     found[:, 1] = -1
     dtype = x.dtype if weight is None else gradient_dtype(x)
@@ -213,7 +216,9 @@ def _backward_pass(
     direct = weight_grad is not None and dtype != torch.float16
     size = upstream.new_ones(()) if direct else size_of(upstream)
     scaled = (upstream / size).contiguous()
-    room = x.new_empty((n, sweep.width), dtype=dtype) if weight is not None else None
+    room = sweep.buffers[0]  # dZ lies over the student's logits where it has their dtype
+    if room is not None and room.dtype != dtype:
+        room = x.new_empty((n, sweep.width), dtype=dtype)
     for start, stop, part, s, t in sweep:
         if room is None:
             dz = grad_x.view(n, -1)[:, start:stop]
@@ -234,7 +239,7 @@ def _backward_pass(
         sum_x *= size
     whole_weight = grad_weight if weight_grad is None else weight_grad
     _likeliest(problem, labels, saved, upstream, found, student, (grad_x, whole_weight, grad_bias), sum_x, needs)
-    if sum_x is not None:
+    if sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return grad_x, grad_weight, grad_bias
 
@@ -290,7 +295,8 @@ def _likeliest(
         flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
         return
     if sum_x is not None:
-        sum_x += g.unsqueeze(-1) * student.weight[at].to(sum_x.dtype)
+        for sums, slopes, tokens in zip(*(x.split(LIKELIEST_ROWS) for x in (sum_x, g, at)), strict=True):
+            sums += slopes.unsqueeze(-1) * student.weight[tokens].to(sums.dtype)
     if not (needs[1] or needs[2]):
         return
     # Many rows may share a token: their entries are summed in the wide dtype first, one segment per token.
