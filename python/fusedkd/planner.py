@@ -20,7 +20,7 @@ from .dtypes import logit_dtype
 from .gemm import UPCAST_ROWS
 from .kernels.divergence import Form
 
-_BLOCK_COPIES = 16  # block-sized tensors alive at once in cpu.py
+_BLOCK_COPIES = 20  # block-sized tensors alive at once in cpu.py and cpu_streaming.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
 _CPU_INNER, _GPU_INNER = 128, 512  # a logit GEMM loses less than 10 % to re-reading the weight at these heights
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
