@@ -1,7 +1,8 @@
 """Compile the row kernels for any target without a GPU, as a launch with contiguous, 16-byte aligned rows would.
 
 `python -m fusedkd.kernels.aot ARCH DTYPE [NAME ...]` compiles every kernel of every divergence in this process and
-prints a JSON line for each: registers and stack are read with the cuobjdump that ships in the Triton wheel.
+prints a JSON line for each: registers, stack and instructions per logit pair are read with the cuobjdump that ships in
+the Triton wheel.
 """
 
 import importlib
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import logprobs, parts, rows, streaming
+from . import logprobs, parts, rows, sass, streaming
 from .divergence import TWO_SWEEPS, Definition, Online
 from .divergences import definitions
 from .language import triton
@@ -139,7 +140,11 @@ def source(variant: Variant, dtype: str) -> Any:
 
 
 def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str) -> dict[str, Any]:
-    """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes."""
+    """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes.
+
+    "instructions" are those of each loop over columns, in the order of the machine code, per logit pair (sass.py); per
+    logit where there is one side, and where a loop only writes.
+    """
     target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
     limit = variant.tile.registers
     registers = {"maxnreg": limit} if limit and architecture.startswith("sm_") else {}
@@ -159,6 +164,10 @@ def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str
     }
     if "cubin" in built.asm:
         report |= _resources(built.asm["cubin"])
+        listing = _cuobjdump(built.asm["cubin"], "--dump-sass")
+        elements = variant.tile.block // (32 * variant.tile.num_warps)
+        sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
+        report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
         lanes = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
         report["load_bytes"] = max((int(n) * int(bits) // 8 for n, bits in lanes), default=0)
     else:
@@ -168,14 +177,18 @@ def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
+    text = _cuobjdump(cubin, "-res-usage")
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    assert registers and stack, text
+    return {"registers": int(registers.group(1)), "stack": int(stack.group(1))}
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
-    assert registers and stack, text
-    return {"registers": int(registers.group(1)), "stack": int(stack.group(1))}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main(architecture: str, dtype: str, *names: str) -> None:
