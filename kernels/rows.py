@@ -308,6 +308,7 @@ def _whole_gradient(
 ):
     """The last sweep over a whole row, the likeliest token included."""
     found = gradient_sweep(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+    tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
     store_likeliest(row, label, scales, grad, found, scalars[10], upstream)
 
 
