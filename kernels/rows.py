@@ -238,8 +238,23 @@ def _row_scalars(
 
 
 @jit
-def gradient_tile(columns, row, y, label, scales, mix, grad, scalars, upstream, theta, found, TERM):
-    """Writes a tile of the gradient but for the likeliest token; `found` is what gradient_sweep returns, so far."""
+def _by_four(x, BLOCK: tl.constexpr):
+    """Four neighbours lie in one thread: reducing over them takes no shuffle, and the threads meet behind the loop."""
+    return tl.reshape(x, (BLOCK // 4, 4))
+
+
+@jit
+def nothing_found(BLOCK: tl.constexpr):
+    """What gradient_tile starts from: the likeliest token, the sum of the others, its student logit and its slope."""
+    zeros = tl.zeros((BLOCK // 4,), tl.float32)
+    return tl.full((BLOCK // 4,), -1, tl.int32), zeros, zeros, zeros
+
+
+@jit
+def gradient_tile(
+    columns, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, found, TERM, BLOCK: tl.constexpr
+):
+    """Writes a tile of the gradient, 0 for the likeliest token; returns `found`, spread over threads, with the tile."""
     s, t, live, slope, cols = columns
     inv_tau, factor, ce = scales
     c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
@@ -248,19 +263,36 @@ def gradient_tile(columns, row, y, label, scales, mix, grad, scalars, upstream, 
     z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
     q = tl.exp(z - l_s)
     f, phi = TERM(q, tl.exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    likeliest = tl.where(live & (cols != y), q, 0.0) > 0.5
     g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
-    likeliest = live & (q > 0.5) & (cols != y)
-    rest += tl.sum(tl.where(likeliest, 0.0, g))
-    top = tl.maximum(top, tl.max(tl.where(likeliest, cols, -1)))
-    s_top += tl.sum(tl.where(likeliest, s, 0.0))  # at most one; `grad` may lie over the logits, so no later read
-    slope_top += tl.sum(tl.where(likeliest, slope, 0.0))
-    g = tl.where(s > -1e30, upstream * factor * inv_tau * g, 0.0)
+    g = tl.where(likeliest, 0.0, g)
+    rest += tl.sum(_by_four(g, BLOCK), 1)
+    top = tl.maximum(top, tl.max(_by_four(tl.where(likeliest, cols, -1), BLOCK), 1))
+    # At most one is not 0; `grad` may lie over the logits, so it cannot be read later.
+    s_top += tl.sum(_by_four(tl.where(likeliest, s, 0.0), BLOCK), 1)
+    if softcap is not None:
+        slope_top += tl.sum(_by_four(tl.where(likeliest, slope, 0.0), BLOCK), 1)
+    # Multiplied after it is masked: a select moved behind the rounding to half precision would undo its packing.
+    g = tl.where(s > -1e30, g, 0.0) * (upstream * factor * inv_tau)
     if ce is not None:
         g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == label, 1.0, 0.0))
+        g = tl.where(likeliest, 0.0, g)
     at = grad_ptr + row * stride_n + spread(cols, grad[2])
-    g = tl.where(likeliest, 0.0, g)
     tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
     return top, rest, s_top, slope_top
+
+
+@jit
+def all_found(found, student):
+    """The likeliest token (−1: none), the sum of the others, its student logit and its slope."""
+    top, rest, s_top, slope_top = found
+    if student[8] is None:
+        slope = 1.0
+        if student[7] is not None:
+            slope = slope * student[7]
+    else:
+        slope = tl.sum(slope_top)
+    return tl.max(top), tl.sum(rest), tl.sum(s_top), slope
 
 
 @jit
@@ -291,15 +323,15 @@ def gradient_sweep(
     if ce is not None:
         seen = width
     tiles = tl.cdiv(width, BLOCK)
-    top, rest, s_top, slope_top = -1, 0.0, 0.0, 0.0
+    top, rest, s_top, slope_top = nothing_found(BLOCK)
     for tile in range(0, tiles):
         cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
         s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < seen)
-        found = (top, rest, s_top, slope_top)
         top, rest, s_top, slope_top = gradient_tile(
-            (s, t, live, slope, cols), row, y, label, scales, mix, grad, scalars, upstream, theta, found, TERM
-        )
-    return top, rest, s_top, slope_top
+            (s, t, live, slope, cols), row, y, label, scales, mix, student[8], grad, scalars, upstream, theta,
+            (top, rest, s_top, slope_top), TERM, BLOCK,
+        )  # fmt: skip
+    return all_found((top, rest, s_top, slope_top), student)
 
 
 @jit

@@ -19,7 +19,7 @@ from ..online import moments_advance, moments_init, moments_ratio, remainder_sum
 @formula
 def term(q, p, logq, logp, delta, theta):
     """f = q·rem2(δ), phi = −q·δ."""
-    return rem2_product(q, p, delta), -q * delta
+    return rem2_product(q, p, delta), -1.0 * q * delta
 
 
 @formula
