@@ -47,6 +47,12 @@ def _torch_softplus(x):
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
+@formula(torch=torch.exp)
+def exp(x):
+    """e^x for the elements of a row: flushing what is below 1e-38 takes two instructions, keeping it five."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
 @formula
 def expm1_ratio(x):
     """(e^x − 1)/x for |x| < 1/2, by its series."""

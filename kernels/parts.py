@@ -36,11 +36,13 @@ from .rows import (
     Problem,
     Side,
     add_terms,
+    all_found,
     arguments,
     close,
     gradient_tile,
     ignore,
     label_of,
+    nothing_found,
     store_likeliest,
     sweep_of,
     take_tile,
@@ -183,20 +185,24 @@ def _concluded(
 
 @jit
 def _write(
-    columns, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, found_ptr, done_ptr,
-    TERM, LANES: tl.constexpr,
+    columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, found_ptr, done_ptr,
+    TERM, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient; whoever is last of the row also writes the likeliest token's entry."""
-    nothing = (-1, 0.0, 0.0, 0.0)
-    found = gradient_tile(columns, row, label, label, scales, mix, grad, scalars, upstream, theta, nothing, TERM)
+    found = gradient_tile(
+        columns, row, label, label, scales, mix, student[8], grad, scalars, upstream, theta, nothing_found(BLOCK),
+        TERM, BLOCK,
+    )  # fmt: skip
+    top, rest, s_top, slope_top = all_found(found, student)
     at = found_ptr + (row * parts + part) * 4
-    for i in tl.static_range(4):
-        tl.store(at + i, found[i] + 0.0)
+    tl.store(at, top + 0.0)
+    tl.store(at + 1, rest)
+    tl.store(at + 2, s_top)
+    tl.store(at + 3, tl.where(top >= 0, slope_top, 0.0))
     tl.debug_barrier()
     if tl.atomic_add(done_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1:
         lane = tl.arange(0, LANES)
-        all_found = found_ptr + (row * parts + lane) * 4
-        top, rest, s_top, slope_top = _lanes(all_found, lane < parts, 4, 0.0)
+        top, rest, s_top, slope_top = _lanes(found_ptr + (row * parts + lane) * 4, lane < parts, 4, 0.0)
         top = tl.max(tl.where(lane < parts, top, -1.0)).to(tl.int32)
         whole = (top, tl.sum(rest), tl.sum(s_top), tl.sum(slope_top))
         store_likeliest(row, label, scales, grad, whole, scalars[10], upstream)
@@ -298,8 +304,8 @@ def _gradient(
         if upstream_ptr is not None:
             upstream = tl.load(upstream_ptr + row)
         _write(
-            columns, row, part, parts, label, scales, row_mix(numbers[2], row), grad,
-            load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr, TERM, LANES,
+            columns, student, row, part, parts, label, scales, row_mix(numbers[2], row), grad,
+            load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr, TERM, LANES, BLOCK,
         )  # fmt: skip
     else:
         _zero(row, part, grad, BLOCK)
@@ -359,8 +365,8 @@ def _one_read(
                 if upstream_ptr is not None:
                     upstream = tl.load(upstream_ptr + row)
                 _write(
-                    columns, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                    found_ptr, meeting_ptr + 2 * N, TERM, LANES,
+                    columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
+                    found_ptr, meeting_ptr + 2 * N, TERM, LANES, BLOCK,
                 )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
         _zero(row, part, grad, BLOCK)

@@ -34,6 +34,7 @@ from .columns import (
 )
 from .divergence import Definition, Online
 from .language import jit, tl, triton
+from .maths import exp
 from .online import cross_entropy_advance, entropies_advance, log_sum
 from .split import about_side, meet, or_infinite, settle
 from .tiles import SMALLEST, Line, Tile, architecture, fitting
@@ -261,8 +262,8 @@ def gradient_tile(
     top, rest, s_top, slope_top = found
     grad_ptr, stride_n, _, width = grad
     z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
-    q = tl.exp(z - l_s)
-    f, phi = TERM(q, tl.exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    q = exp(z - l_s)
+    f, phi = TERM(q, exp(u - l_t), z - l_s, u - l_t, d - r, theta)
     likeliest = tl.where(live & (cols != y), q, 0.0) > 0.5
     g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
     g = tl.where(likeliest, 0.0, g)
