@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import targets
+from . import instructions, targets
 from .results import committed, is_gpu, machine
 from .tables import SECTIONS, markdown
 
@@ -35,6 +35,8 @@ def block(folder: Path) -> str:
     for result in [result for result in results if is_gpu(result)] or [None]:
         parts += [f"{machine(result)['name']}:"] if result else []
         parts.append(_goals(targets.GPU, result))
+    if counts := instructions.committed(folder):
+        parts.append(markdown(counts).strip())
     return "\n\n".join([*parts, END])
 
 

@@ -1,4 +1,5 @@
-"""Every kernel × divergence compiles for real GPUs at the tiles of the table: no spills, 16-byte loads. Needs no GPU.
+"""Every kernel × divergence compiles for real GPUs at the tiles of the table: no spills, 16-byte loads, and no more
+instructions per logit pair than were reached. Needs no GPU.
 
 Compilation runs in subprocesses, one per architecture and dtype: a compiler crash is a red test, not a dead pytest.
 """
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fusedkd.bench.instructions import BUDGETS
+
 aot = pytest.importorskip("fusedkd.kernels.aot")
 if not aot.rows.triton:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -19,6 +22,16 @@ FULL = os.environ.get("FUSEDKD_COMPILE") == "all"
 # One dtype per architecture in CI, chosen so that each dtype is compiled; the full product by `make compile-all`.
 SAMPLE = [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_100", "float32"), ("gfx942", "bfloat16")]
 PAIRS = [(arch, dtype) for arch in aot.ARCHITECTURES for dtype in aot.DTYPES] if FULL else SAMPLE
+# OVER BUDGET: what rkl takes today in each sweep in bfloat16 on sm_90, where bench/instructions.py allows less. These
+# are no goals: a sweep may not take more, and one that comes into its budget leaves this table.
+VALUE = "every tile reduces 2 maxima and 4 sums over the block and shifts the sums, and divides rows for the teacher"
+GRADIENT = "held-out label, −inf, the student's −inf and the likeliest token are four masks of every pair"
+OVER_BUDGET = {
+    ("value", 0): (64.2, VALUE),
+    ("gradient", 0): (34.8, GRADIENT),
+    ("value_and_gradient", 0): (64.7, f"{VALUE}; the value is taken from this sweep, not from the second"),
+    ("value_and_gradient", 1): (32.2, GRADIENT),
+}
 
 
 def compiled(architecture: str, dtype: str) -> list[dict[str, Any]]:
@@ -44,3 +57,15 @@ def test_compile(architecture: str, dtype: str) -> None:
         assert report["shared"] <= aot.SHARED[architecture], report
         if architecture.startswith("sm_"):
             assert report["load_bytes"] == 16, report
+            assert report["instructions"], report
+    if (architecture, dtype) == ("sm_90", "bfloat16"):
+        within_budgets({r["kernel"]: r["instructions"] for r in reports if r["name"] == "rkl"})
+
+
+def within_budgets(instructions: dict[str, list[float]]) -> None:
+    """rkl's sweeps keep their budgets, or those that do not stay where they are."""
+    for kernel, budgets in BUDGETS.items():
+        for sweep, (found, budget) in enumerate(zip(instructions[kernel], budgets, strict=False)):
+            ceiling, reason = OVER_BUDGET.get((kernel, sweep), (budget, ""))
+            assert found <= ceiling, f"{kernel}, sweep {sweep}: {found} > {ceiling}, budget {budget}; {reason}"
+            assert found > budget or not reason, f"{kernel}, sweep {sweep} is in its budget: take it out of OVER_BUDGET"

@@ -1,0 +1,98 @@
+"""Instructions per logit pair of the compiled kernels: a result file that takes a compiler and no GPU.
+
+    python -m fusedkd.bench.instructions --out bench/results
+
+The divergences below are compiled by kernels/aot.py and counted by kernels/sass.py, in about two minutes. The README
+takes its table from the file. Any other kernel: python -m fusedkd.kernels.aot sm_90 bfloat16 NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..commands import make_folder
+from ..kernels.language import triton
+from .tables import Table
+
+ARCHITECTURE = "sm_90"
+DTYPES = ("bfloat16", "float32")
+FILE = "instructions.json"
+KERNELS = ("value", "gradient", "value_and_gradient")
+DIVERGENCES = ("fkl", "rkl", "decoupled_rkl", "ab", "jsd_two")  # names of aot.variants
+# The most that rkl in bfloat16 should take in each sweep. On an H200 reading a pair takes the time of about 28
+# instructions, reading it and writing the gradient that of 41. With the gradient, the first sweep needs no exact value.
+BUDGETS = {"value": (42.0,), "gradient": (24.0,), "value_and_gradient": (30.0, 24.0)}
+ABOUT = (
+    "Instructions per logit pair of each loop over the columns, in the order of the machine code ({architecture},\n"
+    "Triton {triton}); numbers below 1 are of the loop that writes the zeros of an ignored row."
+)
+KEPT = ("name", "kernel", "dtype", "block", "num_warps", "registers", "instructions")
+
+
+def counted(architecture: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """Compile the divergences in a process of its own; yield what is reported of each kernel.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler failed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fusedkd.kernels.aot", architecture, dtype, *DIVERGENCES]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    for line in done.stdout.splitlines():
+        report = json.loads(line)
+        yield {
+            key: report[key] for key in ("name", "kernel", "dtype", "block", "num_warps", "registers", "instructions")
+        }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the counts, those of rkl above their budgets."""
+    found = {(x["name"], x["dtype"], x["kernel"]): x["instructions"] for x in result["kernels"]}
+    rows = []
+    for name, dtype in dict.fromkeys((name, dtype) for name, dtype, _ in found):
+        rows.append([name, dtype, *(_sweeps(found.get((name, dtype, kernel), ())) for kernel in KERNELS)])
+        if (name, dtype) == ("rkl", "bfloat16"):
+            rows.append(["rkl, budget", dtype, *(_sweeps(BUDGETS.get(kernel, ())) for kernel in KERNELS)])
+    about = ABOUT.format(**result)
+    return Table("Instructions per logit pair", about, ("divergence", "dtype", *KERNELS), rows, [])
+
+
+def _sweeps(counts: Sequence[float]) -> str:
+    return " + ".join(f"{x:g}" for x in counts)
+
+
+def committed(folder: Path) -> Table | None:
+    """Return the README's table of the counts in a folder of results, None if they are not there."""
+    file = folder / FILE
+    return table(json.loads(file.read_text())) if file.exists() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, count, write the file."""
+    parser = argparse.ArgumentParser(prog="python -m fusedkd.bench.instructions", description=__doc__)
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=f"write {FILE} to DIR")
+    args = parser.parse_args(arguments)
+    if triton is None:
+        parser.error("counting instructions needs triton: install triton")
+    try:
+        folder = make_folder("--out", args.out)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+    result = {
+        "triton": triton.__version__,
+        "architecture": ARCHITECTURE,
+        "kernels": [line for dtype in DTYPES for line in counted(ARCHITECTURE, dtype)],
+    }
+    (folder / FILE).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

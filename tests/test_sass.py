@@ -1,0 +1,95 @@
+"""Counting instructions: listings written by hand, in the form that cuobjdump prints."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusedkd.kernels import sass
+
+PAIR = ["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x1000]"]  # one tile of two sides
+ELEMENTS = 8  # bfloat16 numbers in 16 bytes
+
+
+def listing(*lines: str) -> str:
+    """Code at 0x0, 0x10, ...; `name:` labels the line after it, `<name>` is the label's address."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = 16 * len(code)
+        else:
+            code.append(line)
+    text = '\tcode for sm_90a\n\t\tFunction : _value\n\t.headerflags\t@"EF_CUDA_SM90"\n'
+    for i, line in enumerate(code):
+        predicate, _, rest = line.rpartition("@ ") if "@ " in line else ("", "", line)
+        for name, address in labels.items():
+            rest = rest.replace(f"<{name}>", f"{address:#x}")
+        text += f"        /*{16 * i:04x}*/  {predicate:>16} {rest} ;    /* 0x000000ff00007202 */\n"
+        text += "                                                      /* 0x000fe400078e00ff */\n"
+    return text
+
+
+def counts(*lines: str, sides: int = 2) -> list[float]:
+    """Instructions per loop, as they are counted for one bfloat16 tile of ELEMENTS a thread."""
+    return [round(x * ELEMENTS) for x in sass.per_element(listing(*lines), ELEMENTS, 2, sides)]
+
+
+def test_one_loop() -> None:
+    """From the target of the branch to the branch; what lies around it, its padding and the final trap do not count."""
+    code = ["MOV R1, c[0x0][0x28]", "top:", *PAIR, "@!P0@ FADD R4, R4, R8", "NOP", "@P1@ BRA <top>", "EXIT"]
+    assert counts(*code, "trap:", "BRA <trap>", "NOP") == [4]
+
+
+def test_innermost_loops_in_program_order() -> None:
+    """A loop around others is not counted where one of them touches memory, and is where none does."""
+    outer = ["rows:", "MOV R1, RZ", "first:", *PAIR, "@P0@ BRA <first>"]
+    second = ["second:", *PAIR, "FADD R4, R4, R8", "@P0@ BRA <second>", "@P1@ BRA <rows>", "EXIT"]
+    assert counts(*outer, *second) == [3, 4]
+    search = ["tile:", *PAIR, "halve:", "IADD3 R1, R1, 0x1, RZ", "@P0@ BRA <halve>", "@P1@ BRA <tile>", "EXIT"]
+    assert counts(*search) == [5]
+
+
+def test_a_loop_without_memory() -> None:
+    """Neither registers nor shared memory are logits."""
+    assert counts("top:", "LDS R4, [R2]", "STS [R2], R4", "SHFL.BFLY PT, R1, R2, 0x1, 0x1f", "@P0@ BRA <top>") == []
+
+
+def test_branches_inside() -> None:
+    """Both arms count, also one out of line; of a called slow path the call counts."""
+    loop = ["top:", *PAIR, "@P2@ BRA <slow>", "FADD R4, R4, R8", "back:", "CALL.REL.NOINC <divide>", "@P0@ BRA <top>"]
+    rest = ["@P3@ EXIT", "RET.REL.NODEC R6 0x0"]
+    assert counts(*loop, *rest, "slow:", "FMUL R4, R4, R8", "BRA <back>", "divide:", "MUFU.RCP R1, R1", *rest) == [8]
+
+
+def test_a_loop_entered_in_its_middle() -> None:
+    """The rotated form: the test stands first and is jumped to."""
+    assert counts(
+        "BRA <test>", "top:", *PAIR, "test:", "ISETP.LT.AND P0, PT, R1, R2, PT", "@P0@ BRA <top>", "EXIT"
+    ) == [4]
+
+
+def test_a_condition_among_the_operands() -> None:
+    """A uniform branch goes on below, too; an unconditional one does not."""
+    assert counts("top:", *PAIR, "BRA.U UP0, <out>", "BRA <top>", "out:", "EXIT") == [4]
+    assert counts("top:", *PAIR, "BRA.U !UP0, <top>", "STG.E desc[UR4][R2.64], R4", "EXIT") == [3]
+
+
+def test_unrolled_copies_are_divided_out() -> None:
+    """Two tiles a turn, found by the bytes that are loaded; scalars of a row beside them are no tile."""
+    scalar = "LDG.E R20, desc[UR4][R6.64]"
+    loop = ["top:", *PAIR, "FADD R4, R4, R8", *PAIR, "FADD R5, R4, R8", scalar, "@P0@ BRA <top>", "EXIT"]
+    assert counts(*loop) == [4]
+    zeros = ["top:", *["STG.E.128 desc[UR4][R2.64], RZ"] * 4, "IADD3 R2, R2, 0x1, RZ", "@P0@ BRA <top>", "EXIT"]
+    assert sass.per_element(listing(*zeros), ELEMENTS, 2, 2) == [round(6 / (4 * ELEMENTS), 1)]
+
+
+def test_one_side() -> None:
+    """A kernel of one side has one number per element; a loop over one of two sides is one tile all the same."""
+    loop = ["top:", PAIR[0], "@P0@ BRA <top>", "EXIT"]
+    assert counts(*loop, sides=1) == counts(*loop) == [2]
+
+
+def test_part_of_a_tile_is_refused() -> None:
+    """A count that cannot be right is an error."""
+    with pytest.raises(ValueError, match=r"0x0 moves 1\.5 tiles"):
+        counts("top:", *PAIR, PAIR[0], "@P0@ BRA <top>", "EXIT")
