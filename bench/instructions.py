@@ -31,7 +31,7 @@ DIVERGENCES = ("fkl", "rkl", "decoupled_rkl", "ab", "jsd_two")  # names of aot.v
 BUDGETS = {"value": (42.0,), "gradient": (24.0,), "value_and_gradient": (30.0, 24.0)}
 ABOUT = (
     "Instructions per logit pair of each loop over the columns, in the order of the machine code ({architecture},\n"
-    "Triton {triton}); numbers below 1 are of the loop that writes the zeros of an ignored row."
+    "Triton {triton}); the last number of a gradient is of the loop that writes the zeros of an ignored row."
 )
 KEPT = ("name", "kernel", "dtype", "block", "num_warps", "registers", "instructions")
 
