@@ -47,8 +47,7 @@ class Variant(NamedTuple):
 
 _ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
 _CHUNK_KERNELS = {"absorb": streaming._absorb, "add_sums": streaming._add_sums, "chunk_gradient": streaming._gradient}
-_PART_KERNELS = {"one_read": parts._one_read}
-_PARTS = 37  # programs of a row: a vocabulary of 151,936 in tiles of 4096
+_VOCABULARY = 151_936  # says how many programs share a row
 
 
 def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
@@ -65,7 +64,9 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                     kernels |= _CHUNK_KERNELS
                     if online.sums is not None:
                         del kernels["add_sums"]
-                    kernels |= _PART_KERNELS
+                    yield "one_read", Variant(
+                        title, parts._one_read, parts.WHOLE[online.tile], definition, decoupled, online
+                    )
                 for key, kernel in kernels.items():
                     yield key, Variant(title, kernel, tile, definition, decoupled, online)
     for title, name, decoupled, option in (
@@ -111,7 +112,7 @@ def source(variant: Variant, dtype: str) -> Any:
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
-        "LANES": triton.next_power_of_2(_PARTS),
+        "LANES": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "PHASE": 0,
         "BLOCK": variant.tile.block,
     }

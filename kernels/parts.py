@@ -202,9 +202,9 @@ def _write(
     tl.debug_barrier()
     if tl.atomic_add(done_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1:
         lane = tl.arange(0, LANES)
-        top, rest, s_top, slope_top = _lanes(found_ptr + (row * parts + lane) * 4, lane < parts, 4, 0.0)
-        top = tl.max(tl.where(lane < parts, top, -1.0)).to(tl.int32)
-        whole = (top, tl.sum(rest), tl.sum(s_top), tl.sum(slope_top))
+        tops, rests, logits, slopes = _lanes(found_ptr + (row * parts + lane) * 4, lane < parts, 4, 0.0)
+        likeliest = tl.max(tl.where(lane < parts, tops, -1.0)).to(tl.int32)
+        whole = (likeliest, tl.sum(rests), tl.sum(logits), tl.sum(slopes))
         store_likeliest(row, label, scales, grad, whole, scalars[10], upstream)
 
 

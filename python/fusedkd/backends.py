@@ -12,7 +12,7 @@ from .kernels.rows import Problem
 from .tuning import check, tuned
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
-FEW_ROWS = 64  # half the multiprocessors of a large GPU; where it pays in time is not measured
+FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured"
 
 
 def row_functions(backend: str) -> Any:
