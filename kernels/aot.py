@@ -64,8 +64,9 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                     kernels |= _CHUNK_KERNELS
                     if online.sums is not None:
                         del kernels["add_sums"]
-                    yield "one_read", Variant(
-                        title, parts._one_read, parts.WHOLE[online.tile], definition, decoupled, online
+                    yield (
+                        "one_read",
+                        Variant(title, parts._one_read, parts.WHOLE[online.tile], definition, decoupled, online),
                     )
                 for key, kernel in kernels.items():
                     yield key, Variant(title, kernel, tile, definition, decoupled, online)
@@ -74,9 +75,14 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
         ("mixed_fkl", "fkl", False, {"mixed": True}),
     ):
         definition = definitions()[name]
-        tile = chosen((architecture, rows.tile_class(definition.online, "argmax" in option), width))
+        tile = chosen((architecture, rows.tile_class(definition.online, busy=True), width))
         for key, kernel in _ROW_KERNELS.items():
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
+    mixed = definitions()["fkl"]
+    yield (
+        "one_read",
+        Variant("mixed_fkl", parts._one_read, parts.WHOLE["heavy"], mixed, False, mixed.online, mixed=True),
+    )
     for key, kernel in (("value", logprobs._value), ("gradient", logprobs._gradient)):
         yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
 
@@ -95,7 +101,9 @@ def source(variant: Variant, dtype: str) -> Any:
         "stats_ptr": "constexpr",
         "grad": (element, "i64", "constexpr", "i32"),
         "room": ("*fp32", "*fp32", "*fp32", "*i32", "i32"),
-        **dict.fromkeys(("V", "first", "N"), "i32"),
+        "about_rows": ("*i64", "*fp32"),
+        "out": ("*fp32", "constexpr"),
+        **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
         "scales": ("fp32", "fp32", "constexpr"),
         "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32" if variant.mixed else "constexpr",)),
@@ -130,6 +138,8 @@ def source(variant: Variant, dtype: str) -> Any:
         elif name == "grad":
             constexprs[at, 2] = 1
             aligned |= {(at, i): _ALIGNED for i in (0, 1, 3)}
+        elif name == "out":
+            constexprs[at, 1] = None
         elif name == "scales":
             constexprs[at, 2] = None
         elif name == "numbers" and not variant.mixed:

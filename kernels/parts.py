@@ -47,6 +47,7 @@ from .rows import (
     sweep_of,
     take_tile,
     tile,
+    tile_class,
 )
 from .split import meet, or_infinite
 from .tiles import Tile
@@ -185,7 +186,7 @@ def _concluded(
 
 @jit
 def _write(
-    columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, found_ptr, done_ptr,
+    columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, found_ptr, arrived_ptr,
     TERM, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient; whoever is last of the row also writes the likeliest token's entry."""
@@ -200,7 +201,7 @@ def _write(
     tl.store(at + 2, s_top)
     tl.store(at + 3, tl.where(top >= 0, slope_top, 0.0))
     tl.debug_barrier()
-    if tl.atomic_add(done_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1:
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
         lane = tl.arange(0, LANES)
         tops, rests, logits, slopes = _lanes(found_ptr + (row * parts + lane) * 4, lane < parts, 4, 0.0)
         likeliest = tl.max(tl.where(lane < parts, tops, -1.0)).to(tl.int32)
@@ -305,35 +306,39 @@ def _gradient(
             upstream = tl.load(upstream_ptr + row)
         _write(
             columns, student, row, part, parts, label, scales, row_mix(numbers[2], row), grad,
-            load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr, TERM, LANES, BLOCK,
+            load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr + 1 + row * 3,
+            TERM, LANES, BLOCK,
         )  # fmt: skip
     else:
         _zero(row, part, grad, BLOCK)
 
 
 @jit
-def _wait(meeting_ptr, row, parts):
+def _wait(arrived_ptr, parts):
     """Until all programs of the row have been here."""
     tl.debug_barrier()
-    tl.atomic_add(meeting_ptr + row, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(meeting_ptr + row, 0, sem="acquire", scope="gpu") < parts:
+    tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < parts:
         pass
 
 
 @jit
 def _one_read(
-    student, teacher, label_ptr, loss_ptr, stats_ptr, upstream_ptr, grad, room, N, V, scales, numbers,
+    student, teacher, about_rows, out, grad, room, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
     GATHER: tl.constexpr, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    partial_ptr, sums_ptr, found_ptr, meeting_ptr, parts = room  # meeting: (3, N) arrivals, then the tickets
+    label_ptr, upstream_ptr = about_rows
+    loss_ptr, stats_ptr = out
+    partial_ptr, sums_ptr, found_ptr, meeting_ptr, parts = room
     if PHASE == 0:
-        ticket = tl.atomic_add(meeting_ptr + 3 * N, 1, scope="gpu")
+        ticket = tl.atomic_add(meeting_ptr, 1, scope="gpu")
     else:
         ticket = tl.program_id(0)
     row = (ticket // parts).to(tl.int64)
     part = ticket % parts
+    arrived_ptr = meeting_ptr + 1 + row * 3  # behind the tickets
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers[0], row)
@@ -343,7 +348,7 @@ def _one_read(
             at = partial_ptr + (row * parts + part) * (10 + COUNT)
             _leave_statistics(columns, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE, COUNT)
         if PHASE == 0:
-            _wait(meeting_ptr, row, parts)
+            _wait(arrived_ptr, parts)
         if PHASE != 1:
             gathered, extras = _met(
                 partial_ptr, row, parts, scales, mix, stats_ptr, theta, ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES
@@ -354,7 +359,7 @@ def _one_read(
                     at = sums_ptr + (row * parts + part) * 3
                     _leave_sums(columns, label, scales[0], mix, gathered[0], theta, at, TERM)
                 if PHASE == 0:
-                    _wait(meeting_ptr + N, row, parts)
+                    _wait(arrived_ptr + 1, parts)
             if PHASE == 0 or PHASE == 3:
                 # Every program of the row concludes; all store the same bits.
                 scalars = _concluded(
@@ -366,7 +371,7 @@ def _one_read(
                     upstream = tl.load(upstream_ptr + row)
                 _write(
                     columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                    found_ptr, meeting_ptr + 2 * N, TERM, LANES, BLOCK,
+                    found_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
                 )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
         _zero(row, part, grad, BLOCK)
@@ -389,7 +394,7 @@ class _Layout:
         self.device = student.x.device
 
     def room(self) -> tuple[Any, ...]:
-        """Deposits, sums, what the gradient found, arrivals and tickets (zeros); how many parts."""
+        """Deposits, sums, what the gradient found; tickets and each row's arrivals at three meetings; the parts."""
         numbers = (_COMMON + self.counts["COUNT"], 3, 4)
         places = (torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32) for n in numbers)
         meeting = torch.zeros(3 * self.rows + 1, device=self.device, dtype=torch.int32)
@@ -531,7 +536,12 @@ def one_read(
     _check(problem)
     if not len(out):
         return
-    plan = _Layout(problem, student, len(out), WHOLE[problem.definition.sweep(problem.parameters).tile])
+    plan = _Layout(
+        problem,
+        student,
+        len(out),
+        WHOLE[tile_class(problem.definition.sweep(problem.parameters), problem.mix is not None)],
+    )
     phases = (0,)
     if interpreted():
         phases = (1, 2, 3) if plan.sweep["SUMS"] is None else (1, 3)
@@ -546,7 +556,7 @@ def one_read(
     del given["ARGMAX"]
     for phase in phases:
         _one_read[(plan.rows * plan.parts,)](
-            label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
-            grad=(out, *out.stride(), out.shape[1]), room=room, N=plan.rows, **given, **plan.sweep, **plan.counts,
+            about_rows=(labels, upstream), out=(loss, stats), grad=(out, *out.stride(), out.shape[1]), room=room,
+            **given, **plan.sweep, **plan.counts,
             PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip

@@ -486,13 +486,13 @@ def tile(problem: Problem, student: Side, teacher: Side) -> Tile:
 def line(problem: Problem, student: Side, teacher: Side) -> Line:
     """The line of the table that a problem runs with."""
     width = max(student.x.element_size(), teacher.x.element_size())
-    kind = tile_class(problem.definition.sweep(problem.parameters), problem.argmax)
+    kind = tile_class(problem.definition.sweep(problem.parameters), problem.argmax or problem.mix is not None)
     return architecture(student.x.device), kind, width
 
 
-def tile_class(online: Online, argmax: bool) -> str:
-    """The row of the table: looking for the target takes the registers of a heavier one."""
-    return "heavy" if argmax and online.tile == "light" else online.tile
+def tile_class(online: Online, busy: bool) -> str:
+    """The row of the table: looking for the target, or mixing the teacher, takes the registers of a heavier one."""
+    return "heavy" if busy and online.tile == "light" else online.tile
 
 
 def value(

@@ -234,7 +234,7 @@ def test_streamed_backward_into_a_buffer(
     dtype: torch.dtype, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each chunk's product lands where it belongs: no tensor of (V, D) from start to end; without a buffer, one."""
-    monkeypatch.setattr(planner, "_STREAM_LOGITS", 1)
+    monkeypatch.setattr(planner, "_CPU_STREAM", 1)
     rows, columns = 16, 8000
     call = heads(dtype, rows=rows, columns=columns, schedule="streaming", drop_ignored=False)
     hidden, weight = call.leaves

@@ -57,6 +57,7 @@ def timed(work: Callable[[], object], seconds: dict[Tile, float]) -> float:
 def through(monkeypatch: pytest.MonkeyPatch, found: Search) -> None:
     """All of fusedkd launches its kernels by way of this search."""
     monkeypatch.setattr(ops, "row_functions", lambda backend: Tuned(row_kernels, found))
+    monkeypatch.setattr(ops, "logit_functions", lambda backend, problem, x: Tuned(row_kernels, found))
     monkeypatch.setattr(chunked, "row_functions", lambda backend: Tuned(row_kernels, found))
     monkeypatch.setattr(streaming, "functions_of", lambda backend: Tuned(streaming_kernels, found))
     monkeypatch.setattr(logprobs, "_functions", lambda backend: Tuned(logprob_kernels, found))

@@ -26,7 +26,7 @@ N, V, D = 6, 65, 8
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed chunks of 48 columns, so that a few dozen columns are several chunks and a rest."""
     monkeypatch.setattr(planner, "_STREAM_LEAST", 48)
-    monkeypatch.setattr(planner, "_STREAM_LOGITS", 48)
+    monkeypatch.setattr(planner, "_CPU_STREAM", 48)
 
 
 def check(backend: str, schedule: str, lead: tuple[int, ...] = LEAD, **options: Any) -> None:
