@@ -274,7 +274,7 @@ def test_value_alone(announced: list[planner.Chunks]) -> None:
 
 def test_a_planted_matrix_is_found(announced: list[planner.Chunks], monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks above fail for one N·V tensor, however short its life."""
-    rows = 1024
+    rows = 2048  # more than the blocks that a plan always has
     call, original = heads(rows=rows), gemm.project
 
     def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
