@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import Head, kd_loss, kd_value_and_grad
+from ..divergence import as_divergence
 from ..eager import EAGER
+from ..kernels import parts
 from ..kernels.language import interpreted
+from ..kernels.rows import Problem, Side
 from .cases import Case, HeadInputs, Loss, RowInputs, eager_loss
 
 KLS_AND_JSD = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # GKD's β, which Liger and TRL share
@@ -104,6 +107,24 @@ def _fused_rows_at_once(divergence: str) -> Loss:
     return loss
 
 
+def _fused_rows_read_once(divergence: str) -> Loss:
+    """The kernel that no plan chooses before it is measured to win."""
+
+    def loss(x: RowInputs) -> tuple[Tensor, ...]:
+        form = as_divergence(divergence).form
+        compared = min(x.student.shape[-1], x.teacher.shape[-1])
+        problem = Problem(form.definition, form.decoupled, form.theta, (form.target, form.nontarget), compared)
+        student, teacher = (Side(side.detach().unsqueeze(0)) for side in (x.student, x.teacher))
+        n = len(x.student)
+        gradient, rows = torch.empty_like(x.student), x.student.new_empty(n, dtype=torch.float32)
+        upstream = torch.full_like(rows, 1 / n)
+        labels = x.labels if divergence == "drkl" else None
+        parts.one_read(problem, student, teacher, labels, upstream, gradient, rows, None)
+        return rows.mean(), gradient
+
+    return loss
+
+
 def _compiled(divergence: str) -> Loss:
     return torch.compile(eager_loss(divergence), dynamic=False)
 
@@ -184,4 +205,5 @@ RIVALS = (
     Rival("Liger KLDIVLoss", "liger", "rows", _liger_kl_div, ("fkl",), triton=True),
     Rival(OURS, OURS, "rows", _fused_rows_at_once),
     Rival("fusedkd, autograd", OURS, "rows", _fused_rows),
+    Rival("fusedkd, read once", OURS, "rows", _fused_rows_read_once, triton=True),
 )  # fmt: skip

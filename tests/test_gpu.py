@@ -20,6 +20,7 @@ from cases import (
     ALL,
     DEFAULTS,
     DISTINCT,
+    IGNORE,
     LARGE_VOCABULARY,
     TYPICAL,
     VALUE,
@@ -40,6 +41,7 @@ from torch import Tensor
 import fusedkd
 from fusedkd.bench.cases import HeadInputs, RowInputs, answer, errors, truth
 from fusedkd.bench.measure import peak_bytes
+from fusedkd.kernels import parts, rows
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device; `make gpu` runs this file on a machine that has one", allow_module_level=True)
@@ -62,6 +64,31 @@ def test_logits(case: Case) -> None:
 def test_half_logits(case: Case, dtype: torch.dtype) -> None:
     """Half precision in and out costs the rounding of the gradient."""
     check_logits(unrelated(7, V, dtype=dtype), case, "triton")
+
+
+@each("case", [case for case in DEFAULTS if case[0] not in ("amid", "akl")])
+@each("rows_", [3, 300])
+def test_shared_rows(case: Case, rows_: int) -> None:
+    """Several programs per row, in three launches or waiting for each other in one: as one program per row, twice."""
+    name, params = case
+    form = fusedkd.divergence(name, **params).form
+    problem = rows.Problem(form.definition, form.decoupled, form.theta, (form.target, form.nontarget), V, mix=form.mix)
+    student, teacher = (5 * torch.randn(1, rows_, 4 * V, device="cuda") for _ in range(2))
+    labels = random_labels((rows_,), V).cuda()
+    labels[labels == IGNORE] = -1
+    upstream = torch.rand(rows_, device="cuda")
+
+    def run(way: Any) -> tuple[Tensor, Tensor]:
+        gradient, loss = student[0].new_full((rows_, 4 * V), torch.nan), upstream.new_full((rows_,), torch.nan)
+        way(problem, rows.Side(student), rows.Side(teacher), labels, upstream, gradient, loss, None)
+        return gradient, loss
+
+    usual = run(rows.value_and_gradient)
+    for way in (parts.value_and_gradient, parts.one_read):
+        first, second = run(way), run(way)
+        for ours, again, theirs in zip(first, second, usual, strict=True):
+            assert torch.equal(ours, again)
+            assert_close(ours, theirs.double().cpu(), VALUE)
 
 
 @each("case", DEFAULTS)
