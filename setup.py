@@ -4,6 +4,6 @@ from setuptools import setup
 
 setup(
     package_dir={"": "python", "fusedkd.kernels": "kernels", "fusedkd.bench": "bench"},
-    packages=["fusedkd", "fusedkd.bench", "fusedkd.kernels", "fusedkd.kernels.divergences"],
+    packages=["fusedkd", "fusedkd.bench", "fusedkd.compat", "fusedkd.kernels", "fusedkd.kernels.divergences"],
     package_data={"fusedkd": ["py.typed"]},
 )

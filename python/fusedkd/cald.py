@@ -128,5 +128,9 @@ def _adapted(
             _per_sequence(x, labels, options["ignore_index"]).exp()
             for x in (stats.teacher_logprob, stats.student_logprob)
         ]
-        gap = sign * (means[0] - means[1])
-        return (1 - (1 - alpha) * anchor / (gap + 1e-5)).clamp(_LEAST, max(alpha, _LEAST)).unsqueeze(-1)
+        return adapted_skew(sign * (means[0] - means[1]), alpha, anchor).unsqueeze(-1)
+
+
+def adapted_skew(gap: torch.Tensor, alpha: float, anchor: float | torch.Tensor) -> torch.Tensor:
+    """(B,) λ for the gaps Δ (B,) between the label probabilities of the two models: the authors' rule."""
+    return (1 - (1 - alpha) * anchor / (gap + 1e-5)).clamp(min(_LEAST, alpha), alpha)

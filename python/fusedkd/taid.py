@@ -55,6 +55,7 @@ class TAIDSchedule:
         self.total_steps, self.t_start, self.t_end, self.alpha, self.beta = total_steps, t_start, t_end, alpha, beta
         self.t = float(t_start)
         self.step = 0
+        self.pushed: float | None = None  # Δ of the last update, None before there is one
         self._momentum = 0.0
         self._previous: float | None = None
 
@@ -63,7 +64,7 @@ class TAIDSchedule:
         value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         self.step += 1
         if not math.isfinite(value):
-            self.t = min(self.t_end, max(self.t, self._line()))
+            self.t = min(self.t_end, max(self.t, self.line()))
             return self.t
         if self._previous is None:
             self._previous = value
@@ -72,11 +73,12 @@ class TAIDSchedule:
         self._momentum = self.beta * self._momentum + (1 - self.beta) * change
         self._previous = value
         push = min(max(self._momentum, -700.0), 700.0)
-        moved = self.t + self.alpha / (1 + math.exp(-push)) * (1 - self.t)
-        self.t = min(self.t_end, max(self._line(), moved))
+        self.pushed = self.alpha / (1 + math.exp(-push)) * (1 - self.t)
+        self.t = min(self.t_end, max(self.line(), self.t + self.pushed))
         return self.t
 
-    def _line(self) -> float:
+    def line(self) -> float:
+        """t_start + (t_end − t_start)·s/S: below it t never is."""
         return self.t_start + (self.t_end - self.t_start) * min(self.step / self.total_steps, 1.0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""One module per project; each function has the original's name, arguments and value."""

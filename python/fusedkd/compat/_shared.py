@@ -1,0 +1,86 @@
+"""What the modules here have in common: the mean over a mask, refusals, and one divergence with other ends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..divergence import Divergence, divergence
+from ..loss import kd_loss
+from ..sides import Side
+
+IGNORED = -100
+_KEPT_BACK = ("divergence", "ignore_index", "labels", "num_items", "reduction", "return_stats", "token_weights")
+OPTIONS = frozenset((kd_loss.__kwdefaults__ or {}).keys() - {*_KEPT_BACK, "ce_weight"})
+
+
+def refuse(name: str, unsupported: Mapping[str, Any]) -> None:
+    """NotImplementedError that names the first of some arguments, if there is one."""
+    for key, value in unsupported.items():
+        raise NotImplementedError(f"{name} does not support {key}={value!r}: leave it out, or use the original for it")
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Keyword arguments beyond the original's are options of kd_loss that leave the value's definition alone."""
+    refuse(name, {key: value for key, value in options.items() if key not in OPTIONS})
+
+
+def unit(name: str, value: Any) -> None:
+    """A number in [0, 1]."""
+    checks.number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def counted(no_model_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(B, T) bool: where `no_model_batch["label"]` is not -100."""
+    try:
+        label = no_model_batch["label"]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(
+            'no_model_batch must be a mapping with "label", (B, T) int64, already shifted, -100 where a token does not '
+            f"count, got {type(no_model_batch).__name__}"
+        ) from None
+    checks_label(label)
+    return label != IGNORED
+
+
+def checks_label(label: Any) -> None:
+    """An integer tensor."""
+    if not isinstance(label, torch.Tensor) or label.is_floating_point():
+        kind = label.dtype if isinstance(label, torch.Tensor) else type(label).__name__
+        raise TypeError(f'no_model_batch["label"] must be an int64 tensor, got {kind}')
+
+
+def as_labels(mask: torch.Tensor) -> torch.Tensor:
+    """Labels that count where a mask is not 0; which token they name plays no part in these losses."""
+    return torch.where(mask != 0, 0, IGNORED)
+
+
+def mean_loss(
+    student: Side,
+    teacher: Side,
+    mask: torch.Tensor,
+    chosen: Divergence,
+    options: dict[str, Any],
+    *,
+    entropy: float | torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Σ mask·(weight·D + entropy·H(teacher)) / Σ mask, 0 where the mask is empty; mask bool or numbers, (...)."""
+    total = mask.sum()
+    total = torch.where(total == 0, 1, total)
+    weights = token_weights
+    if mask.dtype != torch.bool:
+        weights = mask.float() if weights is None else mask.float() * weights
+    given: dict[str, Any] = {"divergence": chosen, "num_items": total, "token_weights": weights, **options}
+    if entropy is None:
+        return kd_loss(student, teacher, as_labels(mask), **given)
+    loss, stats = kd_loss(student, teacher, as_labels(mask), return_stats=True, **given)
+    return loss + (stats.teacher_entropy * entropy * mask).sum() / total
+
+
+def jsd(beta: float) -> Divergence:
+    """β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q, also at its ends: 0 there, where GKD's β is a plain KL."""
+    return divergence("jsd", beta=float(beta)) if 0 < beta < 1 else divergence("skl", lam=1.0)
