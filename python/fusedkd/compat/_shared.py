@@ -11,8 +11,16 @@ from ..loss import kd_loss
 from ..sides import Side
 
 IGNORED = -100
-_KEPT_BACK = ("divergence", "ignore_index", "labels", "num_items", "reduction", "return_stats", "token_weights")
-OPTIONS = frozenset((kd_loss.__kwdefaults__ or {}).keys() - {*_KEPT_BACK, "ce_weight"})
+OPTIONS = (
+    "backend",
+    "drop_ignored",
+    "logits_dtype",
+    "memory_budget",
+    "schedule",
+    "support",
+    "vocab_size",
+    "weight_grad",
+)
 
 
 def refuse(name: str, unsupported: Mapping[str, Any]) -> None:
@@ -22,7 +30,7 @@ def refuse(name: str, unsupported: Mapping[str, Any]) -> None:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Keyword arguments beyond the original's are options of kd_loss that leave the value's definition alone."""
+    """Keyword arguments beyond the original's are the options of kd_loss about how and where, not about the value."""
     refuse(name, {key: value for key, value in options.items() if key not in OPTIONS})
 
 

@@ -1,8 +1,8 @@
 """The losses of ABKD (ghwang-s/abkd, `distillation_llm/distillm/losses.py`), one import line away.
 
-Arguments, reduction, `fusedkd.Head` sides and further options as in `fusedkd.compat.distillm`, whose list of differences
-holds here too. The functions that the two repositories share are the same functions; symmetric_kl and js_distance have
-another default here (lam 0.1).
+Arguments, reduction, `fusedkd.Head` sides and further options as in `fusedkd.compat.distillm`, whose list of
+differences holds here too. The functions that the two repositories share are the same functions; symmetric_kl and
+js_distance have another default here (lam 0.1).
 
 - ab_div follows this repository at the limits: 1/α and 1/β stand there where the limits of the α-β divergence have 1/α²
   and 1/β² (`fusedkd.compat.amid.ab_div`, `fusedkd.divergence("ab")`). The general case has finite gradients where
@@ -86,9 +86,9 @@ def bdkd(logits: Side, teacher_logits: Side, no_model_batch: Batch, **options: A
 
 
 def AKL(teacher_logits: Side, logits: Side, no_model_batch: Batch, **options: Any) -> torch.Tensor:
-    """Adaptive KL: a·KL(p‖q) + (1 − a)·KL(q‖p), a the share of Σ|p − q| in the teacher's head (mass 0.5). Teacher first.
+    """Adaptive KL, teacher first: a·KL(p‖q) + (1 − a)·KL(q‖p), a the share of Σ|p − q| in the teacher's head.
 
-    The weights are constants for the gradient. Where p equals q it is 0 (0/0 there); equal logits are in the head
+    The head is the likeliest half of the teacher's mass. The weights are constants for the gradient. Where p equals q it is 0 (0/0 there); equal logits are in the head
     together or not at all (there as the sort left them); a logit of −inf has no mass (there that of a logit of 0).
     """
     _shared.check_options("AKL", options)

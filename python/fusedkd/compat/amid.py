@@ -1,7 +1,7 @@
 """The losses of AMiD (aailab-kaist/AMiD, `distillm/losses.py`) that are its own, one import line away.
 
-Arguments, reduction, `fusedkd.Head` sides and further options as in `fusedkd.compat.distillm`. Its other losses are those
-of `fusedkd.compat.abkd`, but for ab_div and the weights of bdkd.
+Arguments, reduction, `fusedkd.Head` sides and further options as in `fusedkd.compat.distillm`. The rest of that file is
+ABKD's: take it from `fusedkd.compat.abkd`.
 """
 
 from typing import Any

@@ -14,8 +14,8 @@ other.
 
 Where the values differ from the original, and why:
 - no NaN where a token's probability underflows in both models (js_distance and both skewed losses there);
-- no NaN gradient in reverse_kl beside a logit of -inf: a teacher logit of -inf removes the column from both sides (there
-  the term is dropped and the student is rewarded for mass on the forbidden token);
+- no NaN gradient in reverse_kl beside a logit of -inf: a teacher logit of -inf removes the column from both sides
+  (there the term is dropped and the student is rewarded for mass on the forbidden token);
 - a student logit of -inf where the teacher's is finite makes forward_kl +inf, which it is; there the term is dropped;
 - a batch without a counted token is 0 with a graph, there 0/0;
 - vocabularies of different size are compared on the common columns; there a shape error.

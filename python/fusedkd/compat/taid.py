@@ -5,9 +5,9 @@ already shifted; mask (B, T), 1 where a token counts (other numbers are weights,
 Σ mask, a float32 scalar. What a loss does not read of the keywords (`lightning_module`, `batch`) it does not need. The
 differences listed in `fusedkd.compat.distillm` hold here too, and either side may be a `fusedkd.Head`, in TAID apart.
 
-Not here: AdaptiveKL, whose original lays the head mask of the sorted vocabulary over the unsorted one, so that its value
-means nothing to reproduce (`fusedkd.compat.abkd.AKL` is the authors' loss), and CTKD, whose temperature is learned
-(kd_loss gives no gradient to a temperature).
+Not here: AdaptiveKL, whose original lays the head mask of the sorted vocabulary over the unsorted one
+(`fusedkd.compat.abkd.AKL` is the loss as its authors wrote it), and CTKD, whose temperature is learned (kd_loss gives
+no gradient to a temperature).
 """
 
 from typing import Any
@@ -87,8 +87,8 @@ class DKD(torch.nn.Module):
     """Decoupled KD at the labels: T²·Σ mask·(alpha·TCKD + beta·NCKD) / (number of all positions, counted or not).
 
     The target is batch["model_inputs"]["labels"][..., 1:], with -100 replaced by the tokenizer's pad token as there.
-    Better: no NaN where the target takes all of the student's probability (log 0 there), exclusion of the target instead
-    of -1000 on its logit.
+    Better: no NaN where the target takes all of the student's probability (log 0 there), and the target is excluded
+    from NCKD instead of receiving a logit of -1000.
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 0.5, temperature: float = 1.0) -> None:
@@ -115,8 +115,8 @@ class TAID(torch.nn.Module):
     "cuda" from the start). `fusedkd.TAIDSchedule` moves t, in double precision; a loss that is not finite moves it by
     the line alone (there t is NaN from then on). disable_adaptive: t follows the line.
     The mixture is formed in float32 (there in the logits' dtype) and is exact at t = 0 and 1 also beside −inf (NaN
-    there). Logits only: for Heads `fusedkd.kd_loss(…, divergence=fusedkd.divergence("taid", t=schedule.t))` has the same
-    gradient and as its value KL(m‖q), which lacks the entropy of m.
+    there). Logits only: for Heads, `fusedkd.kd_loss` with `fusedkd.divergence("taid", t=schedule.t)` has the same
+    gradient and the value KL(m‖q), which lacks the entropy of m.
     Cost: beside the loss, one float32 copy of a sequence's logits at a time.
     Source: Shing et al., TAID, ICLR 2025, eq. 3-8.
     """
@@ -174,9 +174,14 @@ class TAID(torch.nn.Module):
         )
 
     def forward(
-        self, lightning_module: Any, logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor, **kwargs: Any
+        self,
+        lightning_module: Any,
+        logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        mask: torch.Tensor,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
-        """{"distil_loss", "tiki_t", "delta_t"}, and t moved; `lightning_module.trainer` tells the step and their number."""
+        """{"distil_loss", "tiki_t", "delta_t"}, and t moved; `lightning_module.trainer` tells the step."""
         loss = self.compute_loss(logits, teacher_logits, mask)
         trainer = lightning_module.trainer
         delta = self.update_t(loss.detach(), trainer.global_step, trainer.estimated_stepping_batches)
