@@ -50,15 +50,10 @@ def counted(no_model_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
             'no_model_batch must be a mapping with "label", (B, T) int64, already shifted, -100 where a token does not '
             f"count, got {type(no_model_batch).__name__}"
         ) from None
-    checks_label(label)
-    return label != IGNORED
-
-
-def checks_label(label: Any) -> None:
-    """An integer tensor."""
     if not isinstance(label, torch.Tensor) or label.is_floating_point():
         kind = label.dtype if isinstance(label, torch.Tensor) else type(label).__name__
         raise TypeError(f'no_model_batch["label"] must be an int64 tensor, got {kind}')
+    return label != IGNORED
 
 
 def as_labels(mask: torch.Tensor) -> torch.Tensor:

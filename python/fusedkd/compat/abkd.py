@@ -88,8 +88,9 @@ def bdkd(logits: Side, teacher_logits: Side, no_model_batch: Batch, **options: A
 def AKL(teacher_logits: Side, logits: Side, no_model_batch: Batch, **options: Any) -> torch.Tensor:
     """Adaptive KL, teacher first: a·KL(p‖q) + (1 − a)·KL(q‖p), a the share of Σ|p − q| in the teacher's head.
 
-    The head is the likeliest half of the teacher's mass. The weights are constants for the gradient. Where p equals q it is 0 (0/0 there); equal logits are in the head
-    together or not at all (there as the sort left them); a logit of −inf has no mass (there that of a logit of 0).
+    The head is the likeliest half of the teacher's mass. The weights are constants for the gradient. Where p equals q
+    it is 0 (0/0 there); equal logits are in the head together or not at all (there as the sort left them); a logit of
+    −inf has no mass (there that of a logit of 0).
     """
     _shared.check_options("AKL", options)
     return _shared.mean_loss(
