@@ -180,7 +180,9 @@ def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str
         sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
         report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
         lanes = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
-        report["load_bytes"] = max((int(n) * int(bits) // 8 for n, bits in lanes), default=0)
+        widths = [int(n) * int(bits) // 8 for n, bits in lanes]
+        report["load_bytes"] = max(widths, default=0)
+        report["wide_loads"] = widths.count(report["load_bytes"])
     else:
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"])
         report["stack"] = int(spilled.group(1)) if spilled else 0

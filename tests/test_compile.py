@@ -58,6 +58,9 @@ def test_compile(architecture: str, dtype: str) -> None:
         if architecture.startswith("sm_"):
             assert report["load_bytes"] == 16, report
             assert report["instructions"], report
+            if report["kernel"] == "one_read":
+                read = report["wide_loads"] * 16 * 32 * report["num_warps"]
+                assert read == 2 * report["block"] * aot.DTYPES[dtype][1], "each logit once, in registers from then on"
     if (architecture, dtype) == ("sm_90", "bfloat16"):
         within_budgets({r["kernel"]: r["instructions"] for r in reports if r["name"] == "rkl"})
 

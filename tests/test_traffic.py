@@ -16,7 +16,8 @@ from cases import ALL, IGNORE, Case, each
 from torch import Tensor
 
 import fusedkd
-from fusedkd import planner, streaming
+from fusedkd import backends, planner, streaming
+from fusedkd.kernels import parts
 from fusedkd.kernels.divergence import Definition
 from fusedkd.kernels.divergences import REGISTRY
 from fusedkd.kernels.language import formula, interpreted
@@ -159,6 +160,24 @@ def test_the_counter_counts() -> None:
     before = len(moved.accesses)
     fusedkd.kd_loss(student, teacher, labels, backend="triton")
     assert len(moved.accesses) == before
+
+
+@each("case", [("rkl", {}), ("drkl", {}), ("jsd", {})])
+def test_shared_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs per row read and write what one does; beside that, a few numbers for each tile."""
+    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: True)
+    monkeypatch.setattr(parts, "SMALLEST", 128)
+    name, params = case
+    student, teacher, labels = problem()
+    with traffic() as moved:
+        _, grad = fusedkd.kd_value_and_grad(
+            student, teacher, labels, divergence=fusedkd.divergence(name, **params), backend="triton"
+        )
+    for logits in (student, teacher):
+        assert_reads(moved, logits, sweeps(case) + 1, extra=0)
+    assert N * V <= moved.count("store", grad) <= N * V + COUNTED
+    tiles = COUNTED * -(-V // 128)
+    assert moved.other(student, teacher, grad) <= 4 * 64 * (sweeps(case) + 1) * tiles
 
 
 @each("case", CASES)
