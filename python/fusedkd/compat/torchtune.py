@@ -1,0 +1,134 @@
+"""The distillation losses of torchtune (signatures of 0.6.1): `kd_loss: _component_: fusedkd.compat.torchtune.…`.
+
+float32, as the originals: the forward KL plus the teacher's entropy (a cross-entropy, so not 0 at p == q; the
+gradient is the KL's), the reverse KL as it is, and their weighted sum. Either side may also be a `fusedkd.Head`, which
+saves the logits themselves.
+
+Differences: a batch in which nothing counts gives 0 with a gradient graph, where the originals give a 0 without one, or
+NaN (0/0) in the chunked reverse and symmetric losses; lists of the wrong length raise instead of losing tokens. A
+student logit of −inf under a finite teacher gives inf in the forward KL, where the originals leave that column out. A
+teacher logit of −inf is p = 0 in `ForwardKLLoss`, as in the original; in the other two its column is removed from both
+sides, where the originals drop its term, keep the student's normaliser and give NaN gradients. Vocabularies may differ
+in size: the columns of both are compared.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import checks
+from ..divergence import divergence
+from ..loss import kd_loss
+from ..sides import Side
+from ._shared import as_labels
+
+
+class _KLLoss(torch.nn.Module):
+    """ratio·(KL(p‖q) + H(p)) + (1 − ratio)·KL(q‖p), averaged over the tokens whose label is not `ignore_index`."""
+
+    def __init__(self, ratio: float, ignore_index: int) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self._ratio = ratio
+
+    def forward(
+        self, student_logits: Side, teacher_logits: Side, labels: torch.Tensor, normalize: bool = True
+    ) -> torch.Tensor:
+        """The loss of (N, V) logits, or of any leading shape with as many labels.
+
+        Returns: float32 scalar, the mean over counted tokens, or their sum if `normalize` is False.
+        """
+        counted = as_labels(labels != self.ignore_index).reshape(checks.leading(student_logits))
+        if self._ratio == 0:
+            total = kd_loss(student_logits, teacher_logits, counted, divergence="rkl", reduction="sum")
+        else:
+            mixed = divergence("frkl", w=1 - self._ratio) if self._ratio < 1 else "fkl"
+            total, stats = kd_loss(
+                student_logits,
+                teacher_logits,
+                counted,
+                divergence=mixed,
+                reduction="sum",
+                support="floor" if mixed == "fkl" else "teacher",
+                return_stats=True,
+            )
+            total = total + self._ratio * stats.teacher_entropy.sum()
+        return _mean(total, labels, self.ignore_index) if normalize else total
+
+
+class ForwardKLLoss(_KLLoss):
+    """KL(teacher‖student) plus the teacher's entropy, in nats. See `_KLLoss.forward` for shapes."""
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__(1.0, ignore_index)
+
+
+class ReverseKLLoss(_KLLoss):
+    """KL(student‖teacher), in nats. See `_KLLoss.forward` for shapes."""
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__(0.0, ignore_index)
+
+
+class SymmetricKLLoss(_KLLoss):
+    """sym_kd_ratio·ForwardKLLoss + (1 − sym_kd_ratio)·ReverseKLLoss in one sweep over the logits."""
+
+    def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
+        if not 0 <= sym_kd_ratio <= 1:
+            raise ValueError(f"sym_kd_ratio must be in the range [0, 1], got {sym_kd_ratio}")
+        super().__init__(sym_kd_ratio, ignore_index)
+        self.sym_kd_ratio = sym_kd_ratio
+
+
+class _ChunkedKLLoss(torch.nn.Module):
+    """A loss above over logits that come in chunks of tokens."""
+
+    def __init__(self, loss: _KLLoss, num_output_chunks: int) -> None:
+        super().__init__()
+        self.num_output_chunks = num_output_chunks
+        self.ignore_index = loss.ignore_index
+        self._loss = loss
+
+    def forward(
+        self, student_logits: Sequence[Side], teacher_logits: Sequence[Side], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of lists of (B, T/chunks, V) logits and labels (B, T), which are cut as torch.chunk cuts.
+
+        Returns: float32 scalar, the mean over counted tokens. Raises ValueError if the lists do not match the labels.
+        """
+        pieces = labels.chunk(self.num_output_chunks, dim=1)
+        for name, given in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            if len(given) != len(pieces):
+                raise ValueError(
+                    f"{name} must be a list of {len(pieces)} chunks, as labels of shape {tuple(labels.shape)} are cut "
+                    f"into for num_output_chunks={self.num_output_chunks}, got {len(given)}"
+                )
+        chunks = zip(student_logits, teacher_logits, pieces, strict=True)
+        totals = [self._loss(student, teacher, piece, normalize=False) for student, teacher, piece in chunks]
+        return _mean(torch.stack(totals).sum(), labels, self.ignore_index)
+
+
+class ForwardKLWithChunkedOutputLoss(_ChunkedKLLoss):
+    """`ForwardKLLoss` over lists of chunks."""
+
+    def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100) -> None:
+        super().__init__(ForwardKLLoss(ignore_index), num_output_chunks)
+
+
+class ReverseKLWithChunkedOutputLoss(_ChunkedKLLoss):
+    """`ReverseKLLoss` over lists of chunks."""
+
+    def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100) -> None:
+        super().__init__(ReverseKLLoss(ignore_index), num_output_chunks)
+
+
+class SymmetricKLWithChunkedOutputLoss(_ChunkedKLLoss):
+    """`SymmetricKLLoss` over lists of chunks."""
+
+    def __init__(self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
+        super().__init__(SymmetricKLLoss(sym_kd_ratio, ignore_index), num_output_chunks)
+        self.sym_kd_ratio = sym_kd_ratio
+
+
+def _mean(total: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    return total / (labels != ignore_index).sum().clamp(min=1)
