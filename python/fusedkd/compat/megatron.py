@@ -18,7 +18,7 @@ class LogitsKLLoss(_Loss):
         temperature: T > 0.
         reverse: KL(student‖teacher) instead.
 
-    Differences: a column where the teacher's logit is −inf is removed from both sides, where the original gives NaN.
+    Differences: a column where the teacher's logit is −inf is removed from both sides, where the original's value is NaN.
 
     Raises NotImplementedError for a tensor-parallel vocabulary. `TopKLogitsKLLoss` is not here: it needs a sparse
     teacher.

@@ -40,7 +40,7 @@ def jsd_loss(
     Raises: ValueError for a beta outside [0, 1]; ImportError for other hooks where ms-swift is not installed.
 
     Differences: float32, where the original computes and sums in the dtype of the logits; a column where the teacher's
-    logit is −inf is removed from both sides, where the original gives NaN.
+    logit is −inf is removed from both sides, where the original's value is NaN.
     """
     if not (_is_default(log_softmax_fn, "default_log_softmax") and _is_default(kl_div_fn, "default_kl_div")):
         hooks = {"log_softmax_fn": log_softmax_fn, "kl_div_fn": kl_div_fn}

@@ -1,8 +1,8 @@
 """The distillation losses of torchtune (signatures of 0.6.1): `kd_loss: _component_: fusedkd.compat.torchtune.…`.
 
-float32, as the originals: the forward KL plus the teacher's entropy (a cross-entropy, so not 0 at p == q; the
-gradient is the KL's), the reverse KL as it is, and their weighted sum. Either side may also be a `fusedkd.Head`, which
-saves the logits themselves.
+The values are the originals', in float32: the forward KL plus the teacher's entropy (a cross-entropy, so not 0 at
+p == q; the gradient is the KL's), the reverse KL as it is, and their weighted sum. Either side may also be a
+`fusedkd.Head`, which saves the logits themselves.
 
 Differences: a batch in which nothing counts gives 0 with a gradient graph, where the originals give a 0 without one, or
 NaN (0/0) in the chunked reverse and symmetric losses; lists of the wrong length raise instead of losing tokens. A
