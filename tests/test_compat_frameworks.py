@@ -120,9 +120,11 @@ def shims() -> dict[str, Shim]:
                 lambda s, t, y, loss=loss: loss(s, t),
                 lambda s, t, y, options=(temperature, reduction): kl_div(s, t, *options),
             )
+        frugal = automodel.KDLoss(temperature=temperature, fp32_upcast=False, chunk_size=3)
         loss = automodel.KDLoss(temperature=temperature)
         rows = lambda s, t, tau=temperature: tau**2 * forward_kl(s, t, tau)  # noqa: E731
         table[f"automodel-mean-{temperature}"] = Shim(loss, lambda s, t, y, rows=rows: average(rows(s, t), y))
+        table[f"automodel-frugal-{temperature}"] = Shim(frugal, lambda s, t, y, rows=rows: average(rows(s, t), y))
         table[f"automodel-num_batch_labels-{temperature}"] = Shim(
             lambda s, t, y, loss=loss: loss(s, t, y, num_batch_labels=7),
             lambda s, t, y, rows=rows: counted(rows(s, t), y) / 7,

@@ -61,12 +61,10 @@ class KDLoss(torch.nn.Module):
         """
         student = _whole("student_logits", student_logits)
         teacher = _whole("teacher_logits", teacher_logits)
-        if hasattr(labels, "full_tensor"):
-            labels = labels.full_tensor()
         return kd_loss(
             student,
             teacher,
-            as_labels(labels != self.ignore_index).reshape(checks.leading(student)),
+            as_labels(_full(labels) != self.ignore_index).reshape(checks.leading(student)),
             temperature=self.temperature,
             temperature_squared=True,
             num_items=num_batch_labels,
@@ -76,12 +74,14 @@ class KDLoss(torch.nn.Module):
 
 def _whole(name: str, side: Any) -> Side:
     """A side on one rank: a DTensor is gathered unless that would undo a sharding of the vocabulary."""
-    if not hasattr(side, "full_tensor"):
-        return side
-    for mesh_dim, placement in enumerate(side.placements):
+    for mesh_dim, placement in enumerate(getattr(side, "placements", ())):
         if placement.is_shard(side.dim() - 1) and side.device_mesh.size(mesh_dim) > 1:
             raise NotImplementedError(_sharded(f"{name} is a DTensor sharded over the vocabulary"))
-    return side.full_tensor()
+    return _full(side)
+
+
+def _full(value: Any) -> Any:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _sharded(what: str) -> str:

@@ -18,7 +18,8 @@ class LogitsKLLoss(_Loss):
         temperature: T > 0.
         reverse: KL(student‖teacher) instead.
 
-    Differences: a column where the teacher's logit is −inf is removed from both sides, where the original's value is NaN.
+    Differences: a column where the teacher's logit is −inf is removed from both sides, where the original's value is
+    NaN.
 
     Raises NotImplementedError for a tensor-parallel vocabulary. `TopKLogitsKLLoss` is not here: it needs a sparse
     teacher.
@@ -37,9 +38,7 @@ class LogitsKLLoss(_Loss):
         self._temperature = temperature
         self._reverse = reverse
 
-    def forward(
-        self, predictions: torch.Tensor | tuple[torch.Tensor, ...], targets: torch.Tensor | tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, bool, bool]:
+    def forward(self, predictions: Any, targets: Any) -> tuple[torch.Tensor, bool, bool]:
         """The loss of the student's and the teacher's logits (s, b, V).
 
         Args:
