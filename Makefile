@@ -9,12 +9,13 @@ JOBS ?= 2
 OUT ?= build/gpu/results
 WHEELS ?=
 
-.PHONY: help install demo test lint types bench gpu compile-all clean
+.PHONY: help install demo test lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make lint types   ruff and basedpyright"
+	@echo "make docs         the documentation as a site in build/site; a warning is an error"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
 	@echo "make compile-all  compile every kernel for every dtype and architecture (long)"
@@ -43,6 +44,14 @@ types: install
 	rm -rf build/types
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/fusedkd
+
+# Read from the sources: the site needs no torch and no GPU.
+docs: $(VENV)/documented
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/documented: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
 
 bench: install
 	$(BIN)/python -m fusedkd bench --out bench/results

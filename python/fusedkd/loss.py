@@ -126,10 +126,10 @@ def kd_loss(
         (loss, KDStats).
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what would work. NotImplementedError for
-        schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor", which need whole rows,
-        and for weight_grad inside torch.compile.
-        RuntimeError on double backward.
+        ValueError, TypeError: naming the argument, what it was and what would work.
+        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor",
+            which need whole rows, and for weight_grad inside torch.compile.
+        RuntimeError: on double backward.
 
     Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
         parameters), one more and one write backward. Heads: four matrix products, six or eight

@@ -57,14 +57,14 @@ class _KLLoss(torch.nn.Module):
 
 
 class ForwardKLLoss(_KLLoss):
-    """KL(teacher‖student) plus the teacher's entropy, in nats. See `_KLLoss.forward` for shapes."""
+    """KL(teacher‖student) plus the teacher's entropy, in nats."""
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__(1.0, ignore_index)
 
 
 class ReverseKLLoss(_KLLoss):
-    """KL(student‖teacher), in nats. See `_KLLoss.forward` for shapes."""
+    """KL(student‖teacher), in nats."""
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__(0.0, ignore_index)
