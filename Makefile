@@ -47,7 +47,7 @@ types: install
 
 # Read from the sources: the site needs no torch and no GPU.
 docs: $(VENV)/documented
-	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
 
 $(VENV)/documented: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
