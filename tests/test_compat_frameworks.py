@@ -140,6 +140,7 @@ def shims() -> dict[str, Shim]:
             lambda s, t, y, beta=beta: swift.jsd_loss(s.flatten(0, 1), t.flatten(0, 1), beta),
             lambda s, t, y, beta=beta: jsd(s, t, beta).sum(),
         )
+    table["swift-3d"] = Shim(lambda s, t, y: swift.jsd_loss(s, t, 0.3), lambda s, t, y: jsd(s, t, 0.3).sum())
     return table
 
 
@@ -282,7 +283,7 @@ def test_an_empty_batch() -> None:
         assert value.item() == 0
 
 
-HEADS = ["torchtune-Forward-3d", "modelopt-none-2.0", "automodel-mean-2.0", "megatron-True-2.0"]
+HEADS = ["torchtune-Forward-3d", "modelopt-none-2.0", "automodel-mean-2.0", "megatron-True-2.0", "swift-3d"]
 
 
 @each("name", HEADS)
@@ -302,6 +303,25 @@ def test_heads(name: str) -> None:
         assert exact.grad is not None
         assert_close(operands[0][key].grad, exact.grad, VALUE + HEAD, what=key)
         assert operands[1][key].grad is None
+
+
+COMPILED = [
+    "torchtune-Symmetric-mean",
+    "torchtune-Forward-chunked",
+    "modelopt-mean-2.0",
+    "automodel-mean-2.0",
+    "swift-0.3",
+]
+
+
+@pytest.mark.unpoisoned
+@each("name", COMPILED)
+def test_compiled(name: str) -> None:
+    """One graph, as torchtune's compile_loss and compiled trainers want it, and the same numbers."""
+    torch.compiler.reset()
+    rows = unrelated(*SHAPE)
+    shim = SHIMS[name]
+    check(shim._replace(ours=torch.compile(shim.ours, fullgraph=True, backend="aot_eager")), rows)
 
 
 def test_megatron_returns_what_its_loss_balancer_unpacks() -> None:

@@ -12,13 +12,14 @@ import torch
 
 from ..divergence import divergence
 from ..loss import kd_loss
+from ..sides import Side
 
 ORIGINAL = "swift.rlhf_trainers.gkd_loss"
 
 
 def jsd_loss(
-    s_logits: torch.Tensor,
-    t_logits: torch.Tensor,
+    s_logits: Side,
+    t_logits: Side,
     beta: float,
     log_softmax_fn: Callable[..., torch.Tensor] | None = None,
     kl_div_fn: Callable[..., torch.Tensor] | None = None,
@@ -29,7 +30,7 @@ def jsd_loss(
     β·KL(p‖M) + (1 − β)·KL(q‖M) with M = βp + (1 − β)q; β = 0 is KL(p‖q) and β = 1 is KL(q‖p). No T².
 
     Args:
-        s_logits, t_logits: (N, V) logits of student and teacher, already divided by the temperature.
+        s_logits, t_logits: (N, V) logits of student and teacher, already divided by the temperature, or Heads.
         beta: in [0, 1].
         log_softmax_fn, kl_div_fn: hooks. None, or ms-swift's own defaults, is this function; anything else (Megatron's
             vocabulary-parallel pair) is left to ms-swift's own jsd_loss, with all arguments.
