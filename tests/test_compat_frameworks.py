@@ -308,7 +308,7 @@ def test_heads(name: str) -> None:
 COMPILED = [
     "torchtune-Symmetric-mean",
     "torchtune-Forward-chunked",
-    "modelopt-mean-2.0",
+    "modelopt-sum-2.0",
     "automodel-mean-2.0",
     "swift-0.3",
 ]

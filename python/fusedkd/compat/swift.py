@@ -34,7 +34,7 @@ def jsd_loss(
         beta: in [0, 1].
         log_softmax_fn, kl_div_fn: hooks. None, or ms-swift's own defaults, is this function; anything else (Megatron's
             vocabulary-parallel pair) is left to ms-swift's own jsd_loss, with all arguments.
-        chunk_size: for ms-swift's own; nothing of N·V elements is made here, so there is nothing to chunk.
+        chunk_size: for ms-swift's own; here nothing of N·V elements is made beside the gradient.
 
     Returns: float32 scalar, a sum: the caller divides. N = 0 gives 0 with a gradient graph.
 
