@@ -86,7 +86,7 @@ class SkewReverseKL(_Masked):
 class DKD(torch.nn.Module):
     """Decoupled KD at the labels: T²·Σ mask·(alpha·TCKD + beta·NCKD) / (number of all positions, counted or not).
 
-    The target is batch["model_inputs"]["labels"][..., 1:], with -100 replaced by the tokenizer's pad token as there.
+    The target is `batch["model_inputs"]["labels"][..., 1:]`, with -100 replaced by the tokenizer's pad token as there.
     Better: no NaN where the target takes all of the student's probability (log 0 there), and the target is excluded
     from NCKD instead of receiving a logit of -1000.
     """
