@@ -326,9 +326,9 @@ def _wait(arrived_ptr, parts):
 def _one_read(
     student, teacher, about_rows, out, grad, room, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, PHASE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, LANES: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    COUNT: tl.constexpr = len(INIT())
     label_ptr, upstream_ptr = about_rows
     loss_ptr, stats_ptr = out
     partial_ptr, sums_ptr, found_ptr, meeting_ptr, parts = room
@@ -557,6 +557,6 @@ def one_read(
     for phase in phases:
         _one_read[(plan.rows * plan.parts,)](
             about_rows=(labels, upstream), out=(loss, stats), grad=(out, *out.stride(), out.shape[1]), room=room,
-            **given, **plan.sweep, **plan.counts,
+            **given, **plan.sweep, LANES=plan.counts["LANES"],
             PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
