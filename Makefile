@@ -1,5 +1,6 @@
 # One virtual environment, made on first use. Another torch (a CUDA build): make test TORCH=torch
 VENV ?= .venv
+COMPAT ?= .venv-compat
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
@@ -9,11 +10,12 @@ JOBS ?= 2
 OUT ?= build/gpu/results
 WHEELS ?=
 
-.PHONY: help install demo test lint types docs bench gpu compile-all clean
+.PHONY: help install demo test test-compat lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
+	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
 	@echo "make lint types   ruff and basedpyright"
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
@@ -34,6 +36,17 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
+$(COMPAT)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet "$(TORCH)"
+	$(COMPAT)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(COMPAT)/torch.txt
+	$(COMPAT)/bin/python -m pip install --quiet --constraint $(COMPAT)/torch.txt --editable ".[compat]"
+	touch $@
+
+test-compat: $(COMPAT)/installed
+	$(COMPAT)/bin/python -m pytest tests/compat
 
 lint: install
 	$(BIN)/ruff check .
@@ -68,4 +81,4 @@ compile-all: install
 	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) tests/test_compile.py
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(COMPAT) build

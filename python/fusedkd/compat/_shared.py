@@ -87,3 +87,10 @@ def mean_loss(
 def jsd(beta: float) -> Divergence:
     """β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q, also at its ends: 0 there, where GKD's β is a plain KL."""
     return divergence("jsd", beta=float(beta)) if 0 < beta < 1 else divergence("skl", lam=1.0)
+
+
+def generalized_jsd(beta: float) -> Divergence:
+    """GKD's divergence: KL(p‖q) at β = 0, KL(q‖p) at β = 1, else JSD_β with the mixture βp + (1−β)q."""
+    if beta in (0, 1):
+        return divergence("rkl" if beta else "fkl")
+    return divergence("jsd", beta=beta)

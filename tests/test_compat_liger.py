@@ -1,0 +1,331 @@
+"""fusedkd.compat.liger against Liger's formulas, rewritten here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import VALUE, each, near, random_labels, side, unrelated
+from close import assert_close
+from originals import DTYPES, check, gkd_summands
+from test_memory import measure
+from torch import Tensor
+
+import fusedkd.compat.liger as shim
+
+BETAS = (0.0, 0.3, 1.0)
+V = 97
+LEADS = ((12,), (3, 4))
+
+
+def reduced(summands: Tensor, labels: Tensor | None, reduction: str, ignore_index: int = -100) -> Tensor:
+    """Liger's reductions of (..., V), over the rows that count."""
+    counted = torch.ones(summands.shape[:-1], dtype=torch.bool) if labels is None else labels != ignore_index
+    if reduction == "none":
+        return torch.where(counted.unsqueeze(-1), summands, 0)
+    items = {"batchmean": counted.sum(), "mean": counted.sum() * summands.shape[-1], "sum": 1}[reduction]
+    return summands[counted].sum() / items
+
+
+def labels_of(lead: tuple[int, ...], ignore_index: int = -100) -> Tensor:
+    """Labels of which some are ignored."""
+    labels = random_labels(lead, V)
+    return torch.where(labels == -100, ignore_index, labels)
+
+
+def heads(lead: tuple[int, ...], bias: bool = False, vocabulary: int = V) -> dict[str, Tensor]:
+    """Hidden states and output layers of two models of different widths."""
+    inputs = {}
+    for name, width in (("student", 16), ("teacher", 24)):
+        head = side(lead, vocabulary, width, bias=bias)
+        inputs |= {f"{name}_input": head.hidden, f"{name}_weight": head.weight}
+        if head.bias is not None:
+            inputs[f"{name}_bias"] = head.bias
+    return inputs
+
+
+def logits_of(inputs: dict[str, Tensor], name: str) -> Tensor:
+    return inputs[f"{name}_input"] @ inputs[f"{name}_weight"].T + inputs.get(f"{name}_bias", 0)
+
+
+def gkd(inputs: dict[str, Tensor], beta: float, temperature: float) -> Tensor:
+    """Summands of the divergence of two heads."""
+    logq, logp = ((logits_of(inputs, name) / temperature).log_softmax(-1) for name in ("student", "teacher"))
+    return gkd_summands(logp, logq, beta)
+
+
+@each("dtype", DTYPES)
+@each("labelled", [True, False])
+@each("beta", BETAS)
+@each("lead", LEADS)
+def test_fused_linear_jsd(lead: tuple[int, ...], beta: float, labelled: bool, dtype: torch.dtype) -> None:
+    labels = labels_of(lead, 5) if labelled else None
+    module = shim.LigerFusedLinearJSD(beta, ignore_index=5, temperature=1.7)
+
+    def formula(**inputs: Tensor) -> Tensor:
+        return reduced(gkd(inputs, beta, 1.7), labels, "batchmean", 5)
+
+    def ours(**inputs: Tensor) -> Tensor:
+        return module(**inputs, shift_labels=labels)
+
+    check(ours, formula, heads(lead), ("student_input", "student_weight"), dtype)
+
+
+MIXES = ((0.5, 0.5), (0.0, 1.0), (0.3, 1.4), (1.0, 0.0))
+
+
+@each("dtype", DTYPES)
+@each("mix", MIXES)
+@each("beta", BETAS)
+@each("bias", [True, False])
+def test_fused_linear_jsd_loss(bias: bool, beta: float, mix: tuple[float, float], dtype: torch.dtype) -> None:
+    lead = LEADS[bias]
+    labels = labels_of(lead)
+    options = dict(weight_hard_loss=mix[0], weight_soft_loss=mix[1], beta=beta, temperature=1.7, compiled=False)
+    module = shim.LigerFusedLinearJSDLoss(**options)
+
+    def losses(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        soft = reduced(gkd(inputs, beta, 1.7), labels, "batchmean")
+        logits = logits_of(inputs, "student")
+        return soft, torch.nn.functional.cross_entropy(logits.view(-1, V), labels.view(-1))
+
+    def formula(**inputs: Tensor) -> Tensor:
+        soft, hard = losses(inputs)
+        return mix[0] * hard + mix[1] * soft
+
+    def ours(**inputs: Tensor) -> Tensor:
+        return module(**inputs, true_labels=labels)
+
+    learns = ("student_input", "student_weight", "student_bias")[: 3 if bias else 2]
+    inputs = heads(lead, bias)
+    check(ours, formula, inputs, learns, dtype)
+    both = shim.LigerFusedLinearJSDLoss(**options, return_soft_hard_loss=True)
+    given = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+    returned = both(**given, true_labels=labels)
+    exact = {name: x.detach().double() for name, x in given.items()}
+    for name, part, wanted in zip(("loss", "soft", "hard"), returned, (formula(**exact), *losses(exact)), strict=True):
+        assert_close(part, wanted, 2 * VALUE, what=name)
+        assert part.requires_grad == (name == "loss")
+
+
+def test_flat_labels_of_three_dimensional_states() -> None:
+    """As trainers that flatten their labels only."""
+    inputs = {name: x.float() for name, x in heads((3, 4)).items()}
+    labels = labels_of((3, 4))
+    for module in (shim.LigerFusedLinearJSD(), shim.LigerFusedLinearJSDLoss()):
+        assert torch.equal(module(*inputs.values(), labels), module(*inputs.values(), labels.view(-1)))
+
+
+@each("build", [shim.LigerFusedLinearJSD, shim.LigerFusedLinearJSDLoss])
+def test_three_dimensional_states_are_chunked(build: Callable[[], Any]) -> None:
+    """Liger's chunked loss makes the whole (B·T, V) logits of them, because it cuts B only."""
+    lead, vocabulary = (2, 256), 3000
+    inputs = {name: x.float().requires_grad_() for name, x in heads(lead, vocabulary=vocabulary).items()}
+    labels = labels_of(lead)
+    memory = measure(lambda: build()(*inputs.values(), labels).backward())
+    assert max(memory.sizes) < 4 * lead[0] * lead[1] * vocabulary
+
+
+@each("beta", BETAS)
+def test_padded_vocabulary(beta: float) -> None:
+    """Two equal models, one with 64 more rows that are no tokens: Liger gives the student a logit of 0 for each."""
+    hidden, weight = torch.randn(12, 16), torch.randn(V, 16) / 4
+    dead = torch.cat((weight, torch.randn(64, 16) / 4))
+    assert shim.LigerFusedLinearJSDLoss(0.0, 1.0, beta)(hidden, weight, hidden, dead, labels_of((12,))) == 0
+    padded = torch.cat((hidden @ weight.T, torch.zeros(12, 64)), -1)
+    summands = gkd_summands((hidden @ dead.T).log_softmax(-1), padded.log_softmax(-1), beta)
+    assert reduced(summands, None, "batchmean") > 1e-3
+
+
+@each("build", [shim.LigerFusedLinearJSD, shim.LigerFusedLinearJSDLoss, lambda: shim.LigerFusedLinearJSDLoss(1.0, 0.0)])
+def test_nothing_counted_is_zero(build: Callable[[], Any]) -> None:
+    """Liger's LigerFusedLinearJSD divides by zero there."""
+    inputs = {name: x.float().requires_grad_() for name, x in heads((12,)).items()}
+    loss = build()(*inputs.values(), torch.full((12,), -100))
+    loss.backward()
+    assert loss == 0
+    for name in ("student_input", "student_weight"):
+        gradient = inputs[name].grad
+        assert gradient is not None
+        assert not gradient.any()
+
+
+@each("labelled", [True, False])
+@each("beta", BETAS)
+@each("lead", LEADS)
+def test_jsd(lead: tuple[int, ...], beta: float, labelled: bool) -> None:
+    """From logits, because the gradient to log-probabilities is another one and the same behind their log_softmax."""
+    labels = labels_of(lead, 5) if labelled else None
+    module = shim.LigerJSD(beta, ignore_index=5)
+    rows = unrelated(*lead, V)
+
+    def ours(q: Tensor, p: Tensor) -> Tensor:
+        return module(q.log_softmax(-1), p.log_softmax(-1), labels)
+
+    def formula(q: Tensor, p: Tensor) -> Tensor:
+        return reduced(gkd_summands(p.log_softmax(-1), q.log_softmax(-1), beta), labels, "batchmean", 5)
+
+    check(ours, formula, {"q": rows.student, "p": rows.teacher}, ("q",), torch.float32)
+
+
+@each("beta", BETAS)
+def test_jsd_of_bfloat16(beta: float) -> None:
+    """Rounded log-probabilities sum to 0.99 or 1.01; taken as they are, the KL of models that agree is negative."""
+    rows = near(1e-2, 12, V, dtype=torch.bfloat16)
+    inputs = {"q": rows.student.log_softmax(-1), "p": rows.teacher.log_softmax(-1)}
+
+    def formula(q: Tensor, p: Tensor) -> Tensor:
+        return gkd_summands(p.log_softmax(-1), q.log_softmax(-1), beta).sum() / 12
+
+    check(lambda q, p: shim.liger_jsd(q, p, beta=beta), formula, inputs, ("q",), torch.bfloat16)
+    rounded = [inputs[name].bfloat16().double() for name in ("p", "q")]
+    if beta in (0, 1):
+        assert (gkd_summands(*rounded, beta).sum(-1) < 0).any()
+    for row in range(12):
+        assert shim.liger_jsd(inputs["q"][row].bfloat16(), inputs["p"][row].bfloat16(), beta=beta) >= 0
+
+
+@each("beta", BETAS)
+def test_probabilities_that_underflow(beta: float) -> None:
+    """A probability below float32 in both models, where the logarithm of their mixture was NaN (Liger's issue 1397)."""
+    q, p = torch.randn(2, 12, V).unbind()
+    q[:, 3], p[:, 3] = -200, -200
+    q.requires_grad_()
+    loss = shim.liger_jsd(q.log_softmax(-1), p.log_softmax(-1), beta=beta)
+    loss.backward()
+    exact = [x.detach().double().log_softmax(-1) for x in (p, q)]
+    assert_close(loss, gkd_summands(*exact, beta).sum() / 12, VALUE)
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
+def weights_of(lead: tuple[int, ...], kind: str) -> Tensor:
+    """Targets: probabilities, some of which are 0, or a share of the mass that differs from row to row."""
+    p = (3 * torch.randn(*lead, V, dtype=torch.float64)).softmax(-1)
+    if kind == "zeros":
+        return torch.where(torch.rand(p.shape) < 0.3, 0.0, p)
+    return p * torch.rand(*lead, 1, dtype=torch.float64) if kind == "part" else p
+
+
+def kl_to(logq: Tensor, p: Tensor, eps: float) -> Tensor:
+    """Summands of KL(p‖q) as Liger writes them."""
+    return p * (p.clamp_min(eps).log() - logq)
+
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+@each("dtype", DTYPES)
+@each("eps", [1e-10, 1e-3])
+@each("kind", ["all", "zeros", "part"])
+@each("reduction", REDUCTIONS)
+def test_kl_div(reduction: str, kind: str, eps: float, dtype: torch.dtype) -> None:
+    lead = LEADS[eps < 1e-5]
+    module = shim.LigerKLDIVLoss(eps, reduction=reduction)
+
+    def ours(y: Tensor, p: Tensor) -> Tensor:
+        return module(y.float().log_softmax(-1), p)
+
+    def formula(y: Tensor, p: Tensor) -> Tensor:
+        return reduced(kl_to(y.log_softmax(-1), p, eps), None, reduction)
+
+    check(ours, formula, {"y": unrelated(*lead, V).student, "p": weights_of(lead, kind)}, ("y",), dtype)
+
+
+@each("dtype", DTYPES)
+@each("reduction", REDUCTIONS)
+def test_kl_div_of_logarithms(reduction: str, dtype: torch.dtype) -> None:
+    def ours(y: Tensor, p: Tensor) -> Tensor:
+        return shim.LigerKLDIVLoss(reduction=reduction, log_target=True)(y.float().log_softmax(-1), p)
+
+    def formula(y: Tensor, p: Tensor) -> Tensor:
+        return reduced(p.exp() * (p - y.log_softmax(-1)), None, reduction)
+
+    check(ours, formula, {"y": unrelated(12, V).student, "p": weights_of((12,), "part").log()}, ("y",), dtype)
+
+
+@each("labelled", [True, False])
+@each("dtype", DTYPES)
+@each("kind", ["all", "zeros", "part"])
+@each("reduction", REDUCTIONS[:3])
+def test_fused_linear_kl_div(reduction: str, kind: str, dtype: torch.dtype, labelled: bool) -> None:
+    lead = LEADS[labelled]
+    labels = labels_of(lead, 5) if labelled else None
+    module = shim.LigerFusedLinearKLDivLoss(reduction, ignore_index=5, temperature=1.7, eps=1e-3)
+    inputs = {name: x for name, x in heads(lead).items() if name.startswith("student")}
+
+    def ours(**inputs: Tensor) -> Tensor:
+        return module(**inputs, shift_labels=labels)
+
+    def formula(target: Tensor, **inputs: Tensor) -> Tensor:
+        logq = (logits_of(inputs, "student") / 1.7).log_softmax(-1)
+        return reduced(kl_to(logq, target, 1e-3), labels, reduction, 5)
+
+    learns = ("student_input", "student_weight")
+    check(ours, formula, inputs | {"target": weights_of(lead, kind)}, learns, dtype)
+
+
+@each("dtype", DTYPES)
+@each("labelled", [True, False])
+@each("reduction", REDUCTIONS)
+@each("lead", LEADS)
+def test_tvd(lead: tuple[int, ...], reduction: str, labelled: bool, dtype: torch.dtype) -> None:
+    labels = labels_of(lead, 5) if labelled else None
+    module = shim.LigerTVDLoss(reduction, ignore_index=5)
+    inputs = {"p": weights_of(lead, "all"), "q": weights_of(lead, "zeros")}
+
+    def formula(p: Tensor, q: Tensor) -> Tensor:
+        return reduced(0.5 * (p - q).abs(), labels, reduction, 5)
+
+    check(lambda p, q: module(p, q, labels), formula, inputs, ("p",), dtype)
+
+
+def test_tvd_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = torch.rand(2, 12, V).unbind()
+    p.requires_grad_()
+    whole = torch.autograd.grad(shim.liger_tvd(p, q), p)
+    monkeypatch.setattr(shim, "CHUNK", 5 * V)
+    assert torch.equal(torch.autograd.grad(shim.liger_tvd(p, q), p)[0], whole[0])
+    loss = shim.liger_kl_div(p.log_softmax(-1), q)
+    monkeypatch.undo()
+    assert torch.equal(loss, shim.liger_kl_div(p.log_softmax(-1), q))
+
+
+def test_the_defaults_of_the_functions() -> None:
+    """Means over every entry, where the classes have others."""
+    p, q = torch.rand(2, 12, V).softmax(-1).unbind()
+    assert torch.equal(shim.liger_tvd(p, q), shim.LigerTVDLoss("mean")(p, q))
+    assert torch.equal(shim.liger_kl_div(p.log(), q), shim.LigerKLDIVLoss(reduction="mean")(p.log(), q))
+    assert torch.equal(shim.LigerTVDLoss()(p, q), shim.liger_tvd(p, q, reduction="batchmean"))
+
+
+@each("build", [shim.LigerFusedLinearJSD, shim.LigerFusedLinearKLDivLoss])
+def test_an_unsupported_accumulator(build: Callable[..., Any]) -> None:
+    """The weight's gradient is summed in float32; asking for that is fine."""
+    build(accum_dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match=r"does not support accum_dtype=torch\.bfloat16"):
+        build(accum_dtype=torch.bfloat16)
+
+
+@each("name", ["size_average", "reduce"])
+def test_deprecated_arguments(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"liger_kl_div does not support {name}=False"):
+        shim.liger_kl_div(torch.zeros(2, 3), torch.zeros(2, 3), **{name: False})
+
+
+def test_bad_input() -> None:
+    p = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"reduction must be one of 'batchmean', 'mean', 'sum', got 'none'"):
+        shim.LigerFusedLinearKLDivLoss("none")
+    with pytest.raises(ValueError, match=r"reduction must be one of .* got 'token'"):
+        shim.LigerTVDLoss("token")
+    with pytest.raises(ValueError, match=r"target must have the shape \(4, 3\), got \(4, 2\)"):
+        shim.liger_tvd(p, p[:, :2])
+    with pytest.raises(ValueError, match=r"target must have the shape \(4, 3\), got \(4, 2\)"):
+        shim.liger_kl_div(p, p[:, :2])
+    with pytest.raises(ValueError, match=r"target must have the shape \(4, 7\), got \(4, 3\)"):
+        shim.liger_fused_linear_kl_div(p, torch.zeros(7, 3), p)
+    with pytest.raises(ValueError, match=r"shift_labels must have the leading shape \(4,\)"):
+        shim.liger_tvd(p, p, torch.zeros(5, dtype=torch.int64))
