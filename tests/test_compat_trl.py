@@ -13,6 +13,7 @@ import torch
 from cases import ROW, VALUE, each, near, random_labels, side, unrelated
 from close import assert_close, relative
 from originals import DTYPES, check, gkd_summands
+from test_memory import measure
 from torch import Tensor
 
 import fusedkd.compat.trl as shim
@@ -73,6 +74,19 @@ def test_the_number_of_items_overrides_the_reduction(items: Any, reduction: str)
 def test_temperature_divides_and_is_not_squared(reduction: str) -> None:
     options = {"temperature": 2.5, "beta": 0.3, "reduction": reduction}
     check(shim.generalized_jsd_loss, trl_jsd, logits(*SHAPE), ("student_logits",), torch.float32, **options)
+
+
+def test_nothing_of_the_logits_size_but_the_gradient() -> None:
+    """TRL holds both log-softmaxes, their mixture and its summands."""
+    given = {name: x.float() for name, x in logits(2, 256, 3000).items()}
+    given["student_logits"].requires_grad_()
+    count = {}
+    for function in (shim.generalized_jsd_loss, trl_jsd):
+        sizes = measure(lambda function=function: function(**given).backward()).sizes
+        count[function] = sum(size >= 4 * 2 * 256 * 3000 for size in sizes)
+        given["student_logits"].grad = None
+    assert count[shim.generalized_jsd_loss] == 1
+    assert count[trl_jsd] > 4
 
 
 def test_two_dimensional_logits() -> None:

@@ -18,12 +18,14 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.sdft import loss_utils as sdft
 from trl.experimental.sdpo import loss_utils as sdpo
+from trl.trainer import distillation_trainer
 
 import fusedkd.compat.trl as shim
 
 pytestmark = pytest.mark.unpoisoned
 
 STEPS = 4
+BFLOAT16 = 2**-7  # relative: TRL rounds the gradient of the logits, and both round what they return
 FLOAT32 = 1e-5  # relative: some hundred roundings of 6e-8, through four steps of training
 WORDS = [f"w{i}" for i in range(120)]
 TEMPLATE = (
@@ -109,7 +111,7 @@ def train(setup: tuple[Any, Any, Dataset]) -> tuple[list[float], torch.Tensor]:
     class Recording(kind):
         def compute_loss(self, *arguments: Any, **options: Any) -> Any:
             loss = super().compute_loss(*arguments, **options)
-            losses.append(float(loss))
+            losses.append(loss.item())
             return loss
 
     words = tokenizer()
@@ -180,3 +182,39 @@ def test_generalized_jsd_loss(beta: float, reduction: str, labelled: bool) -> No
     for ours, theirs in zip(found[1], found[0], strict=True):
         assert ours.shape == theirs.shape
         assert relative(ours, theirs.double()) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("items", [None, 50])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_chunked_divergence_loss(beta: float, items: int | None, dtype: torch.dtype) -> None:
+    """All fourteen arguments; the loss, the entropy, the count and every gradient."""
+    states = [torch.randn(2, 7, width).to(dtype) for width in (16, 24)]
+    weights = [torch.randn(301, width).to(dtype) for width in (16, 24)]
+    biases = list(torch.randn(2, 301).to(dtype))
+    mask = (torch.rand(2, 7) < 0.7).int()
+    found = []
+    for function in (distillation_trainer._chunked_divergence_loss, shim.chunked_divergence_loss):
+        leaves = [x[0].clone().requires_grad_() for x in (states, weights, biases)]
+        loss, entropy, count = function(
+            leaves[0],
+            states[1],
+            leaves[1],
+            weights[1],
+            mask,
+            beta,
+            items,
+            leaves[2],
+            biases[1],
+            0.7,
+            1.3,
+            9.0,
+            11.0,
+            1.5,
+        )
+        loss.backward()
+        found.append(([loss.detach(), entropy, count], [x.grad for x in leaves]))
+    for ours, theirs in zip(found[1][0], found[0][0], strict=True):
+        assert relative(ours, theirs.double()) < FLOAT32
+    for ours, theirs in zip(found[1][1], found[0][1], strict=True):
+        assert relative(ours, theirs.double()) < (FLOAT32 if dtype == torch.float32 else BFLOAT16)
