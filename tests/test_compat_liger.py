@@ -282,6 +282,30 @@ def test_tvd(lead: tuple[int, ...], reduction: str, labelled: bool, dtype: torch
     check(lambda p, q: module(p, q, labels), formula, inputs, ("p",), dtype)
 
 
+@each("reduction", REDUCTIONS)
+def test_ignored_rows_are_not_read(reduction: str) -> None:
+    labels = labels_of((12,))
+    hidden, p, q = torch.randn(12, 16), *torch.rand(2, 12, V).softmax(-1)
+    for x in (hidden, p, q):
+        x[labels == -100] = torch.nan
+    calls: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda x: shim.liger_tvd(x, q, labels, reduction), p),
+        (lambda x: shim.liger_jsd(x, q.log(), labels), p.log()),
+    ]
+    if reduction != "none":
+        weight = torch.randn(V, 16)
+        calls.append((lambda x: shim.liger_fused_linear_kl_div(x, weight, q, labels, reduction), hidden))
+    for loss, leaf in calls:
+        leaf.requires_grad_()
+        value = loss(leaf)
+        value.sum().backward()
+        assert value.isfinite().all()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[labels != -100].any()
+        assert not leaf.grad[labels == -100].any()
+
+
 def test_tvd_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q = torch.rand(2, 12, V).unbind()
     p.requires_grad_()

@@ -138,6 +138,23 @@ def test_a_masked_teacher(beta: float, reduction: str) -> None:
     assert not trl_jsd(student, teacher, beta=beta).isfinite()
 
 
+@each("reduction", ["batchmean", "none"])
+@each("beta", BETAS)
+def test_ignored_rows_are_not_read(beta: float, reduction: str) -> None:
+    """In TRL what is left of a NaN in a padded row is a NaN in its gradient."""
+    student, teacher = torch.randn(2, *SHAPE).unbind()
+    labels = random_labels(SHAPE[:-1], 61)
+    for x in (student, teacher):
+        x[labels == -100] = torch.nan
+    student.requires_grad_()
+    shim.generalized_jsd_loss(student, teacher, labels, beta, reduction=reduction).sum().backward()
+    assert student.grad is not None
+    assert student.grad[labels != -100].all()
+    assert not student.grad[labels == -100].any()
+    (theirs,) = torch.autograd.grad(trl_jsd(student, teacher, labels, beta), student)
+    assert theirs.isnan().any()
+
+
 HEADS = ("student_hidden_states", "student_lm_head_weight", "student_lm_head_bias")
 
 

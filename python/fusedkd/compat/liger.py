@@ -13,7 +13,7 @@ to them differs from Liger's by a multiple of the student's probabilities, which
 removes.
 """
 
-from collections.abc import Iterable
+import math
 from typing import Any
 
 import torch
@@ -355,8 +355,8 @@ def liger_tvd(
         checks.labels(labels, input.shape[:-1], input.device, IGNORED, 1, name="shift_labels")
     ignored = None if labels is None else (labels < 0)
     if reduction == "none":
-        summands = 0.5 * (input.float() - target.detach().float()).abs()
-        return summands if ignored is None else summands.masked_fill(ignored.unsqueeze(-1), 0.0)
+        gap = input.float() - target.detach().float()
+        return 0.5 * (gap if ignored is None else gap.masked_fill(ignored.unsqueeze(-1), 0.0)).abs()
     rows = _TotalVariation.apply(input.reshape(-1, input.shape[-1]), target.detach().reshape(-1, target.shape[-1]))
     assert isinstance(rows, torch.Tensor)
     if ignored is not None:
@@ -378,7 +378,9 @@ class _TotalVariation(torch.autograd.Function):
         p, q = ctx.saved_tensors
         grad = torch.empty_like(p)
         for at in _slices(p):
-            grad[at] = 0.5 * (p[at].float() - q[at].float()).sign() * grads[0][at].unsqueeze(-1)
+            upstream = grads[0][at].unsqueeze(-1)
+            slope = 0.5 * (p[at].float() - q[at].float()).sign()
+            grad[at] = torch.where(upstream == 0, 0.0, slope * upstream).to(p.dtype)
         return grad, None
 
 
@@ -392,7 +394,7 @@ def _kl_to(
     target = target.detach()
     mass, constant = _constants(target, log_target, eps)
     if labels is not None:
-        constant = constant.masked_fill(labels < 0, 0.0)
+        mass, constant = (x.masked_fill(labels < 0, 0.0) for x in (mass, constant))
     _, logits = _target(target, log_target, TINY)
     if temperature != 1:
         logits = logits * temperature
@@ -404,7 +406,7 @@ def _target(target: torch.Tensor, log_target: bool, floor: float) -> tuple[torch
     """Probabilities and logarithms of a target; in logarithms, what is below any probability is raised to the least."""
     wide = target.float()
     if log_target:
-        return wide.exp(), wide.clamp_min(torch.tensor(TINY).log().item())
+        return wide.exp(), wide.clamp_min(math.log(TINY))
     return wide, wide.clamp_min(floor).log()
 
 
@@ -455,9 +457,9 @@ def _check_reduction(reduction: str, *allowed: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, allowed))}, got {reduction!r}")
 
 
-def _check_alike(target: torch.Tensor, shape: Iterable[int]) -> None:
-    if target.shape != (shape := tuple(shape)):
-        raise ValueError(f"target must have the shape {shape}, got {tuple(target.shape)}")
+def _check_alike(target: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if target.shape != shape:
+        raise ValueError(f"target must have the shape {tuple(shape)}, got {tuple(target.shape)}")
 
 
 def _check_accumulator(accum_dtype: torch.dtype | None) -> None:

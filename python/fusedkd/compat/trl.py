@@ -155,8 +155,8 @@ def _reduced(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if reduction == "none" and num_items is None:
-        summands = _summands(student, teacher, beta, temperature)
-        return summands if counted is None else summands[counted]
+        rows = (student, teacher) if counted is None else (student[counted], teacher[counted])
+        return _summands(*rows, beta, temperature)
     labels = None if counted is None else as_labels(counted)
     total = kd_loss(
         student, teacher, labels, divergence=generalized_jsd(beta), temperature=temperature, reduction="sum"
