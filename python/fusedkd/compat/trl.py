@@ -257,8 +257,8 @@ def patch(*trainers: str) -> None:
 
     Nothing is changed unless all of them can be. Again is no error. Trainers made before are patched too.
 
-    Raises: ValueError for another name; ImportError where TRL or a trainer of it cannot be imported; RuntimeError where
-        its function does not have the arguments that are expected here.
+    Raises ValueError for another name, ImportError where TRL or a trainer of it cannot be imported, and RuntimeError
+    where its function does not have the arguments that are expected here.
     """
     chosen = [name for name in trainers or _SITES if name not in _originals]
     for name in chosen:
