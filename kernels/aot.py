@@ -47,6 +47,13 @@ class Variant(NamedTuple):
 
 _ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
 _CHUNK_KERNELS = {"absorb": streaming._absorb, "add_sums": streaming._add_sums, "chunk_gradient": streaming._gradient}
+_PART_KERNELS = {
+    "one_read": parts._one_read,
+    "part_deposit": parts._deposit,
+    "part_sums": parts._sums,
+    "part_conclude": parts._conclude,
+    "part_gradient": parts._gradient,
+}
 _VOCABULARY = 151_936  # says how many programs share a row
 
 
@@ -61,15 +68,12 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                 tile = chosen((architecture, online.tile, width))
                 kernels = dict(_ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
-                    kernels |= _CHUNK_KERNELS
+                    kernels |= _CHUNK_KERNELS | _PART_KERNELS
                     if online.sums is not None:
-                        del kernels["add_sums"]
-                    yield (
-                        "one_read",
-                        Variant(title, parts._one_read, parts.WHOLE[online.tile], definition, decoupled, online),
-                    )
+                        del kernels["add_sums"], kernels["part_sums"]
                 for key, kernel in kernels.items():
-                    yield key, Variant(title, kernel, tile, definition, decoupled, online)
+                    best = parts.WHOLE[online.tile, width] if key in _PART_KERNELS else tile
+                    yield key, Variant(title, kernel, best, definition, decoupled, online)
     for title, name, decoupled, option in (
         ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
         ("mixed_fkl", "fkl", False, {"mixed": True}),
@@ -81,7 +85,7 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
     mixed = definitions()["fkl"]
     yield (
         "one_read",
-        Variant("mixed_fkl", parts._one_read, parts.WHOLE["heavy"], mixed, False, mixed.online, mixed=True),
+        Variant("mixed_fkl", parts._one_read, parts.WHOLE["heavy", width], mixed, False, mixed.online, mixed=True),
     )
     for key, kernel in (("value", logprobs._value), ("gradient", logprobs._gradient)):
         yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))

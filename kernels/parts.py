@@ -42,12 +42,11 @@ from .rows import (
     gradient_tile,
     ignore,
     label_of,
+    line,
     nothing_found,
     store_likeliest,
     sweep_of,
     take_tile,
-    tile,
-    tile_class,
 )
 from .split import meet, or_infinite
 from .tiles import Tile
@@ -55,9 +54,16 @@ from .tiles import Tile
 _COMMON = 10  # numbers of a part beside its online state: three maxima, three entropy sums, CE's two, the label's two
 _PROGRAMS = 256  # two for every multiprocessor of the largest GPUs; smaller tiles for fewer rows, down to
 SMALLEST = 1024
-# Tiles that stay in registers through all phases, by the class of tiles.py: few enough for all programs of a row to be
-# on a GPU together. Compiled without spilling; not measured.
-WHOLE = {"light": Tile(4096, 16, 128), "two": Tile(4096, 16, 128), "heavy": Tile(2048, 8, 255)}
+# The largest tiles, by class and bytes per logit as in tiles.py: one stays in registers through all phases, and all
+# programs of a row must be on a GPU together. Compiled without spilling; not measured.
+WHOLE = {
+    ("light", 2): Tile(4096, 16, 128),
+    ("light", 4): Tile(4096, 16, 128),
+    ("two", 2): Tile(2048, 8, 255),
+    ("two", 4): Tile(2048, 16, 128),
+    ("heavy", 2): Tile(2048, 8, 255),
+    ("heavy", 4): Tile(2048, 8, 255),
+}
 
 
 @jit
@@ -406,9 +412,14 @@ class _Layout:
         return {name: every[name] for name in names}
 
 
+def _whole(problem: Problem, student: Side, teacher: Side) -> Tile:
+    _, kind, width = line(problem, student, teacher)
+    return WHOLE[kind, width]
+
+
 def _tile(problem: Problem, student: Side, teacher: Side, rows: int) -> Tile:
-    """The table's tile; a smaller one where the rows would give too few programs."""
-    best = tile(problem, student, teacher)
+    """A tile small enough for the rows to give programs enough."""
+    best = _whole(problem, student, teacher)
     block, warps = best.block, best.num_warps
     while block > SMALLEST and rows * triton.cdiv(student.x.shape[2], block) < _PROGRAMS:
         block, warps = block // 2, max(warps // 2, min(warps, 4))
@@ -536,12 +547,7 @@ def one_read(
     _check(problem)
     if not len(out):
         return
-    plan = _Layout(
-        problem,
-        student,
-        len(out),
-        WHOLE[tile_class(problem.definition.sweep(problem.parameters), problem.mix is not None)],
-    )
+    plan = _Layout(problem, student, len(out), _whole(problem, student, teacher))
     phases = (0,)
     if interpreted():
         phases = (1, 2, 3) if plan.sweep["SUMS"] is None else (1, 3)
