@@ -13,6 +13,7 @@ from cases import (
     DEFAULTS,
     DISTINCT,
     DTYPES,
+    FEW,
     IGNORE,
     VALUE,
     Case,
@@ -52,7 +53,10 @@ def test_every_divergence(case: Case, kind: str, backend: str) -> None:
     check_heads(*sides(kind), random_labels(LEAD, VOCABULARY), case, backend, reduction="none")
 
 
-@each("case", DISTINCT)
+# The scaling behind the reductions is the same code for both backends.
+@pytest.mark.parametrize(
+    ("case", "backend"), [*((case, "torch") for case in DISTINCT), *((case, "triton") for case in FEW)], ids=named
+)
 @each("kind", KINDS)
 @each("reduction", ["mean", "sum"])
 def test_reductions(case: Case, kind: str, reduction: str, backend: str) -> None:

@@ -299,9 +299,16 @@ def test_logits_dtype(case: Case, reduction: str, backend: str) -> None:
     assert_same(exact, plain("heads", case, backend, torch.bfloat16, reduction=reduction))
 
 
+PLAIN: dict[str, Any] = {}
+ADDED = {"reduction": "sum", "temperature": 2.0, "ce_weight": 0.3}
+
+
 @each("case", DEFAULTS)
-@each("options", [{}, {"reduction": "sum", "temperature": 2.0, "ce_weight": 0.3}, {"reduction": "none"}])
-@each("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [(PLAIN, torch.float32), (ADDED, torch.float32), ({"reduction": "none"}, torch.bfloat16)],
+    ids=["plain", "added", "none-bfloat16"],
+)
 def test_kd_value_and_grad(case: Case, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """The gradient of the sum of the result, with no graph and without touching the inputs."""
     name, params = case
