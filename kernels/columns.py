@@ -204,12 +204,19 @@ def merge_maxima(maxima, inv_tau, mix):
     return (top_s, top_t, top_m), move, own_log_t
 
 
+@formula
+def at_offsets(s, t, centre, at, inv_tau, mix):
+    """q, p, log q, log p, δ and d of logits at a row's final offsets."""
+    l_s, l_t, r = at
+    z, u, d = centred(s, t, centre, inv_tau, mix)
+    return tl.exp(z - l_s), tl.exp(u - l_t), z - l_s, u - l_t, d - r, d
+
+
 @jit
 def columns(student, teacher, view, at, start, BLOCK: tl.constexpr):
     """A tile at its final offsets: q, p, log q, log p, δ, d; which columns count (not the held-out one); columns, t."""
     row, y, V, inv_tau, mix, centre = view
-    l_s, l_t, r = at
     cols = start + tl.arange(0, BLOCK)
     s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < V)
-    z, u, d = centred(s, t, centre, inv_tau, mix)
-    return tl.exp(z - l_s), tl.exp(u - l_t), z - l_s, u - l_t, d - r, d, live & (cols != y), cols, t
+    q, p, logq, logp, delta, d = at_offsets(s, t, centre, at, inv_tau, mix)
+    return q, p, logq, logp, delta, d, live & (cols != y), cols, t

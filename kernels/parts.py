@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from .columns import as_numbers, centred, load_numbers, load_pair, merge_maxima, no_maxima, row_mix, row_values
+from .columns import as_numbers, at_offsets, load_numbers, load_pair, merge_maxima, no_maxima, row_mix, row_values
 from .language import interpreted, jit, tl, triton
 from .online import cross_entropy_advance, entropies_advance
 from .rows import (
@@ -45,13 +45,16 @@ from .rows import (
     line,
     nothing_found,
     store_likeliest,
+    store_saved,
+    store_zero_tile,
     sweep_of,
     take_tile,
+    upstream_of,
 )
 from .split import meet, or_infinite
+from .streaming import CARRY, online_of
 from .tiles import Tile
 
-_COMMON = 10  # numbers of a part beside its online state: three maxima, three entropy sums, CE's two, the label's two
 _PROGRAMS = 256  # two for every multiprocessor of the largest GPUs; smaller tiles for fewer rows, down to
 SMALLEST = 1024
 # The largest tiles, by class and bytes per logit as in tiles.py: one stays in registers through all phases, and all
@@ -158,10 +161,9 @@ def _met(
 def _leave_sums(columns, label, inv_tau, mix, met, theta, at, TERM):
     """A tile's Σ f, Σ phi and largest d into memory at `at`."""
     s, t, live, slope, cols = columns
-    centre, offsets, pair, own = met
-    l_s, l_t, r = offsets
-    z, u, d = centred(s, t, centre, inv_tau, mix)
-    f, phi = TERM(tl.exp(z - l_s), tl.exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    centre, at_row, pair, own = met
+    q, p, logq, logp, delta, d = at_offsets(s, t, centre, at_row, inv_tau, mix)
+    f, phi = TERM(q, p, logq, logp, delta, theta)
     sums = add_terms(as_numbers((0.0, 0.0, 0.0)), f, phi, d, live & (cols != label))
     for i in tl.static_range(3):
         tl.store(at + i, sums[i])
@@ -213,14 +215,6 @@ def _write(
         likeliest = tl.max(tl.where(lane < parts, tops, -1.0)).to(tl.int32)
         whole = (likeliest, tl.sum(rests), tl.sum(logits), tl.sum(slopes))
         store_likeliest(row, label, scales, grad, whole, scalars[10], upstream)
-
-
-@jit
-def _zero(row, part, grad, BLOCK: tl.constexpr):
-    grad_ptr, stride_n, _, width = grad
-    cols = part * BLOCK + tl.arange(0, BLOCK)
-    zeros = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + row * stride_n + tl.cast(cols, tl.int64) * grad[2], zeros, mask=cols < width)
 
 
 @jit
@@ -282,16 +276,10 @@ def _conclude(
             sums_ptr, row, parts, label, scales, loss_ptr, stats_ptr, gathered, theta + extras,
             row_values(numbers[1], row), TERM, SUMS, DECOUPLED, LANES,
         )  # fmt: skip
-        saved = scalars + (label + 0.0,) + extras
-        for i in tl.static_range(14):
-            if i < len(saved):
-                tl.store(saved_ptr + row * 14 + i, saved[i])
-            else:
-                tl.store(saved_ptr + row * 14 + i, 0.0)
+        store_saved(saved_ptr, row, scalars + (label + 0.0,) + extras)
     else:
         ignore(row, loss_ptr, stats_ptr)
-        for i in tl.static_range(14):
-            tl.store(saved_ptr + row * 14 + i, 0.0)
+        store_saved(saved_ptr, row, ())
 
 
 @jit
@@ -307,16 +295,14 @@ def _gradient(
         columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         theta = row_values(numbers[0], row)
         theta = theta + load_numbers(saved_ptr + row * 14 + 12, EXTRAS)
-        upstream = 1.0
-        if upstream_ptr is not None:
-            upstream = tl.load(upstream_ptr + row)
+        upstream = upstream_of(upstream_ptr, row)
         _write(
             columns, student, row, part, parts, label, scales, row_mix(numbers[2], row), grad,
             load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr + 1 + row * 3,
             TERM, LANES, BLOCK,
         )  # fmt: skip
     else:
-        _zero(row, part, grad, BLOCK)
+        store_zero_tile(grad, row, part * BLOCK, BLOCK)
 
 
 @jit
@@ -372,15 +358,13 @@ def _one_read(
                     sums_ptr, row, parts, label, scales, loss_ptr, stats_ptr, gathered, theta,
                     row_values(numbers[1], row), TERM, SUMS, DECOUPLED, LANES,
                 )  # fmt: skip
-                upstream = 1.0
-                if upstream_ptr is not None:
-                    upstream = tl.load(upstream_ptr + row)
+                upstream = upstream_of(upstream_ptr, row)
                 _write(
                     columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
                     found_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
                 )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
-        _zero(row, part, grad, BLOCK)
+        store_zero_tile(grad, row, part * BLOCK, BLOCK)
         ignore(row, loss_ptr, stats_ptr)
 
 
@@ -394,14 +378,14 @@ class _Layout:
         self.parts = triton.cdiv(self.width, best.block)
         self.sweep = sweep_of(problem)
         self.counts = {
-            "COUNT": len(problem.definition.sweep(problem.parameters).init.torch()),
+            "COUNT": len(online_of(problem).init.torch()),
             "LANES": triton.next_power_of_2(self.parts),
         }
         self.device = student.x.device
 
     def room(self) -> tuple[Any, ...]:
         """Deposits, sums, what the gradient found; tickets and each row's arrivals at three meetings; the parts."""
-        numbers = (_COMMON + self.counts["COUNT"], 3, 4)
+        numbers = (CARRY + self.counts["COUNT"], 3, 4)
         places = (torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32) for n in numbers)
         meeting = torch.zeros(3 * self.rows + 1, device=self.device, dtype=torch.int32)
         return (*places, meeting, self.parts)
@@ -449,33 +433,19 @@ def value(
     _check(problem)
     if len(loss):
         plan = _Layout(problem, student, len(loss), _tile(problem, student, teacher, len(loss)))
-        _value(plan, problem, student, teacher, labels, loss, saved, stats, plan.room())
-
-
-def _value(
-    plan: _Layout,
-    problem: Problem,
-    student: Side,
-    teacher: Side,
-    labels: torch.Tensor | None,
-    loss: torch.Tensor,
-    saved: torch.Tensor | None,
-    stats: torch.Tensor | None,
-    room: tuple[Any, ...],
-) -> None:
-    given = arguments(problem, student, teacher)
-    sides = {key: given[key] for key in ("student", "teacher", "V")}
-    common = {"label_ptr": labels, "room": room, "scales": given["scales"], "numbers": given["numbers"]}
-    options = {"BLOCK": plan.tile.block, **plan.tile.options()}
-    grid = (plan.rows * plan.parts,)
-    _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
-    shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "LANES")}
-    if plan.sweep["SUMS"] is None:
-        _sums[grid](**sides, **common, **shared, **options)
-    kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
-    _conclude[(plan.rows,)](
-        **common, loss_ptr=loss, saved_ptr=kept, stats_ptr=stats, **shared, SUMS=plan.sweep["SUMS"], num_warps=1
-    )
+        given = arguments(problem, student, teacher)
+        sides = {key: given[key] for key in ("student", "teacher", "V")}
+        common = {"label_ptr": labels, "room": plan.room(), "scales": given["scales"], "numbers": given["numbers"]}
+        options = {"BLOCK": plan.tile.block, **plan.tile.options()}
+        grid = (plan.rows * plan.parts,)
+        _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
+        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "LANES")}
+        if plan.sweep["SUMS"] is None:
+            _sums[grid](**sides, **common, **shared, **options)
+        kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
+        _conclude[(plan.rows,)](
+            **common, loss_ptr=loss, saved_ptr=kept, stats_ptr=stats, **shared, SUMS=plan.sweep["SUMS"], num_warps=1
+        )
 
 
 def gradient(
@@ -491,27 +461,13 @@ def gradient(
     _check(problem)
     if len(out):
         plan = _Layout(problem, student, len(out), _tile(problem, student, teacher, len(out)))
-        _parts_gradient(plan, problem, student, teacher, labels, saved, upstream, out, plan.room())
-
-
-def _parts_gradient(
-    plan: _Layout,
-    problem: Problem,
-    student: Side,
-    teacher: Side,
-    labels: torch.Tensor | None,
-    saved: torch.Tensor,
-    upstream: torch.Tensor | None,
-    out: torch.Tensor,
-    room: tuple[Any, ...],
-) -> None:
-    given = arguments(problem, student, teacher)
-    del given["ARGMAX"]
-    _gradient[(plan.rows * plan.parts,)](
-        label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]), room=room,
-        **given, EXTRAS=problem.definition.extras, LANES=plan.counts["LANES"],
-        BLOCK=plan.tile.block, **plan.tile.options(),
-    )  # fmt: skip
+        given = arguments(problem, student, teacher)
+        del given["ARGMAX"]
+        _gradient[(plan.rows * plan.parts,)](
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
+            room=plan.room(), **given, EXTRAS=problem.definition.extras, LANES=plan.counts["LANES"],
+            BLOCK=plan.tile.block, **plan.tile.options(),
+        )  # fmt: skip
 
 
 def value_and_gradient(
@@ -525,12 +481,9 @@ def value_and_gradient(
     stats: torch.Tensor | None,
 ) -> None:
     """As rows.value_and_gradient."""
-    _check(problem)
-    if len(out):
-        plan = _Layout(problem, student, len(out), _tile(problem, student, teacher, len(out)))
-        room, saved = plan.room(), loss.new_empty((len(out), SAVED))
-        _value(plan, problem, student, teacher, labels, loss, saved, stats, room)
-        _parts_gradient(plan, problem, student, teacher, labels, saved, upstream, out, room)
+    saved = loss.new_empty((len(out), SAVED))
+    value(problem, student, teacher, labels, loss, saved, stats)
+    gradient(problem, student, teacher, labels, saved, upstream, out)
 
 
 def one_read(

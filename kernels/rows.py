@@ -3,8 +3,8 @@
 Sweeps (each reads every logit once):
     statistics   running maxima and online sums (online.py), the target's column held out; the value, if they suffice
     sums         only for divergences without a one-sweep form: Σ f, Σ phi at the final offsets (or what `gather` does)
-    gradient     dL/ds = a·phi + b·q in reverse tile order, so that it meets the tiles still in cache. Eviction hints
-                 here cost 0.8 instructions per logit pair on sm_90; what they would save is not measured, so none
+    gradient     dL/ds = a·phi + b·q in reverse tile order, so that it meets the tiles still in cache. What eviction
+                 hints would save here is not measured, so there are none
 
     value                    one sweep (two)
     gradient                 one sweep, from the saved row scalars and any upstream weight
@@ -347,13 +347,38 @@ def _whole_gradient(
 
 
 @jit
-def store_zeros(grad, row, BLOCK: tl.constexpr):
-    """A row of `grad` = (pointer, row stride, column stride, width)."""
+def store_zero_tile(grad, row, start, BLOCK: tl.constexpr):
+    """A tile of a row of `grad` = (pointer, row stride, column stride, width)."""
     grad_ptr, stride_n, _, width = grad
-    for start in range(0, width, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        zeros = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + row * stride_n + spread(cols, grad[2]), zeros, mask=cols < width)
+    cols = start + tl.arange(0, BLOCK)
+    zeros = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + row * stride_n + spread(cols, grad[2]), zeros, mask=cols < width)
+
+
+@jit
+def store_zeros(grad, row, BLOCK: tl.constexpr):
+    """A row of `grad`."""
+    for start in range(0, grad[3], BLOCK):
+        store_zero_tile(grad, row, start, BLOCK)
+
+
+@jit
+def store_saved(saved_ptr, row, scalars):
+    """What a row's gradient needs, and zeros behind it."""
+    for i in tl.static_range(14):
+        if i < len(scalars):
+            tl.store(saved_ptr + row * 14 + i, scalars[i])
+        else:
+            tl.store(saved_ptr + row * 14 + i, 0.0)
+
+
+@jit
+def upstream_of(upstream_ptr, row):
+    """The row's upstream gradient, 1 if none is given."""
+    if upstream_ptr is None:
+        return 1.0
+    else:
+        return tl.load(upstream_ptr + row)
 
 
 @jit
@@ -389,17 +414,11 @@ def _value(
             TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK,
         )  # fmt: skip
         if saved_ptr is not None:
-            saved = scalars + (y + 0.0,) + extras
-            for i in tl.static_range(14):
-                if i < len(saved):
-                    tl.store(saved_ptr + row * 14 + i, saved[i])
-                else:
-                    tl.store(saved_ptr + row * 14 + i, 0.0)
+            store_saved(saved_ptr, row, scalars + (y + 0.0,) + extras)
     else:
         ignore(row, loss_ptr, stats_ptr)
         if saved_ptr is not None:
-            for i in tl.static_range(14):
-                tl.store(saved_ptr + row * 14 + i, 0.0)
+            store_saved(saved_ptr, row, ())
 
 
 @jit
@@ -437,9 +456,7 @@ def _value_and_gradient(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
             TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK,
         )  # fmt: skip
-        upstream = 1.0
-        if upstream_ptr is not None:
-            upstream = tl.load(upstream_ptr + row)
+        upstream = upstream_of(upstream_ptr, row)
         _whole_gradient(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
     else:
         ignore(row, loss_ptr, stats_ptr)
