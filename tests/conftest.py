@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +24,38 @@ settings.load_profile("fusedkd")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the one marker of the suite."""
+    """Register the one marker of the suite, and save the interpreter repeated work."""
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone in this test")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with contextlib.suppress(ImportError):
+            _patch_once_per_launch(importlib.import_module("triton.runtime.interpreter"))
+
+
+def _patch_once_per_launch(interpreter: Any) -> None:
+    """Let the first of a launch's functions that sees a part of triton.language patch it, and no other after it.
+
+    Triton's own interpreter looks through all of it at each call of a function in a kernel: half of its time.
+    """
+    language = (interpreter.tl, interpreter.tl.core)
+    patched: set[frozenset[int]] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen = frozenset(id(part) for part in language if any(value is part for value in self.fn.__globals__.values()))
+        if seen not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(seen)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.GridExecutor.__call__ = launched
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(params=["torch", "triton"])
