@@ -2,13 +2,15 @@
 
 A `formula` is written once, with plain operators, other formulas and `tl.exp`, `tl.log`, `tl.abs`, `tl.where`.
 Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
-counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row.
+counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row. `formula.scalar` is the
+same on Python's numbers, for a row or two, where calling torch would take longer than calculating.
 Where the two backends need different arithmetic for the same number, the torch version is given explicitly; on numbers
 per row (fewer than two axes) it must not look at values, which would synchronise with a GPU.
 """
 
 import contextlib
 import importlib
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -59,14 +61,53 @@ class _Rowwise:
         return x.amax(-1, keepdim=True)
 
 
-def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The code of `fn` with `tl` and every formula it names replaced by torch and the formula's torch version."""
+class _Numbers:
+    """Python's numbers as a formula sees them: what has no value is infinite or NaN, as it is in a tensor."""
+
+    abs = staticmethod(abs)
+    floor = staticmethod(math.floor)
+    maximum = staticmethod(max)
+    minimum = staticmethod(min)
+
+    @staticmethod
+    def where(condition: bool, x: float, y: float) -> float:
+        """One of two."""
+        return x if condition else y
+
+    @staticmethod
+    def exp(x: float) -> float:
+        """e^x."""
+        return math.exp(x) if x < 709.0 else x * math.inf
+
+    @staticmethod
+    def exp2(x: float) -> float:
+        """2^x."""
+        return 2.0**x if x < 1023.0 else x * math.inf
+
+    @staticmethod
+    def log(x: float) -> float:
+        """The natural logarithm."""
+        return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+    @staticmethod
+    def sqrt(x: float) -> float:
+        """The square root."""
+        return math.sqrt(x) if x >= 0 else math.nan
+
+
+def _twin(fn: Callable[..., Any], namespace: Any, version: str) -> Callable[..., Any]:
+    """The code of `fn` with `tl` replaced by `namespace`, and every formula that it names by its `version`."""
     names = {
-        name: _ROWWISE if value is tl else getattr(value, "torch", value)
+        name: namespace if value is tl else getattr(value, version, value)
         for name, value in fn.__globals__.items()
         if name in fn.__code__.co_names
     }
     return types.FunctionType(fn.__code__, {"__builtins__": __builtins__, **names}, fn.__name__, fn.__defaults__)
+
+
+def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The code of `fn` with `tl` and every formula it names replaced by torch and the formula's torch version."""
+    return _twin(fn, _ROWWISE, "torch")
 
 
 def formula(fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] | None = None) -> Any:
@@ -75,12 +116,14 @@ def formula(fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] |
     def define(fn: Callable[..., Any]) -> Any:
         compiled = jit(fn)
         compiled.torch = torch if torch is not None else torch_twin(fn)
+        compiled.scalar = _twin(fn, _NUMBERS, "scalar")
         return compiled
 
     return define if fn is None else define(fn)
 
 
 _ROWWISE = _Rowwise()
+_NUMBERS = _Numbers()
 
 
 @jit

@@ -47,6 +47,12 @@ def test_every_divergence(case: Case, backend: str) -> None:
 
 
 @each("case", DEFAULTS)
+def test_many_rows(case: Case) -> None:
+    """A CPU takes the scalars of many rows at once, and of few (everywhere else here) row by row."""
+    check_logits(unrelated(40, 130), case, "torch")
+
+
+@each("case", DEFAULTS)
 @pytest.mark.parametrize(
     ("backend", "dtype"), [(b, d) for b, dtypes in DTYPES.items() for d in dtypes if d != torch.float32], ids=named
 )

@@ -291,8 +291,8 @@ def test_a_planted_matrix_is_found(announced: list[planner.Chunks], monkeypatch:
 @each("layout", ["plain", "next token"])
 def test_logits(dtype: torch.dtype, layout: str) -> None:
     """Forward makes nothing of N·V elements, backward the gradient alone; logits[:, :-1] is read where it lies."""
-    whole = torch.randn(4, 33, V).to(dtype).requires_grad_()
-    other = torch.randn(4, 33, V).to(dtype)
+    whole = torch.randn(4, 66, V).to(dtype).requires_grad_()
+    other = torch.randn(4, 66, V).to(dtype)
     cut = slice(None, -1) if layout == "next token" else slice(None)
     student, teacher = whole[:, cut], other[:, cut]
     labels = torch.randint(V, student.shape[:-1])

@@ -1,10 +1,10 @@
 """The row work in plain torch: `backend="torch"`, same results and the same interface as kernels/rows.py.
 
 Rows are taken a block of about BLOCK logits at a time, so that nothing of N·V elements is made. A block's logits are at
-hand, so no online form is needed: maxima, normalisers, then f and phi of the divergence's own `term` at the final
+hand, so no online form is needed: maxima, normalisers, then Σ f and phi of the divergence's own `term` at the final
 offsets, then the gradient from the same phi. Where all rows of a block are far from p == q plain differences are
 accurate and cost half as much; the primitives of kernels/maths.py choose that for themselves. Computed in float32
-(float64 for float64 logits); ignored rows are not read.
+(float64 for float64 logits), the scalars of a few long rows in Python's numbers; ignored rows are not read.
 """
 
 import math
@@ -13,24 +13,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.maths import softplus
+from .kernels.maths import Summand, row_dots, softplus
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT, binary, offsets, settle
 
 BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
-_NEAR = 0.5  # KL(q‖p) below which r needs its exact form
+_FEW = 16  # rows whose scalars Python calculates faster than torch does
+_NEAR = 0.1  # KL(q‖p) below which the quotient of the normalisers is not exact enough for r
 
 
 class _Block(NamedTuple):
     """Some rows without their label column: q̂ and p̂, their logs, d = log p̂ − log q̂ + r and what surrounds them."""
 
     rows: torch.Tensor | slice  # which of the call's
-    q: torch.Tensor  # (n, V)
-    p: torch.Tensor
-    logs: tuple[torch.Tensor, torch.Tensor] | None  # where the term reads them
-    d: torch.Tensor  # 0 where both maxima stand
-    r: torch.Tensor  # (n,) log p̂ − log q̂ = d − r
-    lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of z and u
+    q: torch.Tensor  # (n, V) e^z = q̂·Z_s
+    p: torch.Tensor  # e^u = p̂·Z_t
+    log_z: tuple[torch.Tensor, torch.Tensor]  # (n,) log Z_s, log Z_t
+    logs: tuple[torch.Tensor, torch.Tensor] | None  # z and u, where the term reads them
+    d: torch.Tensor  # u − z + k
+    k: torch.Tensor | float  # (n,) 0 where d was brought to 0 where both maxima stand
+    r: torch.Tensor  # (n,) log p̂ − log q̂ = d − k − r
+    lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of the student's and the teacher's logits
     y: torch.Tensor | None  # (n, 1) targets
     label: torch.Tensor | None  # (n, 1) labels
     present: torch.Tensor  # (n,) the target is in the support
@@ -56,8 +59,9 @@ def value(
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as kernels.rows.value."""
     _clear(loss, stats, saved)
+    room = _room(problem, loss)
     for rows in row_blocks(problem.vocab_size, labels, loss.shape[0], loss.device):
-        block = _open(problem, student, teacher, labels, rows, loss)
+        block = _open(problem, student, teacher, labels, rows, room)
         _, _, scalars = _evaluate(problem, student, block, loss, stats)
         if saved is not None:
             saved[rows, : len(scalars)] = torch.stack(scalars, -1)
@@ -73,9 +77,10 @@ def gradient(
     out: torch.Tensor,
 ) -> None:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), as kernels.rows.gradient."""
+    room = _room(problem, saved)
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
         scalars = saved[rows].unbind(-1)
-        block = _open(problem, student, teacher, labels, rows, saved[:, 0])
+        block = _open(problem, student, teacher, labels, rows, room)
         columns = _place(problem, block, *scalars[:3])
         extras = scalars[7 : 7 + problem.definition.extras]
         _, phi = _term(problem, block, columns, (*values_at(problem.parameters, rows, saved), *extras))
@@ -94,8 +99,9 @@ def value_and_gradient(
 ) -> None:
     """Fills `loss`, `stats` and `out`, as kernels.rows.value_and_gradient."""
     _clear(loss, stats)
+    room = _room(problem, loss)
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
-        block = _open(problem, student, teacher, labels, rows, loss)
+        block = _open(problem, student, teacher, labels, rows, room)
         q, phi, scalars = _evaluate(problem, student, block, loss, stats)
         _write(problem, student, block, q, phi, scalars, upstream, out)
 
@@ -114,11 +120,24 @@ def _clear(*tensors: torch.Tensor | None) -> None:
             tensor.zero_()
 
 
+def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
+    """What the blocks of a call use in turn: z then q, u then p, d. New memory for each would cost page faults.
+
+    One piece, because glibc keeps what is freed in smaller ones, the temporaries, once it got back a larger one.
+    """
+    return like.new_empty((3, min(_step(problem.vocab_size), max(len(like), 1)), problem.vocab_size))
+
+
+def _step(width: int) -> int:
+    """Rows of a block."""
+    return max(2, BLOCK // max(width, 1))
+
+
 def row_blocks(
     width: int, labels: torch.Tensor | None, n: int, device: torch.device, out: torch.Tensor | None = None
 ) -> Iterator[torch.Tensor | slice]:
     """The counted rows, a block at a time, as a slice where they are neighbours; other rows of `out` are zeroed."""
-    step = max(2, BLOCK // max(width, 1))
+    step = _step(width)
     if labels is None or bool((labels >= 0).all()):
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
         return
@@ -175,39 +194,42 @@ def _open(
     teacher: Side,
     labels: torch.Tensor | None,
     rows: torch.Tensor | slice,
-    like: torch.Tensor,
+    room: torch.Tensor,
     special: bool = False,
 ) -> _Block:
-    """A block's distributions. A −inf logit shows as a sum that is not finite: the block is opened again with care."""
+    """A block's distributions, in `room`. A −inf logit shows as a sum that is not finite: that opens it with care."""
     V, tau = problem.vocab_size, problem.temperature
+    like = room[0]
     s, _ = logits(student, rows, V, like.dtype)
     t, _ = logits(teacher, rows, V, like.dtype)
     dead = holes = None
     if special or teacher.floor is not None:
         special = True
         s, t, dead, holes = _without_infinities(s, t, teacher, rows)
-    whole_t = t
-    nothing = torch.full_like(like[rows], ABSENT)
-    s_y, t_y, present = nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool)
+    n = len(s)
+    nothing = like.new_full((n, 1), ABSENT)
+    s_y, t_y, present = nothing, nothing, torch.zeros(n, dtype=torch.bool, device=like.device)
     empty = None if dead is None else dead.all(-1)
     label = None if labels is None else labels[rows].unsqueeze(-1)
     y = t.argmax(-1, keepdim=True) if problem.argmax else label
     if y is not None:
-        s_y, t_y = s.gather(1, y).squeeze(-1), t.gather(1, y).squeeze(-1)
+        s_y, t_y = s.gather(1, y), t.gather(1, y)
         if not special and bool((s_y == -torch.inf).any()):
-            return _open(problem, student, teacher, labels, rows, like, special=True)
-        present = ~torch.isneginf(t_y) if dead is None else ~dead.gather(1, y).squeeze(-1)
-        s, t = s.scatter(1, y, ABSENT), t.scatter(1, y, ABSENT)
+            return _open(problem, student, teacher, labels, rows, room, special=True)
+        present = (~torch.isneginf(t_y) if dead is None else ~dead.gather(1, y)).squeeze(-1)
         if dead is not None or V == 1:
-            empty = (t <= ABSENT).all(-1)
-    tops = (s.amax(-1, keepdim=True), t.amax(-1, keepdim=True))
-    z, u = s - tops[0], t - tops[1]
-    if tau != 1.0:
-        z.div_(tau)
-        u.div_(tau)
-    shift = ((tops[1] - tops[0]) / tau).squeeze(-1)
+            empty = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1)
+    tops = (_tops(s, y, s_y), _tops(t, y, t_y))
+    z, u, d = (x[:n] for x in room)
+    for to, x, top in ((z, s, tops[0]), (u, t, tops[1])):
+        torch.sub(x, top, out=to)
+        if tau != 1.0:
+            to.div_(tau)
+        if y is not None:
+            to.scatter_(1, y, ABSENT)
+    k = shift = (tops[1] - tops[0]) / tau
     tiny = torch.finfo(like.dtype).tiny
-    z_y, u_y = (s_y.unsqueeze(-1) - tops[0]) / tau, (t_y.unsqueeze(-1) - tops[1]) / tau
+    z_y, u_y = (s_y - tops[0]) / tau, (t_y - tops[1]) / tau
     own = mix = None
     peak: torch.Tensor | float = 0.0
     lse_t = tops[1].squeeze(-1) / tau
@@ -223,48 +245,57 @@ def _open(
     if special:
         q.masked_fill_(s <= ABSENT, 0.0)  # a row with nothing but −inf has its maximum there
         p.masked_fill_(t <= ABSENT, 0.0)
-    log_zs, log_zt = (x.sum(-1).clamp(min=tiny).log() for x in (q, p))
-    q.mul_((-log_zs).exp().unsqueeze(-1))
-    p.mul_((-log_zt).exp().unsqueeze(-1))
-    logs = None
-    if problem.definition.reads_logs:
-        logs = (z.sub_(log_zs.unsqueeze(-1)), u.sub_(log_zt.unsqueeze(-1)))
+    z_s, z_t = q.sum(-1).clamp(min=tiny), p.sum(-1).clamp(min=tiny)
+    log_zs, log_zt = z_s.log(), z_t.log()
 
-    def difference(s: torch.Tensor, t: torch.Tensor, anchored: bool) -> torch.Tensor:
-        d = _difference(problem, s, t, tops, anchored)
+    def difference(s: torch.Tensor, t: torch.Tensor, anchored: bool, out: torch.Tensor | None = None) -> torch.Tensor:
+        d = _difference(problem, s, t, tops, anchored, out)
         return d if mix is None else d.mul_(mix).sub_(peak)
 
-    d = difference(s, t, anchored=bool((shift.abs() > 8).any()))
-    r = log_zt - log_zs
-    mean = _dot(q, d)
+    if bool((k.abs() < 8).all()):
+        torch.sub(t, s, out=d)
+        if tau != 1.0:
+            d.div_(tau)
+        if mix is not None:
+            d.mul_(mix)
+            k = k * mix + peak
+    else:
+        d, k = difference(s, t, True, d), torch.zeros_like(k)
+    if y is not None:
+        d.scatter_(1, y, 0.0)
+    r = (z_t / z_s).log()
+    mean = row_dots(q, d) / z_s - k.squeeze(-1)
     if not special and not bool(torch.isfinite(mean).all()):
-        return _open(problem, student, teacher, labels, rows, like, special=True)
+        return _open(problem, student, teacher, labels, rows, room, special=True)
     near = r - mean < _NEAR
     if near.any():
-        if (shift.abs() > 0.125).any():
-            d = difference(s, t, anchored=True)
-        r = torch.where(near, torch.log1p(d.clamp(max=80.0).expm1_().mul_(q).sum(-1)), r)
+        if bool((shift.abs() > 0.125).any()):
+            d = difference(s, t, True, d)
+            if y is not None:
+                d.scatter_(1, y, 0.0)
+        else:
+            d.sub_(k)
+        k = torch.zeros_like(k)
+        r = torch.where(near, torch.log1p(d.clamp(max=80.0).expm1_().mul_(q).sum(-1) / z_s), r)
     # An unlikely target stands far from both maxima: without a large offset its plain difference is the exact one.
-    d_y = torch.where(
-        shift.unsqueeze(-1).abs() < 8,
-        difference(s_y.unsqueeze(-1), t_y.unsqueeze(-1), anchored=False),
-        difference(s_y.unsqueeze(-1), t_y.unsqueeze(-1), anchored=True),
-    )
+    d_y = torch.where(shift.abs() < 8, difference(s_y, t_y, anchored=False), difference(s_y, t_y, anchored=True))
     return _Block(
         rows,
         q,
         p,
-        logs,
+        (log_zs, log_zt),
+        (z, u) if problem.definition.reads_logs else None,
         d,
+        k.squeeze(-1),
         r,
         lse=(tops[0].squeeze(-1) / tau + log_zs, lse_t + log_zt),
         y=y,
         label=label,
         present=present,
         at_target=((z_y.squeeze(-1) - log_zs), (u_y.squeeze(-1) - log_zt), d_y.squeeze(-1)),
-        raw=(s_y / tau, t_y / tau),
+        raw=(s_y.squeeze(-1) / tau, t_y.squeeze(-1) / tau),
         own=own,
-        teacher=whole_t,
+        teacher=t,
         dead=dead,
         holes=holes,
         empty=empty,
@@ -273,23 +304,32 @@ def _open(
     )
 
 
+def _tops(x: torch.Tensor, y: torch.Tensor | None, x_y: torch.Tensor) -> torch.Tensor:
+    """The rows' maxima (n, 1) without the target's column."""
+    tops = x.amax(-1, keepdim=True)
+    if y is not None:
+        for row in (x_y >= tops).flatten().nonzero().flatten().tolist():
+            at = int(y[row])
+            parts = [part.amax() for part in (x[row, :at], x[row, at + 1 :]) if len(part)]
+            tops[row] = torch.stack(parts).amax() if parts else ABSENT
+    return tops
+
+
 def _difference(
-    problem: Problem, s: torch.Tensor, t: torch.Tensor, tops: tuple[torch.Tensor, torch.Tensor], anchored: bool
+    problem: Problem,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    tops: tuple[torch.Tensor, torch.Tensor],
+    anchored: bool,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """d = u − z; `anchored` brings each side near 0 first, so that a large offset rounds nothing (online.py)."""
     if anchored:
         c_s, c_t = (torch.floor(x * 4 + 0.5) / 4 for x in tops)
-        d = (t - c_t).sub_(s - c_s).sub_((tops[1] - c_t) - (tops[0] - c_s))
+        d = torch.sub(t, c_t, out=out).sub_(s - c_s).sub_((tops[1] - c_t) - (tops[0] - c_s))
     else:
-        d = (t - s).sub_(tops[1] - tops[0])
+        d = torch.sub(t, s, out=out).sub_(tops[1] - tops[0])
     return d if problem.temperature == 1.0 else d.div_(problem.temperature)
-
-
-def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Row by row, to three or four digits: a loop over few long rows is several times faster than linalg.vecdot."""
-    if len(x) > 64:
-        return torch.linalg.vecdot(x, y)
-    return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
 
 
 class _Columns(NamedTuple):
@@ -303,27 +343,27 @@ class _Columns(NamedTuple):
 
 def _place(problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torch.Tensor, r: torch.Tensor) -> _Columns:
     """A block moved to the row offsets, in its own memory."""
-    q, p, logs = block.q, block.p, block.logs
-    if block.y is not None and not problem.decoupled:
-        q, p = q.mul_((-shift_s).exp().unsqueeze(-1)), p.mul_((-shift_t).exp().unsqueeze(-1))
-        if logs is not None:
-            logs = (logs[0].sub_(shift_s.unsqueeze(-1)), logs[1].sub_(shift_t.unsqueeze(-1)))
-    return _Columns(q, p, logs or (None, None), block.d.sub_(r.unsqueeze(-1)))
+    offsets = [(log_z + shift).unsqueeze(-1) for log_z, shift in zip(block.log_z, (shift_s, shift_t), strict=True)]
+    q, p = (x.mul_((-offset).exp()) for x, offset in zip((block.q, block.p), offsets, strict=True))
+    logs = (None, None) if block.logs is None else (block.logs[0].sub_(offsets[0]), block.logs[1].sub_(offsets[1]))
+    return _Columns(q, p, logs, block.d.sub_((r + block.k).unsqueeze(-1)))
 
 
 def _term(
     problem: Problem, block: _Block, columns: _Columns, theta: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """f and phi, 0 where a column does not count."""
+    """Σ f, and phi, 0 where a column does not count."""
     per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
     f, phi = problem.definition.term.torch(columns.q, columns.p, *columns.logs, columns.delta, per_row)
     if block.y is not None:
-        f.scatter_(1, block.y, 0.0)
         phi.scatter_(1, block.y, 0.0)
     if block.dead is not None:
-        f.masked_fill_(block.dead, 0.0)
         phi.masked_fill_(block.dead, 0.0)
-    return f, phi
+    elif isinstance(f, Summand):
+        return f.row_sums(), phi  # where q = p = 0, and δ is finite, nothing is added
+    if block.y is not None:
+        f = f.scatter(1, block.y, 0.0)
+    return (f if block.dead is None else f.masked_fill(block.dead, 0.0)).sum(-1), phi
 
 
 class Whole(NamedTuple):
@@ -370,7 +410,7 @@ def _evaluate(
             torch.where(block.present, x, absent)
             for x, absent in zip(block.at_target, (logq_y, logp_y, block.r), strict=True)
         )
-        pair = binary.torch(zero, zero, block.r, zy, uy, dy)
+        pair = by_row(binary, (zero, zero, block.r, zy, uy, dy))
         logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     about = _statistics(block, logq_y, logp_y, log_rest_q, log_rest_p) if stats is not None else None
     at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
@@ -378,8 +418,8 @@ def _evaluate(
     theta = values_at(problem.parameters, block.rows, loss)
     extras = _gather(problem, block, columns, theta, (logq_y, logp_y, delta_y))
     theta = (*theta, *extras)
-    f, phi = _term(problem, block, columns, theta)
-    total, mass = f.sum(-1), phi.sum(-1)
+    total, phi = _term(problem, block, columns, theta)
+    mass = phi.sum(-1)
     if block.holes is not None:
         total = torch.where(block.holes.any(-1) & (total > 1e10), torch.inf, total)
     pair = (logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
@@ -416,23 +456,44 @@ def conclude(
 ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """Loss; L_T, L_N and their slopes at the target; the gradient's a, b, T: from the target's pair and the sums."""
     weights = values_at(problem.weights, rows, total)
-    term = problem.definition.term.torch
-    result, *split, a, b, grad_y = settle.torch(total, mass, pair, present, theta, *weights, term, problem.decoupled)
+    numbers = (total, mass, pair, present, theta, *weights)
+    result, *split, a, b, grad_y = by_row(settle, numbers, problem.definition.term, problem.decoupled)
     return torch.where(empty, 0.0, result), split, (a, b, grad_y)
+
+
+def by_row(formula: Any, numbers: tuple[Any, ...], *constants: Any) -> tuple[torch.Tensor, ...]:
+    """A formula of numbers per row, tensors (n,) or 0-d in maybe nested tuples; its results as (n,).
+
+    Few rows on a CPU go one by one through Python's numbers: a call of torch takes as long as a row of a formula.
+    """
+    like = numbers[0]
+    version = "scalar" if like.device.type == "cpu" and len(like) <= _FEW else "torch"
+    constants = tuple(getattr(constant, version, constant) for constant in constants)
+    if version == "torch":
+        return formula.torch(*numbers, *constants)
+    results = [formula.scalar(*row, *constants) for row in _numbers_of(numbers, len(like))]
+    return like.new_tensor(results).unbind(1)
+
+
+def _numbers_of(values: tuple[Any, ...], n: int) -> list[tuple[Any, ...]]:
+    """The same tuple for each of n rows, of Python's numbers."""
+    columns = [_numbers_of(x, n) if isinstance(x, tuple) else x.tolist() if x.dim() else [x.item()] * n for x in values]
+    return list(zip(*columns, strict=True)) if columns else [()] * n
 
 
 def _statistics(
     block: _Block, logq_y: torch.Tensor, logp_y: torch.Tensor, log_rest_q: torch.Tensor, log_rest_p: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """Entropies, log-probabilities of the target and log-sum-exps of student and teacher (the unmixed one)."""
-    p, lse_t = block.p, block.lse[1]
+    q, p = (x * (-log_z).exp().unsqueeze(-1) for x, log_z in zip((block.q, block.p), block.log_z, strict=True))
+    lse_t = block.lse[1]
     if block.own is not None:
         p, lse_t, odds = block.own
         if block.y is not None:
             odds = torch.where(block.present, odds, ABSENT)
             logp_y, log_rest_p = -softplus.torch(-odds), -softplus.torch(odds)
     logs = [logq_y, logp_y]
-    entropies = [_entropy(block.q, logq_y, log_rest_q), _entropy(p, logp_y, log_rest_p)]
+    entropies = [_entropy(q, logq_y, log_rest_q), _entropy(p, logp_y, log_rest_p)]
     logprobs = [torch.where(block.present & (x > ABSENT / 10), x, -torch.inf) for x in logs]
     if block.y is None:
         logprobs = [torch.full_like(logq_y, torch.nan)] * 2
@@ -461,7 +522,9 @@ def _write(
     up: Any = 1.0 if upstream is None else upstream[block.rows].to(phi.dtype).unsqueeze(-1)
     scale = up * (problem.factor / problem.temperature)
     g = phi if bool((a * scale == 1).all()) else phi.mul_(a * scale)
-    g.addcmul_(q, b * scale)
+    bent = problem.ce_weight or student.scale is not None or student.softcap is not None
+    direct = isinstance(block.rows, slice) and out.dtype == phi.dtype and not bent
+    g = torch.addcmul(g, q, b * scale, out=out[block.rows, :V] if direct else g)
     if block.y is not None:
         g.scatter_(1, block.y, torch.where(block.present.unsqueeze(-1), grad_y * scale, 0.0))
     for row in block.confident.nonzero().flatten().tolist():
@@ -473,7 +536,7 @@ def _write(
         g.masked_fill_(block.holes, 0.0)
     if block.empty is not None:
         g.masked_fill_(block.empty.unsqueeze(-1), 0.0)
-    if problem.ce_weight or student.scale is not None or student.softcap is not None:
+    if bent:
         s, slope = logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
         if problem.ce_weight:
             assert block.label is not None
@@ -483,7 +546,8 @@ def _write(
             g = ce
         g.mul_(slope)
     if isinstance(block.rows, slice):
-        out[block.rows, : g.shape[1]] = g
+        if not direct:
+            out[block.rows, : g.shape[1]] = g
         out[block.rows, g.shape[1] :] = 0
     else:
         out[block.rows] = torch.nn.functional.pad(g, (0, width - g.shape[1])).to(out.dtype)
