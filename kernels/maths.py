@@ -20,18 +20,19 @@ _PLAIN = 0.02  # relative size from which a plain difference of weights keeps it
 class Summand:
     """Columns of rows that a torch formula makes only when they are looked at: their sums may not need them.
 
-    Anything that is done to it is done to the tensor (n, V), but for `row_sums`, which is (n,).
+    Anything that is done to it is done to the tensor (n, V), but for `row_sums`, which is (n,). `make` makes the
+    columns; `plain` gives their sums from other sums, and what these must exceed in order not to have cancelled.
     """
 
-    def __init__(self, make: Callable[[], torch.Tensor], plain_sums: Callable[[], torch.Tensor], size: torch.Tensor):
-        self._make, self._plain_sums, self._size = make, plain_sums, size
+    def __init__(
+        self, make: Callable[[], torch.Tensor], plain: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self._make, self._plain = make, plain
 
     def row_sums(self) -> torch.Tensor:
-        """Σ over the columns, of sums where in no row these cancel below a part of `size`, else of the columns."""
-        plain = self._plain_sums()
-        if bool((plain > _PLAIN * self._size.sum(-1)).all()):
-            return plain
-        return self._make().sum(-1)
+        """Σ over the columns."""
+        sums, least = self._plain()
+        return sums if bool((sums > least).all()) else self._make().sum(-1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._make(), name)
@@ -77,8 +78,13 @@ def _torch_expm1_product(w, v, x):
 
 def _torch_rem2_product(w, v, x):
     if x.dim() == 2 and w.shape == v.shape == x.shape:
-        return Summand(lambda: _precise_rem2_product(w, v, x), lambda: v.sum(-1) - w.sum(-1) - row_dots(w, x), w)
+        return Summand(lambda: _precise_rem2_product(w, v, x), lambda: _plain_rem2_sums(w, v, x))
     return _precise_rem2_product(w, v, x)
+
+
+def _plain_rem2_sums(w, v, x):
+    weight = w.sum(-1)
+    return v.sum(-1) - weight - row_dots(w, x), _PLAIN * weight
 
 
 def _precise_rem2_product(w, v, x):

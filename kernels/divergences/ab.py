@@ -24,7 +24,7 @@ import torch
 
 from ..divergence import Definition, Online
 from ..language import formula, tl, torch_twin
-from ..maths import expm1_ratio
+from ..maths import Summand, expm1_ratio
 from ..online import moments_advance, moments_ratio
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
@@ -58,12 +58,22 @@ def _torch_slope(w, v, a, x):
 
 def _torch_bend(w, v, u, alpha, beta, x):
     known = _plain_exponents(alpha, beta, alpha + beta)
-    if known is not None and x.dim() == 2:
-        a, b, c = known
+    if known is None or x.dim() < 2:
+        return _precise_bend(w, v, u, alpha, beta, x)
+    a, b, c = known
+
+    def make():
         plain = (u * (1 / (b * c))).add_(v, alpha=-1 / (a * b)).add_(w, alpha=1 / (a * c))
         if (plain.sum(-1) > _PLAIN * w.sum(-1)).all():
             return plain
-    return _precise_bend(w, v, u, alpha, beta, x)
+        return _precise_bend(w, v, u, alpha, beta, x)
+
+    def sums():
+        weight = w.sum(-1)
+        return u.sum(-1) / (b * c) - v.sum(-1) / (a * b) + weight / (a * c), _PLAIN * weight
+
+    # An absent column, whose log q is −1e30, has no weight only where no exponent is negative.
+    return Summand(make, sums) if min(known) > 0 else make()
 
 
 @formula(torch=_torch_slope)

@@ -308,10 +308,9 @@ def _tops(x: torch.Tensor, y: torch.Tensor | None, x_y: torch.Tensor) -> torch.T
     """The rows' maxima (n, 1) without the target's column."""
     tops = x.amax(-1, keepdim=True)
     if y is not None:
-        for row in (x_y >= tops).flatten().nonzero().flatten().tolist():
-            at = int(y[row])
-            parts = [part.amax() for part in (x[row, :at], x[row, at + 1 :]) if len(part)]
-            tops[row] = torch.stack(parts).amax() if parts else ABSENT
+        again = (x_y >= tops).flatten()
+        if again.any():
+            tops[again] = x[again].scatter_(1, y[again], ABSENT).amax(-1, keepdim=True)
     return tops
 
 
@@ -351,19 +350,26 @@ def _place(problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torc
 
 def _term(
     problem: Problem, block: _Block, columns: _Columns, theta: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ f, and phi, 0 where a column does not count."""
+) -> tuple[torch.Tensor | Summand, torch.Tensor]:
+    """f, and phi, which is 0 where a column does not count."""
     per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
     f, phi = problem.definition.term.torch(columns.q, columns.p, *columns.logs, columns.delta, per_row)
     if block.y is not None:
         phi.scatter_(1, block.y, 0.0)
     if block.dead is not None:
         phi.masked_fill_(block.dead, 0.0)
-    elif isinstance(f, Summand):
-        return f.row_sums(), phi  # where q = p = 0, and δ is finite, nothing is added
+    return f, phi
+
+
+def _total(block: _Block, f: torch.Tensor | Summand) -> torch.Tensor:
+    """Σ f (n,) over the columns that count."""
+    if isinstance(f, Summand) and block.dead is None:
+        return f.row_sums()  # where q = p = 0, and δ is finite, nothing is added
     if block.y is not None:
-        f = f.scatter(1, block.y, 0.0)
-    return (f if block.dead is None else f.masked_fill(block.dead, 0.0)).sum(-1), phi
+        f = f.scatter_(1, block.y, 0.0)
+    if block.dead is not None:
+        f = f.masked_fill_(block.dead, 0.0)
+    return f.sum(-1)
 
 
 class Whole(NamedTuple):
@@ -418,8 +424,8 @@ def _evaluate(
     theta = values_at(problem.parameters, block.rows, loss)
     extras = _gather(problem, block, columns, theta, (logq_y, logp_y, delta_y))
     theta = (*theta, *extras)
-    total, phi = _term(problem, block, columns, theta)
-    mass = phi.sum(-1)
+    f, phi = _term(problem, block, columns, theta)
+    total, mass = _total(block, f), phi.sum(-1)
     if block.holes is not None:
         total = torch.where(block.holes.any(-1) & (total > 1e10), torch.inf, total)
     pair = (logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
