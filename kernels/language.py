@@ -4,8 +4,8 @@ A `formula` is written once, with plain operators, other formulas and `tl.exp`, 
 Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
 counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row. `formula.scalar` is the
 same on Python's numbers, for a row or two, where calling torch would take longer than calculating.
-Where the two backends need different arithmetic for the same number, the torch version is given explicitly; on numbers
-per row (fewer than two axes) it must not look at values, which would synchronise with a GPU.
+Where the backends need different arithmetic for the same number, that version is given explicitly; that of torch must
+not look at values on numbers per row (fewer than two axes), which would synchronise with a GPU.
 """
 
 import contextlib
@@ -90,6 +90,11 @@ class _Numbers:
         return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
 
     @staticmethod
+    def log1p(x: float) -> float:
+        """log(1 + x)."""
+        return math.log1p(x) if x > -1 else -math.inf if x == -1 else math.nan
+
+    @staticmethod
     def sqrt(x: float) -> float:
         """The square root."""
         return math.sqrt(x) if x >= 0 else math.nan
@@ -110,20 +115,25 @@ def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _twin(fn, _ROWWISE, "torch")
 
 
-def formula(fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] | None = None) -> Any:
-    """Decorator: a Triton function whose attribute `torch` computes the same in torch."""
+def formula(
+    fn: Callable[..., Any] | None = None,
+    *,
+    torch: Callable[..., Any] | None = None,
+    scalar: Callable[..., Any] | None = None,
+) -> Any:
+    """Decorator: a Triton function whose attributes `torch` and `scalar` compute the same in torch and in Python."""
 
     def define(fn: Callable[..., Any]) -> Any:
         compiled = jit(fn)
         compiled.torch = torch if torch is not None else torch_twin(fn)
-        compiled.scalar = _twin(fn, _NUMBERS, "scalar")
+        compiled.scalar = scalar if scalar is not None else _twin(fn, NUMBERS, "scalar")
         return compiled
 
     return define if fn is None else define(fn)
 
 
 _ROWWISE = _Rowwise()
-_NUMBERS = _Numbers()
+NUMBERS = _Numbers()
 
 
 @jit

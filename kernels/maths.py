@@ -5,12 +5,13 @@ from exp and log. The `_product` forms take the weight w together with v = w·e^
 from zero the answer is then a difference of two bounded numbers, and nothing overflows.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .language import formula, tl
+from .language import NUMBERS, formula, tl
 
 _SERIES = 0.125  # |x| up to which the torch forms use their (shorter) series
 _FAR = 80.0  # e^x overflows float32 beyond 88
@@ -101,11 +102,24 @@ def _precise_rem2_product(w, v, x):
     return torch.where(x > _FAR, plain, precise) if x.dim() < 2 or (x > _FAR).any() else precise
 
 
+def _scalar_expm1_product(w, v, x):
+    return w * math.expm1(x) if x < _FAR else v - w
+
+
+def _scalar_rem2_product(w, v, x):
+    if abs(x) >= 0.5:
+        return v - w - w * x
+    series = 0.0
+    for n in range(16, 1, -1):
+        series = (1.0 + series) * x / n
+    return w * series * x
+
+
 def _torch_softplus(x):
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-@formula(torch=torch.exp)
+@formula(torch=torch.exp, scalar=NUMBERS.exp)
 def exp(x):
     """e^x for the elements of a row: flushing what is below 1e-38 takes two instructions, keeping it five."""
     return tl.exp2(x * 1.4426950408889634)
@@ -118,13 +132,13 @@ def expm1_ratio(x):
     return 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
 
 
-@formula(torch=_torch_expm1_product)
+@formula(torch=_torch_expm1_product, scalar=_scalar_expm1_product)
 def expm1_product(w, v, x):
     """w·(e^x − 1), given v = w·e^x. Takes tensors; `expm1` is the form without a weight."""
     return tl.where(tl.abs(x) < 0.5, w * x * expm1_ratio(x), v - w)
 
 
-@formula(torch=_torch_rem2_product)
+@formula(torch=_torch_rem2_product, scalar=_scalar_rem2_product)
 def rem2_product(w, v, x):
     """w·(e^x − 1 − x) ≥ 0, given v = w·e^x."""
     series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
@@ -138,7 +152,7 @@ def expm1(x):
     return expm1_product(1.0, tl.exp(x), x)
 
 
-@formula(torch=torch.log1p)
+@formula(torch=torch.log1p, scalar=NUMBERS.log1p)
 def log1p(x):
     """log(1 + x): the rounding of 1 + x is divided out again (Kahan)."""
     u = 1.0 + x
@@ -152,7 +166,7 @@ def softplus(x):
     return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
-@formula(torch=torch.tanh)
+@formula(torch=torch.tanh, scalar=math.tanh)
 def tanh(x):
     """Hyperbolic tangent, relatively accurate near 0 (a soft cap must not blur small logits)."""
     e = expm1(tl.where(x < 0, 2.0 * x, -2.0 * x))

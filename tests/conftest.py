@@ -37,6 +37,7 @@ def _patch_once_per_launch(interpreter: Any) -> None:
     Triton's own interpreter looks through all of it at each call of a function in a kernel: half of its time.
     """
     language = (interpreter.tl, interpreter.tl.core)
+    seen_by: dict[Any, frozenset[int]] = {}
     patched: set[frozenset[int]] = set()
     launch = interpreter.GridExecutor.__call__
 
@@ -45,7 +46,10 @@ def _patch_once_per_launch(interpreter: Any) -> None:
         return launch(self, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen = frozenset(id(part) for part in language if any(value is part for value in self.fn.__globals__.values()))
+        if self.fn not in seen_by:
+            names = self.fn.__globals__.values()
+            seen_by[self.fn] = frozenset(id(part) for part in language if any(value is part for value in names))
+        seen = seen_by[self.fn]
         if seen not in patched:
             interpreter._patch_lang(self.fn)
             patched.add(seen)
