@@ -3,7 +3,7 @@
     python -m fusedkd.bench.instructions --out bench/results
 
 The divergences below are compiled by kernels/aot.py and counted by kernels/sass.py, in about two minutes. The README
-takes its table from the file. Any other kernel: python -m fusedkd.kernels.aot sm_90 bfloat16 NAME.
+takes its table from the file. Any other kernel: python -m fusedkd.kernels.aot sm_90 bfloat16 NAME --instructions.
 """
 
 from __future__ import annotations
@@ -43,13 +43,11 @@ def counted(architecture: str, dtype: str) -> Iterator[dict[str, Any]]:
         subprocess.CalledProcessError: the compiler failed.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fusedkd.kernels.aot", architecture, dtype, *DIVERGENCES]
+    command = [sys.executable, "-m", "fusedkd.kernels.aot", architecture, dtype, *DIVERGENCES, "--instructions"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     for line in done.stdout.splitlines():
         report = json.loads(line)
-        yield {
-            key: report[key] for key in ("name", "kernel", "dtype", "block", "num_warps", "registers", "instructions")
-        }
+        yield {key: report[key] for key in KEPT}
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -1,16 +1,16 @@
 """Compile the row kernels for any target without a GPU, as a launch with contiguous, 16-byte aligned rows would.
 
-`python -m fusedkd.kernels.aot ARCH DTYPE [NAME ...]` compiles every kernel of every divergence in this process and
-prints a JSON line for each: registers, stack and instructions per logit pair are read with the cuobjdump that ships in
-the Triton wheel.
+`python -m fusedkd.kernels.aot ARCH DTYPE [NAME ...] [--instructions]` compiles every kernel of every divergence in this
+process and prints a JSON line for each: registers, stack and, asked for because they take as long as the compilation,
+instructions per logit pair are read with the cuobjdump that ships in the Triton wheel.
 """
 
+import argparse
 import importlib
 import json
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -154,11 +154,13 @@ def source(variant: Variant, dtype: str) -> Any:
     return compiler.ASTSource(variant.kernel, signature=signature, constexprs=constexprs, attrs=aligned)
 
 
-def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str) -> dict[str, Any]:
+def compile_variant(
+    kernel: str, variant: Variant, dtype: str, architecture: str, instructions: bool = False
+) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes.
 
-    "instructions" are those of each loop over columns, in the order of the machine code, per logit pair (sass.py); per
-    logit where there is one side, and where a loop only writes.
+    "instructions", where asked for, are those of each loop over columns, in the order of the machine code, per logit
+    pair (sass.py); per logit where there is one side, and where a loop only writes.
     """
     target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
     limit = variant.tile.registers
@@ -179,10 +181,11 @@ def compile_variant(kernel: str, variant: Variant, dtype: str, architecture: str
     }
     if "cubin" in built.asm:
         report |= _resources(built.asm["cubin"])
-        listing = _cuobjdump(built.asm["cubin"], "--dump-sass")
-        elements = variant.tile.block // (32 * variant.tile.num_warps)
-        sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
-        report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
+        if instructions:
+            listing = _cuobjdump(built.asm["cubin"], "--dump-sass")
+            elements = variant.tile.block // (32 * variant.tile.num_warps)
+            sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
+            report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
         lanes = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
         widths = [int(n) * int(bits) // 8 for n, bits in lanes]
         report["load_bytes"] = max(widths, default=0)
@@ -208,12 +211,19 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def main(architecture: str, dtype: str, *names: str) -> None:
+def main() -> None:
     """Compile all variants (or those named) and print a JSON line each."""
-    for kernel, variant in variants(DTYPES[dtype][1], architecture):
-        if not names or variant.name in names:
-            print(json.dumps(compile_variant(kernel, variant, dtype, architecture)), flush=True)
+    parser = argparse.ArgumentParser(prog="python -m fusedkd.kernels.aot", description=__doc__)
+    parser.add_argument("architecture", choices=ARCHITECTURES)
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("names", metavar="NAME", nargs="*", help="of a divergence's variant, such as decoupled_rkl")
+    parser.add_argument("--instructions", action="store_true", help="count them in each loop (NVIDIA only)")
+    args = parser.parse_args()
+    for kernel, variant in variants(DTYPES[args.dtype][1], args.architecture):
+        if not args.names or variant.name in args.names:
+            report = compile_variant(kernel, variant, args.dtype, args.architecture, args.instructions)
+            print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
