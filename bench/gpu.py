@@ -1,4 +1,6 @@
-"""Everything for a machine with a GPU in one command: tests, memory checker, benchmark, summary. `make gpu` runs it.
+"""Everything for a machine with a GPU in one command: tests, memory checker, the C library, benchmark, summary.
+
+`make gpu` runs it:
 
     python -m fusedkd.bench.gpu --out DIR
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +40,11 @@ TESTS = {
     "large": ("large", 45, False),
     "memcheck": ("memcheck", 50, False),
 }
+# The C library is built for a few divergences and the GPU's architecture, and its programs run there.
+LIBRARY = "C library"
+LIBRARY_SECONDS = 120
+LIBRARY_DIVERGENCES = "rkl;drkl;ab;jsd;taid"
+CAPABILITIES = {8: "80", 9: "90", 10: "100"}  # generation -> what CMakeLists.txt calls it
 LEAST = 15  # seconds under which nothing more is begun
 DRAWING = 20  # seconds that the report takes
 JOBS = 12
@@ -89,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in TESTS:
         if name not in state["parts"] and run.left > LEAST:
             note(run, state, name, test(run, name))
+    if LIBRARY not in state["parts"] and run.left > LEAST:
+        note(run, state, LIBRARY, library(run))
     benchmark(run, state)
     summary(run, state)
     return int(any(part["outcome"] == "failed" for part in state["parts"].values()))
@@ -148,6 +158,37 @@ def test(run: Run, name: str) -> dict[str, Any]:
     return {"outcome": outcome, "seconds": seconds, "words": f"{words} ({seconds:.0f} s)"}
 
 
+def library(run: Run) -> dict[str, Any]:
+    """Build the C library beside the results and run its tests, those on the GPU included."""
+    sources, folder = run.tests.resolve().parent, run.out / "clib"
+    cmake, ctest = shutil.which("cmake"), shutil.which("ctest")
+    arch = CAPABILITIES.get(torch.cuda.get_device_capability()[0])
+    for missing, words in (
+        (cmake is None or ctest is None, "needs cmake on the path"),
+        (not (sources / "CMakeLists.txt").is_file(), f"no CMakeLists.txt beside {run.tests}"),
+        (arch is None, "has no kernels for this GPU"),
+    ):
+        if missing:
+            return {"outcome": "skipped", "words": words}
+    options = [f"-DPython3_EXECUTABLE={sys.executable}", f"-DFUSEDKD_ARCHS={arch}"]
+    options.append(f"-DFUSEDKD_DIVERGENCES={LIBRARY_DIVERGENCES}")
+    started = time.monotonic()
+    lines: list[str] = []
+    for command in (
+        [str(cmake), "-S", str(sources), "-B", str(folder), *options],
+        [str(cmake), "--build", str(folder), "-j", str(os.cpu_count() or 1)],
+        [str(ctest), "--test-dir", str(folder), "--output-on-failure"],
+    ):
+        left = LIBRARY_SECONDS - (time.monotonic() - started)
+        code, _, lines = logged(run, LIBRARY, command, min(left, run.left))
+        if code != 0:
+            break
+    seconds = time.monotonic() - started
+    words = next((line for line in lines if "tests passed" in line), lines[-1] if lines else "no output")
+    outcome = "cut off" if code is None else "passed" if code == 0 else "failed"
+    return {"outcome": outcome, "seconds": seconds, "words": f"{words} ({seconds:.0f} s)"}
+
+
 def benchmark(run: Run, state: dict[str, Any]) -> None:
     """Measure every section that is missing; one that brings the process down is left out of the next try."""
     crashed: set[str] = set()
@@ -201,7 +242,7 @@ def summary(run: Run, state: dict[str, Any]) -> None:
     print()
     for name, part in state["parts"].items():
         print(f"{name:<10} {part['outcome']}: {part['words']}")
-    left = [name for name in (*TESTS, *SECTIONS) if name not in state["parts"]]
+    left = [name for name in (*TESTS, LIBRARY, *SECTIONS) if name not in state["parts"]]
     if left:
         print(f"left       {', '.join(left)}: make gpu again to go on")
     print()

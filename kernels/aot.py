@@ -45,7 +45,16 @@ class Variant(NamedTuple):
     mixed: bool = False
 
 
-_ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
+class Call(NamedTuple):
+    """What a launch gives, as far as it decides what is compiled."""
+
+    aligned: str = "all"  # multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides
+    stats: bool = False
+    saved: bool = True  # whether `value` keeps what `gradient` needs
+
+
+PLAIN = Call()
+ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
 _CHUNK_KERNELS = {"absorb": streaming._absorb, "add_sums": streaming._add_sums, "chunk_gradient": streaming._gradient}
 _PART_KERNELS = {
     "one_read": parts._one_read,
@@ -66,7 +75,7 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
             for online in definition.sweeps:
                 title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
                 tile = chosen((architecture, online.tile, width))
-                kernels = dict(_ROW_KERNELS)
+                kernels = dict(ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
                     kernels |= _CHUNK_KERNELS | _PART_KERNELS
                     if online.sums is not None:
@@ -80,7 +89,7 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
     ):
         definition = definitions()[name]
         tile = chosen((architecture, rows.tile_class(definition.online, busy=True), width))
-        for key, kernel in _ROW_KERNELS.items():
+        for key, kernel in ROW_KERNELS.items():
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
     mixed = definitions()["fkl"]
     yield (
@@ -91,19 +100,23 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
         yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
 
 
-def source(variant: Variant, dtype: str) -> Any:
-    """The ASTSource of a variant: contiguous rows and labels; no statistics, bias, scale, softcap, floor or CE."""
+def specialization(
+    variant: Variant, dtype: str, call: Call = PLAIN
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a variant with labels, and without bias, scale, softcap, floor and CE."""
     element = "*" + DTYPES[dtype][0]
-    side = (element, "i32", "i32", "i64", "i64", "constexpr", "constexpr", "constexpr", "constexpr", "constexpr")
+    apart = "i64" if call.aligned == "none" else "constexpr"  # columns
+    side = (element, "i32", "i32", "i64", "i64", apart, "constexpr", "constexpr", "constexpr", "constexpr")
     definition, online = variant.definition, variant.online
     gather = None if definition is None else definition.gather
     given = 0 if definition is None else len(definition.parameters)
     types: dict[str, Any] = {
         **dict.fromkeys(("student", "teacher", "side"), side),
         **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
-        **dict.fromkeys(("loss_ptr", "saved_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
-        "stats_ptr": "constexpr",
-        "grad": (element, "i64", "constexpr", "i32"),
+        **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
+        "saved_ptr": "*fp32" if call.saved else "constexpr",
+        "stats_ptr": "*fp32" if call.stats else "constexpr",
+        "grad": (element, "i64", apart, "i32"),
         "room": ("*fp32", "*fp32", "*fp32", "*i32", "i32"),
         "about_rows": ("*i64", "*fp32"),
         "out": ("*fp32", "constexpr"),
@@ -114,6 +127,7 @@ def source(variant: Variant, dtype: str) -> Any:
     }
     fixed: dict[str, Any] = {
         "stats_ptr": None,
+        "saved_ptr": None,
         "TERM": None if definition is None else definition.term,
         "INIT": online.init,
         "ADVANCE": online.advance,
@@ -131,15 +145,19 @@ def source(variant: Variant, dtype: str) -> Any:
     names = variant.kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constexprs: dict[tuple[int, ...], Any] = {
-        (names.index(name),): value for name, value in fixed.items() if name in names
+        (names.index(name),): value
+        for name, value in fixed.items()
+        if name in names and types.get(name, "constexpr") == "constexpr"
     }
     aligned: dict[tuple[int, ...], Any] = {}
     for name in names:
         at = names.index(name)
         if types.get(name) is side:
-            constexprs |= {(at, i): value for i, value in {5: 1, 6: None, 7: None, 8: None, 9: None}.items()}
-            aligned |= {(at, i): _ALIGNED for i in (0, 1, 3, 4)}
-        elif name == "grad":
+            constexprs |= dict.fromkeys((at, i) for i in range(6, 10))
+            if apart == "constexpr":
+                constexprs[at, 5] = 1
+                aligned |= {(at, i): _ALIGNED for i in (0, 1, 3, 4)}
+        elif name == "grad" and apart == "constexpr":
             constexprs[at, 2] = 1
             aligned |= {(at, i): _ALIGNED for i in (0, 1, 3)}
         elif name == "out":
@@ -148,10 +166,23 @@ def source(variant: Variant, dtype: str) -> Any:
             constexprs[at, 2] = None
         elif name == "numbers" and not variant.mixed:
             constexprs[at, 2, 0] = None
-        elif name == "V" or str(types.get(name)).startswith("*"):
+        elif (name == "V" and call.aligned != "none") or (str(types.get(name))[0] == "*" and call.aligned == "all"):
             aligned[at,] = _ALIGNED
+    return signature, constexprs, aligned
+
+
+def source(variant: Variant, dtype: str, call: Call = PLAIN) -> Any:
+    """What Triton compiles."""
+    signature, constexprs, aligned = specialization(variant, dtype, call)
     compiler = importlib.import_module("triton.compiler")
     return compiler.ASTSource(variant.kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+
+
+def build(source: Any, tile: Tile, architecture: str) -> Any:
+    """Triton's compiled kernel; no GPU is asked."""
+    target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
+    registers = {"maxnreg": tile.registers} if tile.registers and architecture.startswith("sm_") else {}
+    return triton.compile(source, target=target, options={"num_warps": tile.num_warps, **registers})
 
 
 def compile_variant(
@@ -162,14 +193,7 @@ def compile_variant(
     "instructions", where asked for, are those of each loop over columns, in the order of the machine code, per logit
     pair (sass.py); per logit where there is one side, and where a loop only writes.
     """
-    target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
-    limit = variant.tile.registers
-    registers = {"maxnreg": limit} if limit and architecture.startswith("sm_") else {}
-    built = triton.compile(
-        source(variant, dtype),
-        target=target,
-        options={"num_warps": variant.tile.num_warps, **registers},
-    )
+    built = build(source(variant, dtype), variant.tile, architecture)
     report: dict[str, Any] = {
         "name": variant.name,
         "kernel": kernel,
@@ -180,7 +204,7 @@ def compile_variant(
         "shared": built.metadata.shared,
     }
     if "cubin" in built.asm:
-        report |= _resources(built.asm["cubin"])
+        report |= resources(built.asm["cubin"])
         if instructions:
             listing = _cuobjdump(built.asm["cubin"], "--dump-sass")
             elements = variant.tile.block // (32 * variant.tile.num_warps)
@@ -196,7 +220,8 @@ def compile_variant(
     return report
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes of its stack: what ptxas spills."""
     text = _cuobjdump(cubin, "-res-usage")
     registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     assert registers and stack, text

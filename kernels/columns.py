@@ -61,7 +61,7 @@ def spread(cols, stride):
 
     Taken from its tuple by index: unpacking would turn a compile-time 1 into a number.
     """
-    if stride == 1:
+    if isinstance(stride, tl.constexpr):  # 1 and no other number is compiled in
         return cols
     else:
         return tl.cast(cols, tl.int64) * stride

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ settings.load_profile("fusedkd")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the one marker of the suite, and save the interpreter repeated work."""
+    """Register the suite's markers, and save the interpreter repeated work."""
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone in this test")
+    config.addinivalue_line("markers", "xdist_group: tests that one process runs (pytest-xdist)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         with contextlib.suppress(ImportError):
             _patch_once_per_launch(importlib.import_module("triton.runtime.interpreter"))
@@ -66,6 +68,16 @@ def _patch_once_per_launch(interpreter: Any) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """Both implementations of every path."""
     return request.param
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, whose time goes by operations: long rows in tiles of 8192 columns, which is still several."""
+    with contextlib.suppress(ImportError):
+        tiles = importlib.import_module("fusedkd.kernels.tiles")
+        if not torch.cuda.is_available():
+            table = {line: dataclasses.replace(tile, block=8192) for line, tile in tiles.TABLE.items()}
+            monkeypatch.setattr(tiles, "TABLE", table)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -407,6 +408,8 @@ class FakeGpu:
         self.crash: str | None = None
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
         monkeypatch.setattr(gpu, "logged", self.logged)
 
     def logged(self, run: Any, name: str, command: list[str], seconds: float) -> tuple[int | None, float, list[str]]:
@@ -436,13 +439,27 @@ def test_gpu_run_is_resumed(
     """What was finished is not repeated; what was cut off is; other sources begin anew."""
     machine = FakeGpu(monkeypatch, tmp_path)
     assert machine.run() == 0
-    assert len(machine.commands) == 4
+    assert len(machine.commands) == 7
+    assert [command[0] for command in machine.commands[3:6]] == ["/usr/bin/cmake", "/usr/bin/cmake", "/usr/bin/ctest"]
+    assert "-DFUSEDKD_ARCHS=90" in machine.commands[3]
     assert "left       large: make gpu again" in capsys.readouterr().out
     assert machine.run() == 0
     assert [command[command.index("-k") + 1] for command in machine.commands] == ["large"]
     monkeypatch.setattr(gpu, "source", lambda: "other")
     machine.run()
-    assert len(machine.commands) >= 4
+    assert len(machine.commands) >= 7
+
+
+def test_gpu_run_without_cmake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The C library is skipped with the reason, and not forgotten."""
+    machine = FakeGpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    machine.run()
+    output = capsys.readouterr().out
+    assert "C library  skipped: needs cmake on the path" in output
+    assert "left       large, C library: make gpu again" in output
 
 
 def test_gpu_run_survives_a_crash(

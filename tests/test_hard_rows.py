@@ -59,6 +59,7 @@ def test_near_log_probabilities(case: Case, distance: float, backend: str) -> No
 
 
 @each("case", [("rkl", {}), ("drkl", {}), ("ab", {})])
+@pytest.mark.usefixtures("wide_tiles")
 def test_near_large_vocabulary(case: Case, backend: str) -> None:
     """The smallest divergence over the longest row."""
     check_logits(near(1.4e-4, 2, LARGE_VOCABULARY), case, backend, per_row=ROW)
@@ -164,6 +165,7 @@ ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize(
     ("order", "distance"), [*((order, None) for order in ORDERS), ("ascending", 1.4e-2), ("low first tile", 1.4e-2)]
 )
+@pytest.mark.usefixtures("wide_tiles")
 def test_running_maxima(case: Case, order: str, distance: float | None, backend: str) -> None:
     """Every tile raises the maxima, or none does after the first; far apart and nearly equal."""
     shape = (2, SEVERAL_TILES)
@@ -208,6 +210,7 @@ def test_teacher_without_columns(case: Case, support: str, backend: str) -> None
 
 
 @each("case", SWEEPS)
+@pytest.mark.usefixtures("wide_tiles")
 def test_teacher_without_first_tiles(case: Case, backend: str) -> None:
     """Whole tiles outside the support, at both ends."""
     rows = unrelated(2, SEVERAL_TILES, ignored=False)

@@ -31,7 +31,7 @@ from torch import Tensor
 import fusedkd
 
 KINDS = ("head-head", "head-logits", "logits-head")
-LEAD, VOCABULARY = (2, 4), 515  # not a multiple of 16: no row of logits but the first is aligned
+LEAD, VOCABULARY = (2, 3), 515  # not a multiple of 16: no row of logits but the first is aligned
 
 
 def sides(kind: str, lead: tuple[int, ...] = LEAD, vocabulary: int = VOCABULARY) -> list[Side | Tensor]:

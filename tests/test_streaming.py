@@ -25,7 +25,7 @@ from close import assert_close
 import fusedkd
 from fusedkd import ops, planner
 
-LEAD, VOCABULARY = (2, 4), 515
+LEAD, VOCABULARY = (2, 3), 515
 WHOLE_ROWS = ("amid", "akl")
 CASES = [case for case in DISTINCT if case[0] not in WHOLE_ROWS and "target_token" not in case[1]]
 KINDS = ("head-head", "head-logits", "logits-head")
