@@ -50,6 +50,7 @@ class Call(NamedTuple):
 
     aligned: str = "all"  # multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides
     stats: bool = False
+    warp: int = 32  # threads
     saved: bool = True  # whether `value` keeps what `gradient` needs
 
 
@@ -141,6 +142,7 @@ def specialization(
         "LANES": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "PHASE": 0,
         "BLOCK": variant.tile.block,
+        "THREADS": variant.tile.threads(call.warp),
     }
     names = variant.kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -193,7 +195,8 @@ def compile_variant(
     "instructions", where asked for, are those of each loop over columns, in the order of the machine code, per logit
     pair (sass.py); per logit where there is one side, and where a loop only writes.
     """
-    built = build(source(variant, dtype), variant.tile, architecture)
+    call = Call(warp=ARCHITECTURES[architecture][2])
+    built = build(source(variant, dtype, call), variant.tile, architecture)
     report: dict[str, Any] = {
         "name": variant.name,
         "kernel": kernel,

@@ -6,11 +6,13 @@ that makes d' too 0 where the maxima of z and u' stand.
 
     centre   (c_s, c_t, k, m): what z and u are measured from
     mix      the teacher's weight as a tuple of one, (None,) for the teacher itself
-    view     (row, y, V, inv_tau, mix, centre): what a later sweep needs to know beside the two sides, which must not
+    place    (row, where it begins at the student, at the teacher)
+    view     (place, y, V, inv_tau, mix, centre): what a later sweep needs to know beside the two sides, which must not
              lie in a tuple made in a kernel: that would turn their compile-time 1 into a number
     at       (l_s, l_t, r): the row's log-normalisers, as split.py gives them
 """
 
+from .lanes import across, lane_max
 from .language import formula, jit, tl
 from .maths import tanh
 
@@ -68,36 +70,74 @@ def spread(cols, stride):
 
 
 @jit
-def load_side(side, row, cols, mask):
-    """Logits at `cols`, −inf where masked, and their derivative with respect to the stored number."""
+def row_start(side, row):
+    """Where a row begins."""
     ptr, first, inner, stride_o, stride_n, _, bias_ptr, scale, softcap, floor_ptr = side
-    at = ptr + (row + first) // inner * stride_o + (row + first) % inner * stride_n
-    x = tl.load(at + spread(cols, side[5]), mask=mask, other=float("-inf")).to(tl.float32)
+    return ptr + (row + first) // inner * stride_o + (row + first) % inner * stride_n
+
+
+@jit
+def place_of(student, teacher, row):
+    """The row, and where it begins on both sides: a division that no compiler takes out of a loop."""
+    return row, row_start(student, row), row_start(teacher, row)
+
+
+@jit
+def load_side(side, start, cols, mask):
+    """Logits at `cols`, −inf where masked (None: nowhere), and their derivative with respect to the stored number."""
+    ptr, first, inner, stride_o, stride_n, _, bias_ptr, scale, softcap, floor_ptr = side
+    at = start + spread(cols, side[5])
+    if mask is None:
+        x = tl.load(at).to(tl.float32)
+    else:
+        x = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
     slope = 1.0
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if mask is None:
+            x += tl.load(bias_ptr + cols).to(tl.float32)
+        else:
+            x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if scale is not None:
         x *= scale
         slope = slope * scale
     if softcap is not None:
         bent = tanh(x / softcap)
-        x = tl.where(mask, softcap * bent, float("-inf"))
+        if mask is None:
+            x = softcap * bent
+        else:
+            x = tl.where(mask, softcap * bent, float("-inf"))
         slope = slope * (1.0 - bent * bent)
     return x, slope
 
 
 @jit
-def load_pair(student, teacher, row, cols, mask, student_mask):
-    """Student and teacher logits, which columns are compared, and the student's slope. −inf becomes a finite −1e30."""
-    s, slope = load_side(student, row, cols, student_mask)
-    t, teacher_slope = load_side(teacher, row, cols, mask)
+def load_raw(student, teacher, place, cols, mask, student_mask):
+    """Student and teacher logits, −inf where they are, which columns are compared, and the student's slope."""
+    row, start_s, start_t = place
+    s, slope = load_side(student, start_s, cols, student_mask)
+    t, teacher_slope = load_side(teacher, start_t, cols, mask)
     floor_ptr = teacher[9]
-    live = mask & (t != float("-inf"))
+    live = t != float("-inf")
     if floor_ptr is not None:
-        live = mask & ((t != float("-inf")) | (s != float("-inf")))
+        live = live | (s != float("-inf"))
         floor = tl.load(floor_ptr + row)
         t = tl.where(t < floor, floor, t)
-    return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t), live, slope
+    if mask is not None:
+        live = mask & live
+    return s, t, live, slope
+
+
+@jit
+def load_pair(student, teacher, place, cols, mask, student_mask):
+    """The same with −inf as a finite −1e30."""
+    s, t, live, slope = load_raw(student, teacher, place, cols, mask, student_mask)
+    return finite(s), finite(t), live, slope
+
+
+@jit
+def finite(x):
+    """−1e30 for −inf."""
+    return tl.where(x < -1e30, -1e30, x)
 
 
 @formula
@@ -135,6 +175,15 @@ def centred(s, t, centre, inv_tau, mix):
         u = (1.0 - mix[0]) * z + mix[0] * u - m
         d = mix[0] * d - m
     return z, u, d
+
+
+@formula
+def beside_columns(centre, mix):
+    """Each lane's centre beside its columns."""
+    c_s, c_t, k, m = centre
+    if mix[0] is not None:
+        m = across(m)
+    return across(c_s), across(c_t), across(k), m
 
 
 @formula
@@ -178,14 +227,14 @@ def _move_mixed(maxima, whole, centre, move, inv_tau, mix):
 @formula
 def raise_maxima(maxima, s, t, live, inv_tau, mix):
     """The running maxima with a tile, their centre, how z, u and d move (online.py), and how the unmixed u does."""
-    top_s = tl.maximum(maxima[0], tl.max(tl.where(live, s, -1e20)))
-    top_t = tl.maximum(maxima[1], tl.max(tl.where(live, t, -1e20)))
+    top_s = tl.maximum(maxima[0], lane_max(tl.where(live, s, -1e20)))
+    top_t = tl.maximum(maxima[1], lane_max(tl.where(live, t, -1e20)))
     top_m = maxima[2]
     centre, move = _move(maxima, top_s, top_t, inv_tau)
     own_log_t = move[1]
     if mix[0] is not None:
-        _, u, _ = centred(s, t, centre, inv_tau, mix)
-        top_m = tl.maximum(top_m + move[0] - mix[0] * move[2], tl.max(tl.where(live, u, -1e20)))
+        _, u, _ = centred(s, t, beside_columns(centre, (None,)), inv_tau, mix)
+        top_m = tl.maximum(top_m + move[0] - mix[0] * move[2], lane_max(tl.where(live, u, -1e20)))
         centre, move = _move_mixed(maxima, (top_s, top_t, top_m), centre, move, inv_tau, mix)
     return (top_s, top_t, top_m), centre, move, own_log_t
 
@@ -213,10 +262,9 @@ def at_offsets(s, t, centre, at, inv_tau, mix):
 
 
 @jit
-def columns(student, teacher, view, at, start, BLOCK: tl.constexpr):
-    """A tile at its final offsets: q, p, log q, log p, δ, d; which columns count (not the held-out one); columns, t."""
-    row, y, V, inv_tau, mix, centre = view
-    cols = start + tl.arange(0, BLOCK)
-    s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < V)
+def columns(student, teacher, view, at, cols):
+    """A tile at its final offsets: q, p, log q, log p, δ, d; which columns count (not the held-out one); t."""
+    place, y, V, inv_tau, mix, centre = view
+    s, t, live, slope = load_pair(student, teacher, place, cols, cols < V, cols < V)
     q, p, logq, logp, delta, d = at_offsets(s, t, centre, at, inv_tau, mix)
-    return q, p, logq, logp, delta, d, live & (cols != y), cols, t
+    return q, p, logq, logp, delta, d, live & (cols != y), t

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .columns import load_side, spread
+from .columns import load_side, row_start, spread
 from .language import jit, tl
 from .online import log_sum
 from .rows import Side, pack, store_zeros
@@ -24,7 +24,7 @@ SAVED = 4  # centre, lse above it, log q_y, H
 @jit
 def _finite(side, row, cols, mask):
     """Logits with −inf made finite, and their slope."""
-    s, slope = load_side(side, row, cols, mask)
+    s, slope = load_side(side, row_start(side, row), cols, mask)
     return tl.where(s < -1e30, -1e30, s), slope
 
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from .columns import as_numbers, at_offsets, load_numbers, load_pair, merge_maxima, no_maxima, row_mix, row_values
+from .columns import as_numbers, at_offsets, load_numbers, load_pair, no_maxima, place_of, row_mix, row_values
 from .language import interpreted, jit, tl, triton
-from .online import cross_entropy_advance, entropies_advance
+from .online import cross_entropy_advance
 from .rows import (
     SAVED,
     Problem,
@@ -43,6 +43,7 @@ from .rows import (
     ignore,
     label_of,
     line,
+    merge,
     nothing_found,
     store_likeliest,
     store_saved,
@@ -76,7 +77,7 @@ def _tile_of(student, teacher, row, part, V, scales, BLOCK: tl.constexpr):
     if scales[2] is not None:
         seen = scales[2][1]
     cols = part * BLOCK + tl.arange(0, BLOCK)
-    s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < seen)
+    s, t, live, slope = load_pair(student, teacher, place_of(student, teacher, row), cols, cols < V, cols < seen)
     return s, t, live, slope, cols
 
 
@@ -108,15 +109,6 @@ def _lanes(at, there, COUNT: tl.constexpr, other):
 
 
 @jit
-def _together(values):
-    """The sum over all parts, of each."""
-    out = ()
-    for i in tl.static_range(len(values)):
-        out = out + (tl.sum(values[i]),)
-    return out
-
-
-@jit
 def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, LANES: tl.constexpr):
     """A row's maxima, online state, entropy sums, CE's maximum and sum, and the label's two logits."""
     lane = tl.arange(0, LANES)
@@ -128,14 +120,10 @@ def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, CO
     exps = tl.load(at + 7, mask=there, other=0.0, cache_modifier=".cg")
     label_logits = _lanes(at + 8, there, 2, float("-inf"))
     state = _lanes(at + 10, there, COUNT, 0.0)
-    whole, move, own_log_t = merge_maxima(maxima, inv_tau, mix)
-    none = tl.zeros((LANES,), tl.float32)
-    if stats_ptr is not None:
-        warmth = entropies_advance(warmth, state[0], move[0], own_log_t, none, none, lane < 0)
-    state = ADVANCE(state, move, none, none, none, none, none, lane < 0, theta)
-    top = tl.max(tops)
-    cross = (top, tl.sum(exps * tl.exp(tops - top)))
-    return whole, _together(state), _together(warmth), cross, (tl.max(label_logits[0]), tl.max(label_logits[1]))
+    whole, state, warmth, cross = merge(
+        maxima, state, warmth, (tops, exps), lane, inv_tau, mix, stats_ptr, theta, ADVANCE
+    )
+    return whole, state, warmth, cross, (tl.max(label_logits[0]), tl.max(label_logits[1]))
 
 
 @jit
@@ -199,8 +187,7 @@ def _write(
 ):  # fmt: skip
     """A tile of the gradient; whoever is last of the row also writes the likeliest token's entry."""
     found = gradient_tile(
-        columns, row, label, label, scales, mix, student[8], grad, scalars, upstream, theta, nothing_found(BLOCK),
-        TERM, BLOCK,
+        columns, row, label, label, scales, mix, student[8], grad, scalars, upstream, theta, nothing_found(1), TERM,
     )  # fmt: skip
     top, rest, s_top, slope_top = all_found(found, student)
     at = found_ptr + (row * parts + part) * 4

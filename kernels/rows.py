@@ -10,6 +10,9 @@ Sweeps (each reads every logit once):
     gradient                 one sweep, from the saved row scalars and any upstream weight
     value_and_gradient       two sweeps (three) and one write, in one launch
 
+Each sweep goes through inner tiles first, in a loop of its own that masks nothing: whole tiles without the label and,
+for the gradient, of rows in which no other token can be likelier than 1/2. Each thread keeps its own sums (lanes.py).
+
 A row whose label is negative is ignored: nothing of it is read, zeros are written. Columns whose teacher logit is −inf
 are outside the support: removed from both sides, gradient 0.
 
@@ -22,18 +25,25 @@ import torch
 
 from .columns import (
     as_numbers,
+    beside_columns,
     centred,
     columns,
+    finite,
     load_numbers,
     load_pair,
+    load_raw,
     load_side,
+    merge_maxima,
     no_maxima,
+    place_of,
     raise_maxima,
     row_mix,
+    row_start,
     row_values,
     spread,
 )
 from .divergence import Definition, Online
+from .lanes import in_first_lane, lane_max, lane_sum, tile_columns
 from .language import jit, tl, triton
 from .maths import exp
 from .online import cross_entropy_advance, entropies_advance, log_sum
@@ -78,9 +88,10 @@ def take_tile(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
     """A tile into a row's maxima, online state and, if statistics are wanted, entropy sums."""
     maxima, state, warmth = gathered
     maxima, centre, move, own_log_t = raise_maxima(maxima, s, t, live, inv_tau, mix)
+    centre = beside_columns(centre, mix)
     z, u, d = centred(s, t, centre, inv_tau, mix)
-    ez = tl.exp(z)
-    eu = tl.exp(u)
+    ez = exp(z)
+    eu = exp(u)
     if stats_ptr is not None:
         _, own, _ = centred(s, t, centre, inv_tau, (None,))
         warmth = entropies_advance(warmth, state[0], move[0], own_log_t, z, own, live)
@@ -89,23 +100,84 @@ def take_tile(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
 
 
 @jit
+def together(values):
+    """The sum over all lanes, of each."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.sum(values[i]),)
+    return out
+
+
+@jit
+def merge(maxima, state, warmth, cross, lane, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """What lanes, or parts of a row, have gathered as that of all: sums follow a raised maximum, all in one step."""
+    whole, move, own_log_t = merge_maxima(maxima, inv_tau, mix)
+    none = tl.zeros(lane.shape, tl.float32)
+    if stats_ptr is not None:
+        warmth = entropies_advance(warmth, state[0], move[0], own_log_t, none, none, lane < 0)
+    state = ADVANCE(state, move, none, none, none, none, none, lane < 0, theta)
+    top = tl.max(cross[0])
+    return whole, together(state), together(warmth), (top, tl.sum(cross[1] * tl.exp(cross[0] - top)))
+
+
+@jit
+def weigh(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """take_tile of raw logits, all columns live: what does not count has e^z = e^u = 0, cheaper than masked sums."""
+    s = tl.where(live, finite(s), -1e30)
+    t = tl.where(live, finite(t), -1e30)
+    return take_tile(s, t, True, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE)
+
+
+@jit
+def inner_tiles(y, V, width, BLOCK: tl.constexpr):
+    """How many tiles need no mask: whole, and without the column y. Which is taken out of their row; how many are left.
+
+    Those left are this one first (or, where y is in none, the first behind them), then those from `V // BLOCK` on.
+    """
+    whole = V // BLOCK
+    apart = tl.where((y >= 0) & (y < whole * BLOCK), y // BLOCK, whole)
+    inside = whole - tl.where(apart < whole, 1, 0)
+    return inside, apart, tl.cdiv(width, BLOCK) - inside
+
+
+@jit
 def statistics(
-    student, teacher, row, y, V, scales, mix, stats_ptr, theta, maxima, state, warmth, cross,
-    ADVANCE, ARGMAX, BLOCK: tl.constexpr,
+    student, teacher, place, y, V, scales, mix, stats_ptr, theta, maxima, state, warmth, cross,
+    ADVANCE, ARGMAX, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """The first sweep: target, maxima, online state, entropy sums (if statistics are wanted), CE's maximum and sum."""
+    """The first sweep: target, maxima, online state, entropy sums (if statistics are wanted), CE's maximum and sum.
+
+    Added to those given, of other columns of the row.
+    """
     inv_tau, factor, ce = scales
     best_s, best_t = -1e30, -1e30
     width = V
     if ce is not None:
         width = ce[1]
-    for start in range(0, width, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < width)
+    tile = tile_columns(student[0], BLOCK, THREADS)
+    lane = tl.arange(0, tile.shape[1])
+    maxima = in_first_lane(maxima, -1e20, lane)
+    state = in_first_lane(state, 0.0, lane)
+    warmth = in_first_lane(warmth, 0.0, lane)
+    cross = in_first_lane((cross[0],), -1e20, lane) + in_first_lane((cross[1],), 0.0, lane)
+    inside, apart, others = inner_tiles(y, V, width, BLOCK)
+    if not ARGMAX and ce is None:
+        for i in range(0, inside):
+            cols = (i + tl.where(i >= apart, 1, 0)) * BLOCK + tile
+            s, t, live, slope = load_raw(student, teacher, place, cols, None, None)
+            gathered = weigh(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
+            maxima, state, warmth = gathered
+    else:
+        inside, apart, others = 0, 0, tl.cdiv(width, BLOCK)
+    for i in range(0, others):
+        cols = tl.where(i == 0, apart, inside + i) * BLOCK + tile
+        s, t, live, slope = load_raw(student, teacher, place, cols, cols < V, cols < width)
         if ce is not None:
-            cross = cross_entropy_advance(cross, s, cols < width)
+            cross = cross_entropy_advance(cross, finite(s), cols < width)
         if ARGMAX:
             # The favourite so far is held out; one that beats it takes its place, and the old one that of the new.
+            s = finite(s)
+            t = finite(t)
             top = tl.max(tl.where(live, t, -2e30))
             favourite = tl.min(tl.where(live & (t == top), cols, 2147483647))
             favourite = tl.where(top > best_t, favourite, -1)
@@ -119,27 +191,30 @@ def statistics(
             best_t = tl.where(favourite >= 0, top, best_t)
         else:
             live = live & (cols != y)
-        maxima, state, warmth = take_tile(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
+        gathered = weigh(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
+        maxima, state, warmth = gathered
+    maxima, state, warmth, cross = merge(maxima, state, warmth, cross, lane, inv_tau, mix, stats_ptr, theta, ADVANCE)
     return y, maxima, state, warmth, cross
 
 
 @jit
 def add_terms(sums, f, phi, d, live):
     """Σ f, Σ phi and the largest d, with a tile."""
-    total = sums[0] + tl.sum(tl.where(live, f, 0.0))
-    mass = sums[1] + tl.sum(tl.where(live, phi, 0.0))
-    return total, mass, tl.maximum(sums[2], tl.max(tl.where(live, d, 0.0)))
+    total = sums[0] + lane_sum(tl.where(live, f, 0.0))
+    mass = sums[1] + lane_sum(tl.where(live, phi, 0.0))
+    return total, mass, tl.maximum(sums[2], lane_max(tl.where(live, d, 0.0)))
 
 
 @jit
-def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr):
+def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """Σ f, Σ phi and the largest d over the columns, added to `sums`: the sweep of what has no one-sweep form."""
-    total, mass, widest = sums
+    tile = tile_columns(student[0], BLOCK, THREADS)
+    total, mass, widest = in_first_lane(sums, 0.0, tl.arange(0, tile.shape[1]))
     for start in range(0, view[2], BLOCK):
-        q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
+        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, start + tile)
         f, phi = TERM(q, p, logq, logp, delta, theta)
         total, mass, widest = add_terms((total, mass, widest), f, phi, d, live)
-    return total, mass, widest
+    return tl.sum(total), tl.sum(mass), tl.max(widest)
 
 
 @jit
@@ -198,6 +273,7 @@ def close(
 def _row_scalars(
     student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
     TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """All sweeps of the value: stores loss and statistics, returns theta and what the gradient sweep needs."""
     inv_tau, factor, ce = scales
@@ -207,14 +283,15 @@ def _row_scalars(
     y = label
     if ARGMAX:
         y = tl.full((), -1, tl.int32)
+    place = place_of(student, teacher, row)
     y, maxima, state, warmth, cross = statistics(
-        student, teacher, row, y, V, scales, mix, stats_ptr, theta,
+        student, teacher, place, y, V, scales, mix, stats_ptr, theta,
         as_numbers(no_maxima()), as_numbers(INIT()), as_numbers((0.0, 0.0, 0.0)), as_numbers((-1e20, 0.0)),
-        ADVANCE, ARGMAX, BLOCK,
+        ADVANCE, ARGMAX, BLOCK, THREADS,
     )  # fmt: skip
-    s_y, t_y, present, slope_y = load_pair(student, teacher, row, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
+    s_y, t_y, present, slope_y = load_pair(student, teacher, place, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
     centre, at, pair, own = meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED)
-    view = (row, y, V, inv_tau, mix, centre)
+    view = (place, y, V, inv_tau, mix, centre)
     extras, sums = (), ()
     if GATHER is not None:
         label_terms = (pair[0], pair[1], pair[2], present)
@@ -223,13 +300,15 @@ def _row_scalars(
     if len(sums) == 2:
         total, mass = sums
     elif SUMS is None:
-        total, mass, widest = term_sums(student, teacher, view, at, theta, as_numbers((0.0, 0.0, 0.0)), TERM, BLOCK)
+        total, mass, widest = term_sums(
+            student, teacher, view, at, theta, as_numbers((0.0, 0.0, 0.0)), TERM, BLOCK, THREADS
+        )
         total = or_infinite(total, widest)
     else:
         total, mass = SUMS(state, at[0], at[1], at[2], theta)
     s_label = 0.0
     if ce is not None:
-        s_label, slope_label = load_side(student, row, label, label >= 0)
+        s_label, slope_label = load_side(student, place[1], label, label >= 0)
     ends = (total, mass, cross, s_label)
     about_target = (s_y, t_y, present, y >= 0)
     scalars = close(
@@ -240,23 +319,31 @@ def _row_scalars(
 
 
 @jit
-def _by_four(x, BLOCK: tl.constexpr):
-    """Four neighbours lie in one thread: reducing over them takes no shuffle, and the threads meet behind the loop."""
-    return tl.reshape(x, (BLOCK // 4, 4))
-
-
-@jit
-def nothing_found(BLOCK: tl.constexpr):
+def nothing_found(LANES: tl.constexpr):
     """What gradient_tile starts from: the likeliest token, the sum of the others, its student logit and its slope."""
-    zeros = tl.zeros((BLOCK // 4,), tl.float32)
-    return tl.full((BLOCK // 4,), -1, tl.int32), zeros, zeros, zeros
+    zeros = tl.zeros((LANES,), tl.float32)
+    return tl.full((LANES,), -1, tl.int32), zeros, zeros, zeros
 
 
 @jit
-def gradient_tile(
-    columns, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, found, TERM, BLOCK: tl.constexpr
-):
-    """Writes a tile of the gradient, 0 for the likeliest token; returns `found`, spread over threads, with the tile."""
+def inner_gradient_tile(columns, row, scales, mix, grad, scalars, upstream, theta, TERM):
+    """Writes a tile of the gradient in which all columns are of one kind: neither the target nor likelier than 1/2."""
+    s, t, live, slope, cols = columns
+    inv_tau, factor, ce = scales
+    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
+    grad_ptr, stride_n, _, width = grad
+    z, u, d = centred(s, finite(t), (c_s, c_t, k, m), inv_tau, mix)
+    q = exp(z - l_s)
+    f, phi = TERM(q, exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    scale = upstream * factor * inv_tau
+    g = tl.where(live & (s > -1e30), (a * scale) * phi + (b * scale) * q, 0.0)
+    at = grad_ptr + row * stride_n + spread(cols, grad[2])
+    tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty))
+
+
+@jit
+def gradient_tile(columns, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, found, TERM):
+    """Writes a tile of the gradient, 0 for the likeliest token; returns `found`, of each lane, with the tile."""
     s, t, live, slope, cols = columns
     inv_tau, factor, ce = scales
     c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
@@ -268,12 +355,12 @@ def gradient_tile(
     likeliest = tl.where(live & (cols != y), q, 0.0) > 0.5
     g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
     g = tl.where(likeliest, 0.0, g)
-    rest += tl.sum(_by_four(g, BLOCK), 1)
-    top = tl.maximum(top, tl.max(_by_four(tl.where(likeliest, cols, -1), BLOCK), 1))
+    rest += lane_sum(g)
+    top = tl.maximum(top, lane_max(tl.where(likeliest, cols, -1)))
     # At most one is not 0; `grad` may lie over the logits, so it cannot be read later.
-    s_top += tl.sum(_by_four(tl.where(likeliest, s, 0.0), BLOCK), 1)
+    s_top += lane_sum(tl.where(likeliest, s, 0.0))
     if softcap is not None:
-        slope_top += tl.sum(_by_four(tl.where(likeliest, slope, 0.0), BLOCK), 1)
+        slope_top += lane_sum(tl.where(likeliest, slope, 0.0))
     # Multiplied after it is masked: a select moved behind the rounding to half precision would undo its packing.
     g = tl.where(s > -1e30, g, 0.0) * (upstream * factor * inv_tau)
     if ce is not None:
@@ -312,8 +399,9 @@ def store_likeliest(row, label, scales, grad, found, ce_lse, upstream):
 
 @jit
 def gradient_sweep(
-    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr
-):
+    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
     """The last sweep, tiles in reverse: writes upstream · dL/d(stored student number) over the student's width.
 
     Returns the token that holds most of the mass (−1: none), whose entry is not written: a·phi + b·q cancels there. The
@@ -324,24 +412,44 @@ def gradient_sweep(
     seen = V
     if ce is not None:
         seen = width
-    tiles = tl.cdiv(width, BLOCK)
-    top, rest, s_top, slope_top = nothing_found(BLOCK)
-    for tile in range(0, tiles):
-        cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
-        s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < seen)
+    place = place_of(student, teacher, row)
+    first = tile_columns(student[0], BLOCK, THREADS)
+    top, rest, s_top, slope_top = nothing_found(first.shape[1])
+    inside, apart, others = inner_tiles(y, V, width, BLOCK)
+    if ce is None:
+        # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (columns.py).
+        confident = tl.exp(0.125 * inv_tau - scalars[4]) > 0.5
+        inside = tl.where(confident, 0, inside)
+        apart = tl.where(confident, 0, apart)
+        others = tl.where(confident, tl.cdiv(width, BLOCK), others)
+        for i in range(0, inside):
+            tile = inside - 1 - i
+            cols = (tile + tl.where(tile >= apart, 1, 0)) * BLOCK + first
+            s, t, live, slope = load_raw(student, teacher, place, cols, None, None)
+            inner_gradient_tile(
+                (s, t, live, slope, cols), row, scales, mix, grad, scalars, upstream, theta, TERM
+            )  # fmt: skip
+    else:
+        inside, apart, others = 0, 0, tl.cdiv(width, BLOCK)
+    for i in range(0, others):
+        cols = tl.where(i == 0, apart, inside + i) * BLOCK + first
+        s, t, live, slope = load_pair(student, teacher, place, cols, cols < V, cols < seen)
         top, rest, s_top, slope_top = gradient_tile(
             (s, t, live, slope, cols), row, y, label, scales, mix, student[8], grad, scalars, upstream, theta,
-            (top, rest, s_top, slope_top), TERM, BLOCK,
+            (top, rest, s_top, slope_top), TERM,
         )  # fmt: skip
     return all_found((top, rest, s_top, slope_top), student)
 
 
 @jit
 def _whole_gradient(
-    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr
-):
+    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
     """The last sweep over a whole row, the likeliest token included."""
-    found = gradient_sweep(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+    found = gradient_sweep(
+        student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
+    )
     tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
     store_likeliest(row, label, scales, grad, found, scalars[10], upstream)
 
@@ -404,14 +512,14 @@ def label_of(label_ptr, row):
 def _value(
     student, teacher, label_ptr, loss_ptr, saved_ptr, stats_ptr, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         y, mix, theta, extras, scalars = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
-            TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK,
+            TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         if saved_ptr is not None:
             store_saved(saved_ptr, row, scalars + (y + 0.0,) + extras)
@@ -424,7 +532,7 @@ def _value(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -438,7 +546,9 @@ def _gradient(
         if ARGMAX:
             y = tl.load(at + 11).to(tl.int32)
         upstream = tl.load(upstream_ptr + row)
-        _whole_gradient(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+        _whole_gradient(
+            student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
+        )
     else:
         store_zeros(grad, row, BLOCK)
 
@@ -447,17 +557,19 @@ def _gradient(
 def _value_and_gradient(
     student, teacher, label_ptr, loss_ptr, stats_ptr, upstream_ptr, grad, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         y, mix, theta, extras, scalars = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
-            TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK,
+            TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         upstream = upstream_of(upstream_ptr, row)
-        _whole_gradient(student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK)
+        _whole_gradient(
+            student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
+        )
     else:
         ignore(row, loss_ptr, stats_ptr)
         store_zeros(grad, row, BLOCK)
@@ -528,7 +640,7 @@ def value(
         best = tile(problem, student, teacher)
         return _value[(n,)](
             label_ptr=labels, loss_ptr=loss, saved_ptr=saved, stats_ptr=stats,
-            **arguments(problem, student, teacher), **sweep_of(problem), BLOCK=best.block, **best.options(),
+            **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None
 
@@ -549,7 +661,7 @@ def gradient(
         return _gradient[(n,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
             **arguments(problem, student, teacher), EXTRAS=problem.definition.extras,
-            BLOCK=best.block, **best.options(),
+            **best.launch(),
         )  # fmt: skip
     return None
 
@@ -571,7 +683,7 @@ def value_and_gradient(
         return _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
             grad=(out, *out.stride(), out.shape[1]),
-            **arguments(problem, student, teacher), **sweep_of(problem), BLOCK=best.block, **best.options(),
+            **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None
 
@@ -593,7 +705,7 @@ def _floor(teacher, label_ptr, out_ptr, V, inv_tau, depth, BLOCK: tl.constexpr):
     top, total = -1e20, 0.0
     for start in range(0, tl.where(counted, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        t, slope = load_side(teacher, row, cols, cols < V)
+        t, slope = load_side(teacher, row_start(teacher, row), cols, cols < V)
         new = tl.maximum(top, tl.max(t))
         total = total * tl.exp((top - new) * inv_tau) + tl.sum(tl.where(cols < V, tl.exp((t - new) * inv_tau), 0.0))
         top = new

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .columns import load_numbers, load_pair, row_mix, row_values
+from .columns import load_numbers, load_pair, place_of, row_mix, row_values
 from .divergence import Online
 from .language import jit, tl
 from .rows import Problem, Side, arguments, gradient_sweep, label_of, statistics, store_zeros, term_sums, tile
@@ -31,7 +31,7 @@ def online_of(problem: Problem) -> Online:
 @jit
 def _absorb(
     student, teacher, label_ptr, carry_ptr, stats_ptr, V, first, scales, numbers,
-    ADVANCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    ADVANCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -42,10 +42,11 @@ def _absorb(
         carry = load_numbers(at, 8)
         state = load_numbers(at + 10, COUNT)
         y = label - first
+        place = place_of(student, teacher, row)
         _, maxima, state, warmth, ce = statistics(
-            student, teacher, row, y, V, scales, mix, stats_ptr, theta,
+            student, teacher, place, y, V, scales, mix, stats_ptr, theta,
             (carry[0], carry[1], carry[2]), state, (carry[3], carry[4], carry[5]), (carry[6], carry[7]),
-            ADVANCE, False, BLOCK,
+            ADVANCE, False, BLOCK, THREADS,
         )  # fmt: skip
         carry = maxima + warmth + ce
         for i in tl.static_range(8):
@@ -53,7 +54,7 @@ def _absorb(
         for i in tl.static_range(COUNT):
             tl.store(at + 10 + i, state[i])
         here = (label >= 0) & (y >= 0) & (y < V)
-        s_y, t_y, present, _ = load_pair(student, teacher, row, y, here, here)
+        s_y, t_y, present, _ = load_pair(student, teacher, place, y, here, here)
         tl.store(at + 8, s_y, mask=here)
         tl.store(at + 9, tl.where(present, t_y, float("-inf")), mask=here)
 
@@ -61,7 +62,7 @@ def _absorb(
 @jit
 def _add_sums(
     student, teacher, label_ptr, saved_ptr, sums_ptr, V, first, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -69,10 +70,17 @@ def _add_sums(
         saved = saved_ptr + row * 14
         theta = row_values(numbers[0], row)
         theta = theta + load_numbers(saved + 12, EXTRAS)
-        view = (row, label - first, V, scales[0], row_mix(numbers[2], row), load_numbers(saved, 4))
+        view = (
+            place_of(student, teacher, row),
+            label - first,
+            V,
+            scales[0],
+            row_mix(numbers[2], row),
+            load_numbers(saved, 4),
+        )
         at = load_numbers(saved + 4, 3)
         sums = load_numbers(sums_ptr + row * 3, 3)
-        sums = term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK)
+        sums = term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK, THREADS)
         for i in tl.static_range(3):
             tl.store(sums_ptr + row * 3 + i, sums[i])
 
@@ -80,7 +88,7 @@ def _add_sums(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, found_ptr, grad, V, first, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -92,7 +100,7 @@ def _gradient(
         y = label - first
         top, rest, s_top, slope_top = gradient_sweep(
             student, teacher, row, y, y, V, scales, row_mix(numbers[2], row), grad, scalars,
-            tl.load(upstream_ptr + row), theta, TERM, BLOCK,
+            tl.load(upstream_ptr + row), theta, TERM, BLOCK, THREADS,
         )  # fmt: skip
         found = found_ptr + row * 4
         tl.store(found, tl.load(found) + rest)
@@ -123,7 +131,7 @@ def absorb(
     return _absorb[(len(carry),)](
         common["student"], common["teacher"], labels, carry, carry if with_stats else None, problem.vocab_size, first,
         common["scales"], common["numbers"], ADVANCE=online.advance, COUNT=count,
-        BLOCK=best.block, **best.options(),
+        **best.launch(),
     )  # fmt: skip
 
 
@@ -142,7 +150,7 @@ def add_sums(
     return _add_sums[(len(saved),)](
         common["student"], common["teacher"], labels, saved, sums, problem.vocab_size, first, common["scales"],
         common["numbers"], TERM=problem.definition.term, EXTRAS=problem.definition.extras,
-        BLOCK=best.block, **best.options(),
+        **best.launch(),
     )  # fmt: skip
 
 
@@ -163,5 +171,5 @@ def gradient(
     return _gradient[(len(out),)](
         common["student"], common["teacher"], labels, saved, upstream, found, (out, *out.stride(), out.shape[1]),
         problem.vocab_size, first, common["scales"], common["numbers"], TERM=problem.definition.term,
-        EXTRAS=problem.definition.extras, BLOCK=best.block, **best.options(),
+        EXTRAS=problem.definition.extras, **best.launch(),
     )  # fmt: skip

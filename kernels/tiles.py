@@ -28,8 +28,16 @@ class Tile:
     registers: int | None = None
     source: str = field(default="not measured", compare=False)
 
+    def launch(self) -> dict[str, int]:
+        """What a launch of a kernel of rows takes."""
+        return {"BLOCK": self.block, "THREADS": self.threads(), **self.options()}
+
+    def threads(self, warp: int = 64 if torch.version.hip else 32) -> int:
+        """How many threads share a tile's columns."""
+        return self.num_warps * warp
+
     def options(self) -> dict[str, int]:
-        """What a launch takes beside BLOCK."""
+        """What any launch takes beside BLOCK."""
         chosen = {"num_warps": self.num_warps}
         if self.registers is not None and torch.version.hip is None:  # AMD's compiler has no such option
             chosen["maxnreg"] = self.registers
@@ -41,10 +49,10 @@ class Tile:
 TABLE: dict[Line, Tile] = {
     (ANY, "light", 2): Tile(4096, 8),
     (ANY, "light", 4): Tile(2048, 8, 128),
-    (ANY, "heavy", 2): Tile(2048, 8, 128),
+    (ANY, "heavy", 2): Tile(1024, 4, 168),
     (ANY, "heavy", 4): Tile(1024, 8, 128),
-    (ANY, "two", 2): Tile(1024, 4, 128),
-    (ANY, "two", 4): Tile(1024, 8, 128),
+    (ANY, "two", 2): Tile(1024, 4, 168),
+    (ANY, "two", 4): Tile(1024, 4, 168),
     (ANY, "gathered", 2): Tile(2048, 8, 255),
     (ANY, "gathered", 4): Tile(1024, 8, 255),
 }

@@ -24,13 +24,11 @@ SAMPLE = [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_100", "float32"), ("
 PAIRS = [(arch, dtype) for arch in aot.ARCHITECTURES for dtype in aot.DTYPES] if FULL else SAMPLE
 # OVER BUDGET: what rkl takes today in each sweep in bfloat16 on sm_90, where bench/instructions.py allows less. These
 # are no goals: a sweep may not take more, and one that comes into its budget leaves this table.
-VALUE = "every tile reduces 2 maxima and 4 sums over the block and shifts the sums, and divides rows for the teacher"
-GRADIENT = "held-out label, −inf, the student's −inf and the likeliest token are four masks of every pair"
 OVER_BUDGET = {
-    ("value", 0): (73.1, VALUE),
-    ("gradient", 0): (34.8, GRADIENT),
-    ("value_and_gradient", 0): (75.1, f"{VALUE}; the value is taken from this sweep, not from the second"),
-    ("value_and_gradient", 1): (32.4, GRADIENT),
+    ("value_and_gradient", 0): (
+        42.0,
+        "the value comes from this sweep: from the second it would cost there what it saves here",
+    ),
 }
 
 
@@ -86,7 +84,8 @@ def test_any_strides() -> None:
 def within_budgets(instructions: dict[str, list[float]]) -> None:
     """rkl's sweeps keep their budgets, or those that do not stay where they are."""
     for kernel, budgets in BUDGETS.items():
-        for sweep, (found, budget) in enumerate(zip(instructions[kernel], budgets, strict=False)):
+        for sweep, budget in budgets.items():
+            found = instructions[kernel][sweep]
             ceiling, reason = OVER_BUDGET.get((kernel, sweep), (budget, ""))
             assert found <= ceiling, f"{kernel}, sweep {sweep}: {found} > {ceiling}, budget {budget}; {reason}"
             assert found > budget or not reason, f"{kernel}, sweep {sweep} is in its budget: take it out of OVER_BUDGET"

@@ -17,6 +17,7 @@ from torch import Tensor
 import fusedkd
 from fusedkd.kernels.divergence import Definition, Online
 from fusedkd.kernels.divergences import REGISTRY
+from fusedkd.kernels.lanes import lane_sum
 from fusedkd.kernels.language import formula, jit, tl
 from fusedkd.kernels.maths import expm1, expm1_product, log1p
 from fusedkd.kernels.online import log_sum
@@ -52,10 +53,10 @@ def chi_squared_advance(state, move, z, u, d, ez, eu, live, theta):
     first, second = _shifted(z_s, first, second, x)
     scale = tl.exp(log_s)
     gap = expm1_product(ez, eu, d)
-    z_s = scale * z_s + tl.sum(tl.where(live, ez, 0.0))
-    z_t = tl.exp(log_t) * z_t + tl.sum(tl.where(live, eu, 0.0))
-    first = scale * first + tl.sum(tl.where(live, gap, 0.0))
-    second = scale * second + tl.sum(tl.where(live, gap * expm1(d), 0.0))
+    z_s = scale * z_s + lane_sum(tl.where(live, ez, 0.0))
+    z_t = tl.exp(log_t) * z_t + lane_sum(tl.where(live, eu, 0.0))
+    first = scale * first + lane_sum(tl.where(live, gap, 0.0))
+    second = scale * second + lane_sum(tl.where(live, gap * expm1(d), 0.0))
     return z_s, z_t, first, second
 
 

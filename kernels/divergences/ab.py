@@ -23,6 +23,7 @@ from types import MappingProxyType
 import torch
 
 from ..divergence import Definition, Online
+from ..lanes import lane_sum
 from ..language import formula, tl, torch_twin
 from ..maths import Summand, expm1_ratio
 from ..online import moments_advance, moments_ratio
@@ -148,11 +149,11 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     w = tl.exp(c * z)
     v = tl.exp(alpha * u + beta * z)
     p = tl.exp(c * u)
-    weight = to_w * weight + tl.sum(tl.where(live, w, 0.0))
-    first += tl.sum(tl.where(live, slope(w, v, alpha, d), 0.0))
-    second += tl.sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
-    mixed_sum = to_v * mixed_sum + tl.sum(tl.where(live, v, 0.0))
-    teacher_sum = to_u * teacher_sum + tl.sum(tl.where(live, p, 0.0))
+    weight = to_w * weight + lane_sum(tl.where(live, w, 0.0))
+    first += lane_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
+    second += lane_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
+    mixed_sum = to_v * mixed_sum + lane_sum(tl.where(live, v, 0.0))
+    teacher_sum = to_u * teacher_sum + lane_sum(tl.where(live, p, 0.0))
     return z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum
 
 

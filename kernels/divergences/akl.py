@@ -61,7 +61,7 @@ def _image(x):
 @jit
 def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
     """The weights of both KLs."""
-    row, y, V, inv_tau, mix, centre = view
+    place, y, V, inv_tau, mix, centre = view
     logq_y, logp_y, delta_y, present = label
     l_s, l_t, r = at
     mu = theta[0]
@@ -72,7 +72,7 @@ def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr)
         first, second, third = 0.0, 0.0, 0.0
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            s, t, live, slope = load_pair(student, teacher, row, cols, cols < V, cols < 0)
+            s, t, live, slope = load_pair(student, teacher, place, cols, cols < V, cols < 0)
             p = tl.where(live, tl.exp(((t - centre[1]) - centre[2]) * inv_tau - l_t), 0.0)
             image = _image(t)
             first += tl.sum(tl.where(image >= low + part, p, 0.0))
@@ -89,7 +89,8 @@ def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr)
     head, tail, favourite = 0.0, 0.0, 0.0
     top = tl.full((), -2147483649, tl.int64)
     for start in range(0, V, BLOCK):
-        q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
+        cols = start + tl.arange(0, BLOCK)
+        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
         gap = tl.where(live, tl.abs(expm1_product(q, p, delta)), 0.0)
         is_label = (cols == y) & present
         gap = tl.where(is_label, gap_y, gap)

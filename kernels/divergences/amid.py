@@ -109,7 +109,8 @@ def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr
     near = tl.where(present, near, 0.0)
     far = tl.where(present, far, 0.0)
     for start in range(0, view[2], BLOCK):
-        q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
+        cols = start + tl.arange(0, BLOCK)
+        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
         more, r = growth(q, logq, logp, delta, theta)
         near += tl.sum(tl.where(live, more, 0.0))
         far += tl.sum(tl.where(live, r, 0.0))
@@ -119,7 +120,8 @@ def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr
     mass = tl.where(present, phi_y, 0.0)
     total, shared, weight, direct, widest = 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, view[2], BLOCK):
-        q, p, logq, logp, delta, d, live, cols, t = columns(student, teacher, view, at, start, BLOCK)
+        cols = start + tl.arange(0, BLOCK)
+        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
         f, phi, share, r, past = PARTS(q, p, logq, logp, delta, known)
         total += tl.sum(tl.where(live, f, 0.0))
         mass += tl.sum(tl.where(live, phi, 0.0))

@@ -1,0 +1,54 @@
+"""A row's sums kept by each thread for itself: reductions that need no other thread until the row ends.
+
+A lane is what one thread sees of a row, in all tiles. It has maxima, online state and sums of its own, as a part of a
+row has, and lanes meet as parts do (rows.py, `merge`): a tile costs no reduction over the block, and its sums are moved
+to higher maxima once for all columns of a lane. An `advance` (online.py) therefore sums with `lane_sum`.
+"""
+
+from .language import formula, jit, tl
+
+
+@formula(torch=lambda x: x.sum(-1, keepdim=True))
+def lane_sum(x):
+    """Σ of a tile over what each lane holds of it (`tile_columns`); of a tile without lanes, over all."""
+    if len(x.shape) == 3:
+        return tl.sum(tl.sum(x, 2), 0)
+    else:
+        return tl.sum(x)
+
+
+@formula(torch=lambda x: x.amax(-1, keepdim=True))
+def lane_max(x):
+    """The maximum, likewise."""
+    if len(x.shape) == 3:
+        return tl.max(tl.max(x, 2), 0)
+    else:
+        return tl.max(x)
+
+
+@formula(torch=lambda x: x)
+def across(x):
+    """A number of each lane beside the lane's columns; one number for all stays what it is."""
+    if len(x.shape) == 1:
+        return x[None, :, None]
+    else:
+        return x
+
+
+@jit
+def tile_columns(ptr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """The columns of a row's first tile as (rounds, lanes, neighbours): a thread loads 16 bytes of neighbours."""
+    NEIGHBOURS: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = THREADS if THREADS * NEIGHBOURS <= BLOCK else BLOCK // NEIGHBOURS
+    ROUNDS: tl.constexpr = BLOCK // (LANES * NEIGHBOURS)
+    rounds = tl.arange(0, ROUNDS)[:, None, None] * (LANES * NEIGHBOURS)
+    return rounds + tl.arange(0, LANES)[None, :, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, None, :]
+
+
+@jit
+def in_first_lane(values, nothing, lane):
+    """Numbers of a whole row as lanes: the first has them, the others nothing."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.where(lane == 0, values[i], nothing),)
+    return out
