@@ -10,7 +10,7 @@ JOBS ?= 2
 OUT ?= build/gpu/results
 WHEELS ?=
 
-# What make clib builds: everything takes ten minutes on two cores, this one or two.
+# What make clib builds: everything takes long.
 CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= rkl;drkl;ab;jsd;taid

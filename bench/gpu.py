@@ -154,6 +154,11 @@ def test(run: Run, name: str) -> dict[str, Any]:
         command += ["-n", str(min(JOBS, os.cpu_count() or 1))]
     code, seconds, lines = logged(run, name, command, min(most, run.left))
     words = next((line.strip("= ") for line in reversed(lines) if " in " in line), "no summary")
+    return part(code, seconds, words)
+
+
+def part(code: int | None, seconds: float, words: str) -> dict[str, Any]:
+    """Return what is kept of a part, from its exit status (None: out of time)."""
     outcome = "cut off" if code is None else "passed" if code == 0 else "failed"
     return {"outcome": outcome, "seconds": seconds, "words": f"{words} ({seconds:.0f} s)"}
 
@@ -184,9 +189,7 @@ def library(run: Run) -> dict[str, Any]:
         if code != 0:
             break
     seconds = time.monotonic() - started
-    words = next((line for line in lines if "tests passed" in line), lines[-1] if lines else "no output")
-    outcome = "cut off" if code is None else "passed" if code == 0 else "failed"
-    return {"outcome": outcome, "seconds": seconds, "words": f"{words} ({seconds:.0f} s)"}
+    return part(code, seconds, next((x for x in lines if "tests passed" in x), lines[-1] if lines else "no output"))
 
 
 def benchmark(run: Run, state: dict[str, Any]) -> None:

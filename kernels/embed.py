@@ -32,7 +32,7 @@ from .tiles import REGISTER_FILE
 
 HEADER = Path(__file__).parent / "c" / "fusedkd.h"
 KERNELS = ("value", "value_and_gradient")
-CALLS = {"aligned": Call("logits", stats=False, saved=False), "generic": Call("none", stats=True, saved=False)}
+CALLS = {"aligned": Call("logits", saved=False), "generic": Call("none", stats=True, saved=False)}
 SHARED = 48 << 10  # bytes that a launch gets without asking for more
 MOST_PARAMETERS, MOST_THETA = 4, 4
 # Where each argument of a kernel is found in `struct values` of c/kernels.h.

@@ -129,15 +129,25 @@ def weigh(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
 
 
 @jit
-def inner_tiles(y, V, width, BLOCK: tl.constexpr):
-    """How many tiles need no mask: whole, and without the column y. Which is taken out of their row; how many are left.
-
-    Those left are this one first (or, where y is in none, the first behind them), then those from `V // BLOCK` on.
-    """
-    whole = V // BLOCK
+def inner_tiles(y, V, width, allowed, BLOCK: tl.constexpr):
+    """How many tiles need no mask: whole ones without the column y, none unless allowed. Which one y keeps out (or the
+    first behind them); how many tiles are left."""
+    whole = tl.where(allowed, V // BLOCK, 0)
     apart = tl.where((y >= 0) & (y < whole * BLOCK), y // BLOCK, whole)
     inside = whole - tl.where(apart < whole, 1, 0)
     return inside, apart, tl.cdiv(width, BLOCK) - inside
+
+
+@jit
+def inner_tile(i, apart, BLOCK: tl.constexpr):
+    """Where the i-th of the inner tiles begins."""
+    return (i + tl.where(i >= apart, 1, 0)) * BLOCK
+
+
+@jit
+def other_tile(i, inside, apart, BLOCK: tl.constexpr):
+    """Where the i-th of the tiles left begins: that of y first."""
+    return tl.where(i == 0, apart, inside + i) * BLOCK
 
 
 @jit
@@ -160,17 +170,16 @@ def statistics(
     state = in_first_lane(state, 0.0, lane)
     warmth = in_first_lane(warmth, 0.0, lane)
     cross = in_first_lane((cross[0],), -1e20, lane) + in_first_lane((cross[1],), 0.0, lane)
-    inside, apart, others = inner_tiles(y, V, width, BLOCK)
-    if not ARGMAX and ce is None:
+    INNER: tl.constexpr = not ARGMAX and ce is None
+    inside, apart, others = inner_tiles(y, V, width, INNER, BLOCK)
+    if INNER:
         for i in range(0, inside):
-            cols = (i + tl.where(i >= apart, 1, 0)) * BLOCK + tile
+            cols = inner_tile(i, apart, BLOCK) + tile
             s, t, live, slope = load_raw(student, teacher, place, cols, None, None)
             gathered = weigh(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
             maxima, state, warmth = gathered
-    else:
-        inside, apart, others = 0, 0, tl.cdiv(width, BLOCK)
     for i in range(0, others):
-        cols = tl.where(i == 0, apart, inside + i) * BLOCK + tile
+        cols = other_tile(i, inside, apart, BLOCK) + tile
         s, t, live, slope = load_raw(student, teacher, place, cols, cols < V, cols < width)
         if ce is not None:
             cross = cross_entropy_advance(cross, finite(s), cols < width)
@@ -326,15 +335,23 @@ def nothing_found(LANES: tl.constexpr):
 
 
 @jit
+def slopes(s, t, scalars, inv_tau, mix, theta, TERM):
+    """q and phi of a tile."""
+    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
+    z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
+    q = exp(z - l_s)
+    f, phi = TERM(q, exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    return q, phi
+
+
+@jit
 def inner_gradient_tile(columns, row, scales, mix, grad, scalars, upstream, theta, TERM):
     """Writes a tile of the gradient in which all columns are of one kind: neither the target nor likelier than 1/2."""
     s, t, live, slope, cols = columns
     inv_tau, factor, ce = scales
     c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
     grad_ptr, stride_n, _, width = grad
-    z, u, d = centred(s, finite(t), (c_s, c_t, k, m), inv_tau, mix)
-    q = exp(z - l_s)
-    f, phi = TERM(q, exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    q, phi = slopes(s, finite(t), scalars, inv_tau, mix, theta, TERM)
     scale = upstream * factor * inv_tau
     g = tl.where(live & (s > -1e30), (a * scale) * phi + (b * scale) * q, 0.0)
     at = grad_ptr + row * stride_n + spread(cols, grad[2])
@@ -349,9 +366,7 @@ def gradient_tile(columns, row, y, label, scales, mix, softcap, grad, scalars, u
     c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
     top, rest, s_top, slope_top = found
     grad_ptr, stride_n, _, width = grad
-    z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
-    q = exp(z - l_s)
-    f, phi = TERM(q, exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    q, phi = slopes(s, t, scalars, inv_tau, mix, theta, TERM)
     likeliest = tl.where(live & (cols != y), q, 0.0) > 0.5
     g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
     g = tl.where(likeliest, 0.0, g)
@@ -415,24 +430,18 @@ def gradient_sweep(
     place = place_of(student, teacher, row)
     first = tile_columns(student[0], BLOCK, THREADS)
     top, rest, s_top, slope_top = nothing_found(first.shape[1])
-    inside, apart, others = inner_tiles(y, V, width, BLOCK)
-    if ce is None:
-        # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (columns.py).
-        confident = tl.exp(0.125 * inv_tau - scalars[4]) > 0.5
-        inside = tl.where(confident, 0, inside)
-        apart = tl.where(confident, 0, apart)
-        others = tl.where(confident, tl.cdiv(width, BLOCK), others)
+    INNER: tl.constexpr = ce is None
+    # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (columns.py).
+    inside, apart, others = inner_tiles(y, V, width, INNER & (tl.exp(0.125 * inv_tau - scalars[4]) <= 0.5), BLOCK)
+    if INNER:
         for i in range(0, inside):
-            tile = inside - 1 - i
-            cols = (tile + tl.where(tile >= apart, 1, 0)) * BLOCK + first
+            cols = inner_tile(inside - 1 - i, apart, BLOCK) + first
             s, t, live, slope = load_raw(student, teacher, place, cols, None, None)
             inner_gradient_tile(
                 (s, t, live, slope, cols), row, scales, mix, grad, scalars, upstream, theta, TERM
             )  # fmt: skip
-    else:
-        inside, apart, others = 0, 0, tl.cdiv(width, BLOCK)
     for i in range(0, others):
-        cols = tl.where(i == 0, apart, inside + i) * BLOCK + first
+        cols = other_tile(i, inside, apart, BLOCK) + first
         s, t, live, slope = load_pair(student, teacher, place, cols, cols < V, cols < seen)
         top, rest, s_top, slope_top = gradient_tile(
             (s, t, live, slope, cols), row, y, label, scales, mix, student[8], grad, scalars, upstream, theta,

@@ -162,6 +162,17 @@ class Library:
         assert self.c.fusedkd_rows_defaults(ctypes.byref(args), embed.in_c().index(name)) == 0
         return args
 
+    def arguments(self, case: Any) -> Args:
+        """Arguments of one of CASES."""
+        name, fields, _, options = case
+        args = self.defaults(name)
+        for key, value in {**fields, **options}.items():
+            if key == "parameters":
+                args.parameters[: len(value)] = value
+            else:
+                setattr(args, key, value)
+        return args
+
     def status(self, args: Args, stream: int = 0) -> str:
         """Call with a workspace of exactly the size that is asked for; the status' name."""
         size = ctypes.c_size_t(12345)
@@ -240,21 +251,15 @@ def call(
     library: Library, case: Any, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, **rest: Any
 ) -> tuple[str, torch.Tensor, torch.Tensor | None]:
     """Run a case in C: status, loss, and the gradient in memory laid out like the student's."""
-    name, fields, _, options = case
-    args = library.defaults(name)
-    for key, value in {**fields, **options}.items():
-        if key == "parameters":
-            args.parameters[: len(value)] = value
-        else:
-            setattr(args, key, value)
+    args = library.arguments(case)
     n, columns = student.shape
     args.rows, args.vocab_size = n, columns
     args.student, args.teacher, args.labels = student.data_ptr(), teacher.data_ptr(), pointer(labels)
     args.student_row_stride, args.student_column_stride = student.stride()
     args.teacher_row_stride, args.teacher_column_stride = teacher.stride()
     loss = torch.full((n,), torch.nan)
-    grad = torch.full_like(student, torch.nan) if rest.get("gradient", True) else None
-    if grad is not None:
+    grad = None
+    if rest.get("gradient", True):
         grad = torch.empty_strided(student.shape, student.stride()).fill_(torch.nan)
         args.grad = grad.data_ptr()
         args.grad_row_stride, args.grad_column_stride = grad.stride()
@@ -317,13 +322,7 @@ def reversed_call(
     weights: torch.Tensor,
 ) -> tuple[str, torch.Tensor, torch.Tensor]:
     """The rows from the last to the first, by their strides; the gradient in the order of the call."""
-    name, fields, _, options = case
-    args = library.defaults(name)
-    for key, value in {**fields, **options}.items():
-        if key == "parameters":
-            args.parameters[: len(value)] = value
-        else:
-            setattr(args, key, value)
+    args = library.arguments(case)
     n, columns = student.shape
     loss, grad = torch.full((n,), torch.nan), torch.full((n, columns), torch.nan)
     args.rows, args.vocab_size = n, columns

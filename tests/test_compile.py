@@ -32,17 +32,18 @@ OVER_BUDGET = {
 }
 
 
-def compiled(architecture: str, dtype: str, *arguments: str) -> list[dict[str, Any]]:
+def python(*arguments: str) -> list[str]:
+    """The lines that a Python without the interpreter prints."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "fusedkd.kernels.aot", architecture, dtype, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=1200
+    )  # fmt: skip
     assert run.returncode == 0, f"compiler exit {run.returncode} after {run.stdout[-300:]}\n{run.stderr[-3000:]}"
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return run.stdout.splitlines()
+
+
+def compiled(architecture: str, dtype: str, *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in python("-m", "fusedkd.kernels.aot", architecture, dtype, *arguments)]
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), PAIRS, ids=lambda value: str(value))
@@ -76,9 +77,7 @@ for kernel, variant in aot.variants(2, "sm_90"):
 
 def test_any_strides() -> None:
     """Columns apart, addresses and sizes that are multiples of nothing, statistics: no interpreter refuses those."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", STRIDED], env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == list(aot.ROW_KERNELS), run.stderr[-3000:]
+    assert python("-c", STRIDED) == list(aot.ROW_KERNELS)
 
 
 def within_budgets(instructions: dict[str, list[float]]) -> None:
