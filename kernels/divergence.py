@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from .lanes import reduction_over_lanes
 from .online import moments_advance, moments_init, moments_ratio
 
 
@@ -62,7 +63,8 @@ class Definition:
     gather: for parameters that the row itself decides (amid.py, akl.py): sweeps that append them to theta.
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
-    online: the one-sweep form where there is one; `one_sweep(**parameters)` says for which floats it is accurate.
+    online: the one-sweep form where there is one; `one_sweep(**parameters)` says for which floats it is accurate. Its
+        `advance` sums with `lane_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
     """
 
     name: str
@@ -76,6 +78,13 @@ class Definition:
     gather: "Gather | None" = None
     separable: bool = True
     splits: bool = True
+
+    def __post_init__(self) -> None:
+        if reduction := reduction_over_lanes(self.online.advance):
+            raise ValueError(
+                f"the one-sweep form of {self.name!r} reduces a tile by {reduction}; a row's sums are kept per thread, "
+                "so `advance` must use fusedkd.kernels.lanes.lane_sum and lane_max instead"
+            )
 
     @property
     def extras(self) -> int:

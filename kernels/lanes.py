@@ -5,7 +5,12 @@ row has, and lanes meet as parts do (rows.py, `merge`): a tile costs no reductio
 to higher maxima once for all columns of a lane. An `advance` (online.py) therefore sums with `lane_sum`.
 """
 
+from types import FunctionType
+from typing import Any
+
 from .language import formula, jit, tl
+
+_REDUCTIONS = {"sum", "max", "min", "argmax", "argmin", "xor_sum", "reduce", "associative_scan", "cumsum", "cumprod"}
 
 
 @formula(torch=lambda x: x.sum(-1, keepdim=True))
@@ -52,3 +57,22 @@ def in_first_lane(values, nothing, lane):
     for i in tl.static_range(len(values)):
         out = out + (tl.where(lane == 0, values[i], nothing),)
     return out
+
+
+def reduction_over_lanes(advance: Any) -> str | None:
+    """The first reduction of all lanes at once, as "tl.sum in NAME", that a function or what it calls makes.
+
+    Every lane would add the whole of it, and the row count it once for each.
+    """
+    found, waiting = set(), [advance]
+    while waiting:
+        fn = waiting.pop()
+        fn = getattr(fn, "fn", fn)  # what triton.jit wraps
+        if not isinstance(fn, FunctionType) or fn.__module__ == __name__ or fn in found:
+            continue
+        found.add(fn)
+        for name in fn.__code__.co_names:
+            if name in _REDUCTIONS and fn.__globals__.get(name) is None:
+                return f"tl.{name} in {fn.__name__}"
+            waiting.append(fn.__globals__.get(name))
+    return None

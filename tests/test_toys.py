@@ -138,6 +138,25 @@ def test_they_are_new() -> None:
     assert REGISTRY["toy_distance"].online.sums is None
 
 
+@jit
+def _whole_sum(x):
+    return tl.sum(x)
+
+
+@jit
+def careless_advance(state, move, z, u, d, ez, eu, live, theta):
+    """Counts a row once for each thread, through a helper."""
+    return (state[0] + _whole_sum(tl.where(live, ez, 0.0)),)
+
+
+@each("advance", [careless_advance, _whole_sum])
+def test_a_sum_over_all_threads_is_refused(advance: Any) -> None:
+    """A definition whose one-sweep form would be wrong on a GPU is not made, and the error says what to write."""
+    online = TOYS["toy_chi_squared"].online._replace(advance=advance)
+    with pytest.raises(ValueError, match=r"'toy' reduces a tile by tl\.sum in _whole_sum.*lane_sum"):
+        Definition("toy", chi_squared_term, chi_squared_reference, online=online)
+
+
 @each("case", SETTINGS)
 @each("vocabulary", [3, 300])
 def test_logits(case: Case, vocabulary: int, backend: str) -> None:
