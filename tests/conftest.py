@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fusedkd, and with it Triton, is first imported
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two processes that wait for each other's cores cost several times
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
 
 settings.register_profile(
     "fusedkd", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -30,7 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group: tests that one process runs (pytest-xdist)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         with contextlib.suppress(ImportError):
-            _patch_once_per_launch(importlib.import_module("triton.runtime.interpreter"))
+            interpreter = importlib.import_module("triton.runtime.interpreter")
+            _patch_once_per_launch(interpreter)
+            _remember_types(interpreter)
 
 
 def _patch_once_per_launch(interpreter: Any) -> None:
@@ -62,6 +65,59 @@ def _patch_once_per_launch(interpreter: Any) -> None:
 
     interpreter.GridExecutor.__call__ = launched
     interpreter.InterpretedFunction.__call__ = call
+
+
+def _remember_types(interpreter: Any) -> None:
+    """Let numbers, dtypes and shapes that Triton's own interpreter makes anew for each operation be made once."""
+    tl, semantic = interpreter.tl, interpreter.interpreter_semantic
+    make_dtype, same = interpreter._get_np_dtype, tl.constexpr(True)
+    compare, make_constant, make_tensor = tl.tuple.__eq__, semantic.scalar_constant, tl.tensor.__init__
+    dtypes: dict[str, Any] = {}
+    types: dict[tuple[Any, ...], Any] = {}
+    constants: dict[tuple[Any, ...], Any] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def np_dtype(of: Any) -> Any:
+        name = of.scalar.name
+        if name not in dtypes:
+            dtypes[name] = make_dtype(of)
+        return dtypes[name]
+
+    def block_type(scalar: Any, shape: Any) -> Any:
+        if scalar.is_ptr():
+            return tl.block_type(scalar, shape)
+        key = (scalar.name, *shape)
+        if key not in types:
+            types[key] = tl.block_type(scalar, shape)
+        return types[key]
+
+    def scalar_constant(value: Any, dtype: Any) -> Any:
+        key = (type(value), value, dtype.name)
+        if key not in constants:
+            constants[key] = make_constant(value, dtype)
+        return constants[key]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape.values) if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = (self.shape, self.numel)
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    def equal(self: Any, other: Any) -> Any:
+        if self is other:
+            return same
+        if isinstance(other, tl.tuple) and all(type(x) is int for x in other.values):
+            return tl.constexpr(self.values == other.values)
+        return compare(self, other)
+
+    interpreter._get_np_dtype = np_dtype
+    tl.tuple.__eq__ = equal
+    tl.block_type.with_element_ty = lambda self, scalar: block_type(scalar, self.shape)
+    interpreter.InterpreterBuilder.get_block_ty = lambda self, scalar, shape: block_type(scalar, shape)
+    semantic.scalar_constant = scalar_constant
+    tl.tensor.__init__ = tensor
 
 
 @pytest.fixture(params=["torch", "triton"])

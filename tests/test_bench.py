@@ -30,6 +30,7 @@ STATUSES = {"measured", "imprecise", "wrong", "absent", "failed", "not measured"
 PNG = b"\x89PNG\r\n"
 TINY = shapes.Shape("tiny", 12, 300, 8, 12)
 
+pytestmark = pytest.mark.xdist_group("bench")  # one quick run serves all
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 

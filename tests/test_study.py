@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from test_commands import fusedkd_command, numbers
 
+pytestmark = pytest.mark.xdist_group("study")  # one full run serves all
+
 FIVE = ["fkl", "rkl", "akl", "ab", "drkl"]
 
 
