@@ -13,7 +13,7 @@ WHEELS ?=
 # What make clib builds: everything takes long.
 CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
-CLIB_DIVERGENCES ?= rkl;drkl;ab;jsd;taid
+CLIB_DIVERGENCES ?= drkl;jsd;taid
 
 .PHONY: help install demo test test-compat clib lint types docs bench gpu compile-all clean
 
