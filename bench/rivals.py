@@ -7,17 +7,19 @@ package's own defaults, the ones that its users get.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from .. import Head, kd_loss, kd_value_and_grad
+from .. import Head, cpu_compiled, kd_loss, kd_value_and_grad
 from ..divergence import as_divergence
 from ..eager import EAGER
 from ..kernels import parts
@@ -35,7 +37,8 @@ PACKAGES = {"liger": ("liger_kernel", "liger-kernel"), "trl": ("trl", "trl"), "f
 class Rival:
     """An implementation and what it can do.
 
-    triton: it has Triton kernels only. compiles: it goes through torch.compile. softcap: it caps logits.
+    triton: it has Triton kernels only. cpu: it is for CPUs only. compiles: it goes through torch.compile. softcap: it
+    caps logits.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Rival:
     divergences: tuple[str, ...] = tuple(EAGER)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     triton: bool = False
+    cpu: bool = False
     compiles: bool = False
     softcap: bool = False
 
@@ -60,7 +64,7 @@ class Rival:
             return f"not installed: pip install {package}"
         if self.triton and device == "cpu" and not interpreted():
             return "needs a GPU"
-        return None
+        return "for CPUs only" if self.cpu and device != "cpu" else None
 
 
 def chosen(case: Case, families: tuple[str, ...]) -> list[Rival]:
@@ -123,6 +127,16 @@ def _fused_rows_read_once(divergence: str) -> Loss:
         return rows.mean(), gradient
 
     return loss
+
+
+def _fused_compiled(divergence: str, fused: Callable[[str], Loss]) -> Loss:
+    loss = fused(divergence)
+
+    def compiled(x: Any) -> Any:
+        with patch.dict(os.environ, {cpu_compiled.VARIABLE: "1"}):
+            return loss(x)
+
+    return compiled
 
 
 def _compiled(divergence: str) -> Loss:
@@ -188,6 +202,10 @@ BETAS = tuple(KLS_AND_JSD)
 RIVALS = (
     Rival("eager torch", "eager", "heads", eager_loss, softcap=True),
     Rival("torch.compile", "compile", "heads", _compiled, softcap=True, compiles=True),
+    Rival(
+        "fusedkd compiled", "compile", "heads", partial(_fused_compiled, fused=_fused_heads),
+        cpu=True, compiles=True, softcap=True,
+    ),
     Rival("Liger FusedLinearJSD", "liger", "heads", _liger_fused_linear_jsd, BETAS, triton=True),
     Rival("Liger FusedLinearJSDLoss", "liger", "heads", _liger_chunked, BETAS, compiles=True),
     Rival("TRL ChunkedDivergence", "trl", "heads", _trl_chunked, BETAS, softcap=True),
@@ -201,6 +219,10 @@ RIVALS = (
     ),
     Rival("eager torch", "eager", "rows", eager_loss),
     Rival("torch.compile", "compile", "rows", _compiled, compiles=True),
+    Rival(
+        "fusedkd compiled", "compile", "rows", partial(_fused_compiled, fused=_fused_rows_at_once),
+        cpu=True, compiles=True,
+    ),
     Rival("Liger JSD", "liger", "rows", _liger_jsd, BETAS, triton=True),
     Rival("Liger KLDIVLoss", "liger", "rows", _liger_kl_div, ("fkl",), triton=True),
     Rival(OURS, OURS, "rows", _fused_rows_at_once),

@@ -4,8 +4,9 @@ A `formula` is written once, with plain operators, other formulas and `tl.exp`, 
 Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
 counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row. `formula.scalar` is the
 same on Python's numbers, for a row or two, where calling torch would take longer than calculating.
-Where the backends need different arithmetic for the same number, that version is given explicitly; that of torch must
-not look at values on numbers per row (fewer than two axes), which would synchronise with a GPU.
+Where the backends need different arithmetic for the same number, that version is given explicitly. One for torch that
+looks at values is called `eager`: torch.compile, which has none to show, traces the kernels' code instead. It must not
+look at numbers per row (fewer than two axes), which would synchronise with a GPU.
 """
 
 import contextlib
@@ -42,23 +43,6 @@ def jit(fn: Callable[..., Any]) -> Any:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when fusedkd was imported)."""
     return HAS_TRITON and not isinstance(_probe, triton.JITFunction)
-
-
-class _Rowwise:
-    """torch as a formula sees it: a reduction is over the columns of each row and keeps the axis."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    @staticmethod
-    def sum(x: torch.Tensor) -> torch.Tensor:
-        """Σ over the last axis."""
-        return x.sum(-1, keepdim=True)
-
-    @staticmethod
-    def max(x: torch.Tensor) -> torch.Tensor:
-        """Maximum over the last axis."""
-        return x.amax(-1, keepdim=True)
 
 
 class _Numbers:
@@ -100,6 +84,43 @@ class _Numbers:
         return math.sqrt(x) if x >= 0 else math.nan
 
 
+class _Rowwise:
+    """torch as a formula sees it: a reduction is over the columns of each row and keeps the axis.
+
+    What comes in as Python's numbers is calculated in Python's: such arithmetic costs torch.compile nothing.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def abs(x: Any) -> Any:
+        """The absolute value."""
+        return torch.abs(x) if isinstance(x, torch.Tensor) else abs(x)
+
+    @staticmethod
+    def exp(x: Any) -> Any:
+        """e^x."""
+        return torch.exp(x) if isinstance(x, torch.Tensor) else _Numbers.exp(x)
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        """One of two."""
+        if isinstance(condition, torch.Tensor):
+            return torch.where(condition, x, y)
+        return x if condition else y
+
+    @staticmethod
+    def sum(x: torch.Tensor) -> torch.Tensor:
+        """Σ over the last axis."""
+        return x.sum(-1, keepdim=True)
+
+    @staticmethod
+    def max(x: torch.Tensor) -> torch.Tensor:
+        """Maximum over the last axis."""
+        return x.amax(-1, keepdim=True)
+
+
 def _twin(fn: Callable[..., Any], namespace: Any, version: str) -> Callable[..., Any]:
     """The code of `fn` with `tl` replaced by `namespace`, and every formula that it names by its `version`."""
     names = {
@@ -115,17 +136,32 @@ def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _twin(fn, _ROWWISE, "torch")
 
 
+def _unless_traced(eager: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
+    """The given version, but the kernels' own code while torch.compile traces it and there is nothing to see."""
+
+    def version(*args: Any) -> Any:
+        return twin(*args) if torch.compiler.is_compiling() else eager(*args)
+
+    return version
+
+
 def formula(
     fn: Callable[..., Any] | None = None,
     *,
     torch: Callable[..., Any] | None = None,
+    eager: Callable[..., Any] | None = None,
     scalar: Callable[..., Any] | None = None,
 ) -> Any:
-    """Decorator: a Triton function whose attributes `torch` and `scalar` compute the same in torch and in Python."""
+    """Decorator: a Triton function whose attributes `torch` and `scalar` compute the same in torch and in Python.
+
+    torch, scalar: versions of their own; `eager`: one for torch that decides by what it sees in the tensors.
+    """
 
     def define(fn: Callable[..., Any]) -> Any:
         compiled = jit(fn)
-        compiled.torch = torch if torch is not None else torch_twin(fn)
+        compiled.torch = torch_twin(fn) if torch is None else torch
+        if eager is not None:
+            compiled.torch = _unless_traced(eager, torch_twin(fn))
         compiled.scalar = scalar if scalar is not None else _twin(fn, NUMBERS, "scalar")
         return compiled
 

@@ -68,7 +68,7 @@ def _clearly(size: torch.Tensor, w: torch.Tensor) -> bool:
     return len(w) <= 64 and bool((row_dots(size, size) > _PLAIN**2 * row_dots(w, w)).all())
 
 
-def _torch_expm1_product(w, v, x):
+def _eager_expm1_product(w, v, x):
     # v − w is off by rounding of w: fine for a row's gradient unless all of it is that small.
     plain = v - w
     if x.dim() == 2 and _clearly(plain, w):
@@ -77,7 +77,7 @@ def _torch_expm1_product(w, v, x):
     return torch.where(x > _FAR, plain, precise) if x.dim() < 2 or (x > _FAR).any() else precise
 
 
-def _torch_rem2_product(w, v, x):
+def _eager_rem2_product(w, v, x):
     if x.dim() == 2 and w.shape == v.shape == x.shape:
         return Summand(lambda: _precise_rem2_product(w, v, x), lambda: _plain_rem2_sums(w, v, x))
     return _precise_rem2_product(w, v, x)
@@ -132,13 +132,13 @@ def expm1_ratio(x):
     return 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
 
 
-@formula(torch=_torch_expm1_product, scalar=_scalar_expm1_product)
+@formula(eager=_eager_expm1_product, scalar=_scalar_expm1_product)
 def expm1_product(w, v, x):
     """w·(e^x − 1), given v = w·e^x. Takes tensors; `expm1` is the form without a weight."""
     return tl.where(tl.abs(x) < 0.5, w * x * expm1_ratio(x), v - w)
 
 
-@formula(torch=_torch_rem2_product, scalar=_scalar_rem2_product)
+@formula(eager=_eager_rem2_product, scalar=_scalar_rem2_product)
 def rem2_product(w, v, x):
     """w·(e^x − 1 − x) ≥ 0, given v = w·e^x."""
     series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))

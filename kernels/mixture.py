@@ -17,7 +17,7 @@ from .maths import expm1_ratio, log1p
 NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
 
 
-def _torch_log_mixture(weight, delta, far):
+def _eager_log_mixture(weight, delta, far):
     part = torch.where(weight < 1, torch.log1p(-weight), NEVER)
     other = torch.where(weight > 0, torch.log(weight), NEVER)
     close = delta.abs() < 0.5
@@ -32,7 +32,7 @@ def _torch_log_mixture(weight, delta, far):
     return above, beyond, torch.where(far == 0, above, excess)
 
 
-@formula(torch=_torch_log_mixture)
+@formula(eager=_eager_log_mixture)
 def log_mixture(weight, delta, far):
     """(log(m/q), log(m/p), log(m/q) − far·log(1 − weight)) of m = weight·p + (1 − weight)·q.
 

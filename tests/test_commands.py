@@ -103,6 +103,14 @@ def test_info_as_json(interpret: bool) -> None:
     assert cpu["threads"] >= 1
 
 
+def test_info_says_that_rows_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FUSEDKD_COMPILE=1 changes, or why it cannot."""
+    monkeypatch.setenv("FUSEDKD_COMPILE", "1")
+    assert "compiled into loops (FUSEDKD_COMPILE=1)" in fusedkd_command("info").stdout
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "is refused: FUSEDKD_COMPILE=1 needs a C++ compiler" in fusedkd_command("info").stdout
+
+
 def test_info_without_triton_says_how_to_get_it() -> None:
     """No Triton is a finding, not a failure."""
     done = fusedkd_command("info", hidden="triton")

@@ -41,7 +41,7 @@ def _plain_exponents(*exponents):
     return values if min(map(abs, values)) >= _MARGIN else None
 
 
-def _torch_slope(w, v, a, x):
+def _eager_slope(w, v, a, x):
     known = _plain_exponents(a)
     if known is not None and x.dim() == 2:
         plain = v - w
@@ -57,7 +57,7 @@ def _torch_slope(w, v, a, x):
     return torch.where(limit, w * x, precise) if y.dim() < 2 or limit.any() else precise
 
 
-def _torch_bend(w, v, u, alpha, beta, x):
+def _eager_bend(w, v, u, alpha, beta, x):
     known = _plain_exponents(alpha, beta, alpha + beta)
     if known is None or x.dim() < 2:
         return _precise_bend(w, v, u, alpha, beta, x)
@@ -77,7 +77,7 @@ def _torch_bend(w, v, u, alpha, beta, x):
     return Summand(make, sums) if min(known) > 0 else make()
 
 
-@formula(torch=_torch_slope)
+@formula(eager=_eager_slope)
 def slope(w, v, a, x):
     """w·φ_a(x), given v = w·e^{a x}."""
     y = a * x
@@ -105,7 +105,7 @@ def _bend(w, v, u, alpha, beta, x):
     return tl.where(near, w * (y * y) * series, far)
 
 
-bend = formula(_bend, torch=_torch_bend)
+bend = formula(_bend, eager=_eager_bend)
 _precise_bend = torch_twin(_bend)
 
 
@@ -145,13 +145,13 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     to_w = tl.exp(c * log_s)
     to_v = tl.exp(alpha * log_t + beta * log_s)
     to_u = tl.exp(c * log_t)
-    first, second = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
+    moved = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
     w = tl.exp(c * z)
     v = tl.exp(alpha * u + beta * z)
     p = tl.exp(c * u)
     weight = to_w * weight + lane_sum(tl.where(live, w, 0.0))
-    first += lane_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
-    second += lane_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
+    first = moved[0] + lane_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
+    second = moved[1] + lane_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
     mixed_sum = to_v * mixed_sum + lane_sum(tl.where(live, v, 0.0))
     teacher_sum = to_u * teacher_sum + lane_sum(tl.where(live, p, 0.0))
     return z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum

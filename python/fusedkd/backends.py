@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from . import cpu
+from . import cpu, cpu_compiled
 from .kernels import parts as triton_parts
 from .kernels import rows as triton_rows
 from .kernels.language import HAS_TRITON, interpreted
@@ -17,7 +17,9 @@ FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured
 
 def row_functions(backend: str) -> Any:
     """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
-    return tuned(triton_rows) if backend == "triton" else cpu
+    if backend == "triton":
+        return tuned(triton_rows)
+    return cpu_compiled if backend == "compiled" else cpu
 
 
 def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> Any:
@@ -34,12 +36,15 @@ def splits_rows(problem: Problem, x: torch.Tensor) -> bool:
 
 
 def choose_backend(asked: str, device: torch.device) -> str:
-    """ "triton" or "torch" for a request. Raises where the request cannot be met: nothing falls back silently."""
+    """ "triton", "torch" or "compiled" (torch, as FUSEDKD_COMPILE=1 wants it on a CPU) for a request.
+
+    Raises where the request cannot be met: nothing falls back silently.
+    """
     if asked not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {asked!r}')
     check(device)
     if asked == "torch":
-        return "torch"
+        return _torch(device)
     if device.type in TRITON_DEVICES:
         if not HAS_TRITON:
             raise ValueError(
@@ -50,10 +55,18 @@ def choose_backend(asked: str, device: torch.device) -> str:
     if asked == "auto":
         if device.type != "cpu":
             raise ValueError(f'backend="auto" knows cuda, xpu and cpu tensors, got {device.type}; pass backend="torch"')
-        return "torch"
+        return _torch(device)
     if not (HAS_TRITON and interpreted()):
         raise ValueError(
             f'backend="triton" on {device.type} tensors runs only in Triton\'s interpreter: install triton and set '
             'TRITON_INTERPRET=1 before importing fusedkd, or pass backend="torch"'
         )
     return "triton"
+
+
+def _torch(device: torch.device) -> str:
+    if device.type != "cpu" or not cpu_compiled.wanted():
+        return "torch"
+    if not torch.compiler.is_compiling():  # which looks for the compiler itself, and cannot trace the search
+        cpu_compiled.check()
+    return "compiled"

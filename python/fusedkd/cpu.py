@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.maths import Summand, row_dots, softplus
+from .kernels.maths import Summand, row_dots, softplus, tanh
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT, binary, offsets, settle
 
@@ -58,7 +58,7 @@ def value(
     stats: torch.Tensor | None,
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as kernels.rows.value."""
-    _clear(loss, stats, saved)
+    clear(loss, stats, saved)
     room = _room(problem, loss)
     for rows in row_blocks(problem.vocab_size, labels, loss.shape[0], loss.device):
         block = _open(problem, student, teacher, labels, rows, room)
@@ -98,7 +98,7 @@ def value_and_gradient(
     stats: torch.Tensor | None,
 ) -> None:
     """Fills `loss`, `stats` and `out`, as kernels.rows.value_and_gradient."""
-    _clear(loss, stats)
+    clear(loss, stats)
     room = _room(problem, loss)
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
         block = _open(problem, student, teacher, labels, rows, room)
@@ -114,7 +114,8 @@ def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out
         out[rows] = (torch.logsumexp(t / problem.temperature, -1) - depth) * problem.temperature
 
 
-def _clear(*tensors: torch.Tensor | None) -> None:
+def clear(*tensors: torch.Tensor | None) -> None:
+    """Zeros, for the rows that do not count."""
     for tensor in tensors:
         if tensor is not None:
             tensor.zero_()
@@ -128,16 +129,22 @@ def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty((3, min(_step(problem.vocab_size), max(len(like), 1)), problem.vocab_size))
 
 
-def _step(width: int) -> int:
-    """Rows of a block."""
-    return max(2, BLOCK // max(width, 1))
+def _step(width: int, threads: int = 1) -> int:
+    """Rows of a block: a multiple of the threads that share them by rows, as long as that is not much more."""
+    rows = max(2, BLOCK // max(width, 1))
+    return min(max(rows // threads, 1) * threads, 8 * rows)
 
 
 def row_blocks(
-    width: int, labels: torch.Tensor | None, n: int, device: torch.device, out: torch.Tensor | None = None
+    width: int,
+    labels: torch.Tensor | None,
+    n: int,
+    device: torch.device,
+    out: torch.Tensor | None = None,
+    threads: int = 1,
 ) -> Iterator[torch.Tensor | slice]:
     """The counted rows, a block at a time, as a slice where they are neighbours; other rows of `out` are zeroed."""
-    step = _step(width)
+    step = _step(width, threads)
     if labels is None or bool((labels >= 0).all()):
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
         return
@@ -153,26 +160,33 @@ def logits(
     side: Side, rows: torch.Tensor | slice, width: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """A side's first `width` logits at some rows, maybe a view, and their derivative by the stored numbers."""
+    bias = None if side.bias is None else side.bias[:width]
+    return shaped(stored(side, rows, width).to(dtype), bias, side.scale, side.softcap)
+
+
+def stored(side: Side, rows: torch.Tensor | slice, width: int) -> torch.Tensor:
+    """What lies in memory of a side's first `width` columns at some rows, a view where they are neighbours."""
     inner = side.x.shape[1]
-    if isinstance(rows, slice):
-        first, last = rows.start + side.first, rows.stop + side.first - 1
-        if first // inner == last // inner:
-            x = side.x[first // inner, first % inner : last % inner + 1, :width]
-        else:
-            at = torch.arange(first, last + 1, device=side.x.device)
-            x = side.x[at // inner, at % inner, :width]
-    else:
-        x = side.x[(rows + side.first) // inner, (rows + side.first) % inner, :width]
-    x = x.to(dtype)
+    if not isinstance(rows, slice):
+        return side.x[(rows + side.first) // inner, (rows + side.first) % inner, :width]
+    first, last = rows.start + side.first, rows.stop + side.first - 1
+    if first // inner == last // inner:
+        return side.x[first // inner, first % inner : last % inner + 1, :width]
+    at = torch.arange(first, last + 1, device=side.x.device)
+    return side.x[at // inner, at % inner, :width]
+
+
+def shaped(x: torch.Tensor, bias: Any, scale: Any, softcap: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Logits from stored numbers, and their derivative by these."""
     slope: torch.Tensor | float = 1.0
-    if side.bias is not None:
-        x = x + side.bias[:width]
-    if side.scale is not None:
-        x = x * side.scale
-        slope = side.scale
-    if side.softcap is not None:
-        bent = torch.tanh(x / side.softcap)
-        x, slope = bent * side.softcap, (1 - bent * bent) * slope
+    if bias is not None:
+        x = x + bias
+    if scale is not None:
+        x = x * scale
+        slope = scale
+    if softcap is not None:
+        bent = tanh.torch(x / softcap)
+        x, slope = bent * softcap, (1 - bent * bent) * slope
     return x, slope
 
 
@@ -331,7 +345,7 @@ def _difference(
     return d if problem.temperature == 1.0 else d.div_(problem.temperature)
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """A block's columns at the row's final offsets, the target's left out."""
 
     q: torch.Tensor
@@ -340,16 +354,16 @@ class _Columns(NamedTuple):
     delta: torch.Tensor
 
 
-def _place(problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torch.Tensor, r: torch.Tensor) -> _Columns:
+def _place(problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torch.Tensor, r: torch.Tensor) -> Columns:
     """A block moved to the row offsets, in its own memory."""
     offsets = [(log_z + shift).unsqueeze(-1) for log_z, shift in zip(block.log_z, (shift_s, shift_t), strict=True)]
     q, p = (x.mul_((-offset).exp()) for x, offset in zip((block.q, block.p), offsets, strict=True))
     logs = (None, None) if block.logs is None else (block.logs[0].sub_(offsets[0]), block.logs[1].sub_(offsets[1]))
-    return _Columns(q, p, logs, block.d.sub_((r + block.k).unsqueeze(-1)))
+    return Columns(q, p, logs, block.d.sub_((r + block.k).unsqueeze(-1)))
 
 
 def _term(
-    problem: Problem, block: _Block, columns: _Columns, theta: tuple[torch.Tensor, ...]
+    problem: Problem, block: _Block, columns: Columns, theta: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor | Summand, torch.Tensor]:
     """f, and phi, which is 0 where a column does not count."""
     per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
@@ -379,7 +393,7 @@ class Whole(NamedTuple):
     dtype: torch.dtype
     teacher: torch.Tensor  # (n, V) logits
     y: torch.Tensor | None  # (n, 1) targets
-    without: _Columns
+    without: Columns
     target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) log q, log p and δ of the target
 
     def columns(self) -> list[Any]:
@@ -393,7 +407,7 @@ class Whole(NamedTuple):
 
 
 def _gather(
-    problem: Problem, block: _Block, columns: _Columns, theta: tuple[torch.Tensor, ...], target: tuple[Any, ...]
+    problem: Problem, block: _Block, columns: Columns, theta: tuple[torch.Tensor, ...], target: tuple[Any, ...]
 ) -> tuple[torch.Tensor, ...]:
     """The parameters that the rows decide; `target` are log q, log p and δ of the target."""
     gather = problem.definition.gather

@@ -80,8 +80,9 @@ def _backend(device: torch.device) -> dict[str, str | None]:
         backend = choose_backend("auto", device)
     except ValueError as error:
         return {"backend": None, "reason": str(error)}
-    if backend == "torch":
+    if backend != "triton":
         tests = '; backend="triton" runs too, in the interpreter' if interpreted() else ""
-        return {"backend": backend, "reason": f"CPU tensors take plain torch in cache-sized tiles{tests}"}
+        kind = "torch compiled into loops (FUSEDKD_COMPILE=1)" if backend == "compiled" else "plain torch"
+        return {"backend": "torch", "reason": f"CPU tensors take {kind} in cache-sized tiles{tests}"}
     slow = "; TRITON_INTERPRET runs them in Python, far slower: unset it" if interpreted() else ""
     return {"backend": backend, "reason": f"Triton kernels serve this device{slow}"}

@@ -112,7 +112,7 @@ def kd_loss(
         logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 is faster and makes
             the gradient several per cent wrong where teacher and student are close (bfloat16 operands only).
         backend: "auto": Triton for GPU tensors, torch for CPU tensors. "triton" on CPU tensors needs
-            TRITON_INTERPRET=1; "torch" runs anywhere.
+            TRITON_INTERPRET=1; "torch" runs anywhere, on a CPU compiled if FUSEDKD_COMPILE=1.
         return_stats: also return `KDStats`.
         weight_grad: (V, D), contiguous, float32 or of the weight's dtype (float64 for a float64 weight): a buffer to
             which the backward pass adds the gradient of the student Head's weight, as Megatron's `weight.main_grad`.

@@ -1,0 +1,129 @@
+"""FUSEDKD_COMPILE=1: the rows of a CPU through torch.compile, against the same float64 oracle and bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    ARGMAX,
+    ODD,
+    ROW,
+    Case,
+    Rows,
+    check_heads,
+    check_logits,
+    each,
+    near,
+    random_labels,
+    side,
+    unrelated,
+)
+
+import fusedkd
+from fusedkd import cpu, cpu_compiled
+
+pytestmark = pytest.mark.xdist_group("compiled")  # one process, so that a graph is compiled once
+KINDS: list[Case] = [("rkl", {}), ("hellinger", {}), ("drkl", ARGMAX)]  # one sweep, two, a target of its own
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for compiled rows."""
+    monkeypatch.setenv(cpu_compiled.VARIABLE, "1")
+
+
+@each("case", KINDS)
+def test_rows(case: Case) -> None:
+    """Apart and close, ignored rows between others, one token nearly certain, −inf on both sides."""
+    check_logits(unrelated(5, ODD), case, "torch")
+    check_logits(near(1.4e-2, 6, ODD), case, "torch", per_row=ROW)
+    check_logits(near(1.4e-4, 7, ODD), case, "torch", per_row=ROW)
+    rows = unrelated(4, ODD, std=2.0, ignored=False)
+    top = (rows.labels + 5) % ODD
+    certain = rows.student.scatter(-1, top[:, None], rows.student.amax(-1, keepdim=True) + 20.0)
+    check_logits(Rows.of(certain, rows.teacher, rows.labels), case, "torch", per_row=ROW)
+    student, teacher = rows.student.clone(), rows.teacher.clone()
+    student[:, 1::4] = teacher[:, 1::2] = -torch.inf
+    check_logits(Rows.of(student, teacher, rows.labels // 2 * 2), case, "torch")
+
+
+def test_half_precision() -> None:
+    """bfloat16 logits are widened column by column."""
+    check_logits(unrelated(5, 260, dtype=torch.bfloat16), ("rkl", {}), "torch")
+
+
+def test_strides() -> None:
+    """Views are read and written in place."""
+    check_logits(unrelated(3, 129), ("rkl", {}), "torch", prepare=lambda x: x.mT.contiguous().mT)
+
+
+def test_heads() -> None:
+    """Everything that shapes logits, a mixed teacher with a weight per token, a cross-entropy over more columns; the
+    gradient is written over the logits that it comes from."""
+    student = side((2, 3), 515, 32, bias=True, scale=0.7, softcap=8.0)
+    teacher = side((2, 3), 515, 48, bias=True, softcap=8.0)
+    case = ("taid", {"t": torch.linspace(0.1, 0.9, 6).view(2, 3), "base": "drkl"})
+    labels = random_labels((2, 3), 400)
+    options = {"reduction": "mean", "ce_weight": 0.3, "temperature": 2.0, "vocab_size": 400}
+    check_heads(student, teacher, labels, case, "torch", **options)
+
+
+def test_float64_is_left_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' series are those of float32."""
+    rows = unrelated(5, 129)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = rows.student.clone().requires_grad_()
+        loss = fusedkd.kd_loss(leaf, rows.teacher, rows.labels, divergence="rkl")
+        loss.backward()
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad
+
+    here = run()
+    monkeypatch.delenv(cpu_compiled.VARIABLE)
+    for ours, plain in zip(here, run(), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_a_backward_pass_does_not_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a forward pass saved is read by the path that saved it."""
+    rows = near(0.1, 6, ODD)
+    leaf = rows.student.float().requires_grad_()
+    loss, _ = fusedkd.kd_loss(leaf, rows.teacher.float(), rows.labels, divergence="rkl", return_stats=True)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    monkeypatch.delenv(cpu_compiled.VARIABLE)
+    (again,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(first, again)
+
+
+def test_inside_torch_compile() -> None:
+    """A training step that is itself compiled."""
+    rows = near(0.1, 6, ODD)
+
+    def loss(student: torch.Tensor) -> torch.Tensor:
+        loss, _ = fusedkd.kd_loss(student * 1.0, rows.teacher.float(), rows.labels, divergence="rkl", return_stats=True)
+        return loss
+
+    grads = []
+    for run in (loss, torch.compile(loss, fullgraph=True)):
+        leaf = rows.student.float().requires_grad_()
+        run(leaf).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any work."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"FUSEDKD_COMPILE=1 needs a C\+\+ compiler.*'no-such-compiler'.*unset"):
+        fusedkd.kd_loss(torch.randn(2, 8), torch.randn(2, 8))
+
+
+@each("threads", [1, 2, 3, 16, 1000])
+def test_blocks_give_every_thread_its_rows(threads: int) -> None:
+    """All rows, in blocks of a multiple of the threads where these are not too many."""
+    n, width = 100, cpu.BLOCK // 5
+    blocks = list(cpu.row_blocks(width, None, n, torch.device("cpu"), threads=threads))
+    assert [row for block in blocks for row in range(n)[block]] == list(range(n))
+    sizes = {len(range(n)[block]) for block in blocks[:-1]}
+    assert sizes == {1: {5}, 2: {4}, 3: {3}, 16: {16}, 1000: {40}}[threads]
