@@ -8,12 +8,21 @@ to higher maxima once for all columns of a lane. An `advance` (online.py) theref
 from types import FunctionType
 from typing import Any
 
+import torch
+
 from .language import formula, jit, tl
 
 _REDUCTIONS = {"sum", "max", "min", "argmax", "argmin", "xor_sum", "reduce", "associative_scan", "cumsum", "cumprod"}
 
 
-@formula(torch=lambda x: x.sum(-1, keepdim=True))
+def _row_sum(x: torch.Tensor) -> torch.Tensor:
+    """Σ over the last axis. Compiled loops add one by one, and a long row in float32 would lose a digit or two."""
+    if torch.compiler.is_compiling():
+        return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
+    return x.sum(-1, keepdim=True)
+
+
+@formula(torch=_row_sum)
 def lane_sum(x):
     """Σ of a tile over what each lane holds of it (`tile_columns`); of a tile without lanes, over all."""
     if len(x.shape) == 3:

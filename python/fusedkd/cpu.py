@@ -132,7 +132,7 @@ def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
 def _step(width: int, threads: int = 1) -> int:
     """Rows of a block: a multiple of the threads that share them by rows, as long as that is not much more."""
     rows = max(2, BLOCK // max(width, 1))
-    return min(max(rows // threads, 1) * threads, 8 * rows)
+    return min(max(rows // threads, 1) * threads, 4 * rows)
 
 
 def row_blocks(

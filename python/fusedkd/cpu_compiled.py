@@ -20,7 +20,7 @@ from . import cpu
 from .cpu import floor_rows, row_blocks, shaped, stored, values_at
 from .kernels.columns import at_offsets, centre_of, centred, no_maxima
 from .kernels.divergence import Definition, Online
-from .kernels.lanes import lane_max
+from .kernels.lanes import lane_max, lane_sum
 from .kernels.maths import exp
 from .kernels.online import entropies_advance, log_sum
 from .kernels.rows import Problem, Side
@@ -107,9 +107,9 @@ def _columns(pair: _Pair, argmax: bool) -> _Columns:
     full, slope = shaped(pair.student[0].float(), *pair.student[1:])
     t, _ = shaped(pair.teacher[0].float(), *pair.teacher[1:])
     s = full[:, : t.shape[1]]
-    live = t > -torch.inf
+    live = t != -torch.inf  # true of a NaN, which must show
     if pair.floor is not None:
-        live = live | (s > -torch.inf)
+        live = live | (s != -torch.inf)
         t = torch.maximum(t, pair.floor)
     y = t.argmax(-1, keepdim=True) if argmax else pair.label
     held = None if y is None else _numbered(t) == y.int()
@@ -158,7 +158,7 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         total, mass = online.sums.torch(state, *at, theta)
     else:
         f, phi = kind.definition.term.torch(q, p, logq, logp, delta, theta)
-        total, mass = (torch.where(live, x, 0.0).sum(-1, keepdim=True) for x in (f, phi))
+        total, mass = (lane_sum.torch(torch.where(live, x, 0.0)) for x in (f, phi))
         total = or_infinite.torch(total, torch.where(live, d, 0.0).amax(-1, keepdim=True))
     settled = settle.torch(
         total, mass, target, present, theta, *numbers.weights, kind.definition.term.torch, kind.decoupled
@@ -228,7 +228,7 @@ def _gradient(
         likeliest = likeliest & ~held
         g = torch.where(held, grad_y, g)
     g = torch.where(counts & ~likeliest, g, 0.0) * (upstream * numbers.factor * numbers.inv_tau)
-    entry = -g.sum(-1, keepdim=True)
+    entry = -lane_sum.torch(g)
     top = torch.where(likeliest, _numbered(t), -1).amax(-1, keepdim=True)
     at = top.clamp(min=0).long()
     to, V = pair.student[0] if out is None else out, t.shape[1]
