@@ -3,8 +3,8 @@
 Two graphs for a block of rows, value and gradient, follow the sweeps of kernels/rows.py and are traced from the same
 formulas. torch.compile makes loops over the columns of them, which keep nothing of a row's size and look at no value:
 rows that are close, where cpu.py must calculate with care, take as long as others. A graph is compiled when a kind of
-call is first seen, which takes seconds and a C++ compiler. float64 logits are left to cpu.py: the kernels' series are
-those of float32.
+call is first seen, which takes seconds and a C++ compiler. Left to cpu.py are float64 logits, since the kernels' series
+are those of float32, and what searches its rows first (amid.py, akl.py), of which a graph would take minutes.
 """
 
 import os
@@ -54,6 +54,10 @@ def check() -> None:
             f"{VARIABLE}=1 needs a C++ compiler, and {name!r} is not on the PATH: install it, name another one in the "
             f"variable CXX, or unset {VARIABLE}"
         )
+
+
+def _left_to_cpu(problem: Problem, numbers: torch.Tensor) -> bool:
+    return numbers.dtype == torch.float64 or not problem.definition.separable
 
 
 class _Kind(NamedTuple):
@@ -358,7 +362,7 @@ def value(
     stats: torch.Tensor | None,
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as kernels.rows.value."""
-    if loss.dtype == torch.float64:
+    if _left_to_cpu(problem, loss):
         cpu.value(problem, student, teacher, labels, loss, saved, stats)
         return
     cpu.clear(loss, stats, saved)
@@ -379,7 +383,7 @@ def gradient(
     out: torch.Tensor,
 ) -> None:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), as kernels.rows.gradient."""
-    if saved.dtype == torch.float64:
+    if _left_to_cpu(problem, saved):
         cpu.gradient(problem, student, teacher, labels, saved, upstream, out)
         return
     with torch.no_grad():
@@ -398,7 +402,7 @@ def value_and_gradient(
     stats: torch.Tensor | None,
 ) -> None:
     """Fills `loss`, `stats` and `out`, as kernels.rows.value_and_gradient."""
-    if loss.dtype == torch.float64:
+    if _left_to_cpu(problem, loss):
         cpu.value_and_gradient(problem, student, teacher, labels, upstream, out, loss, stats)
         return
     cpu.clear(loss, stats)
