@@ -248,7 +248,7 @@ def _open(
     peak: torch.Tensor | float = 0.0
     lse_t = tops[1].squeeze(-1) / tau
     if problem.mix is not None:
-        (mix,) = (x.unsqueeze(-1) if x.dim() else x for x in values_at((problem.mix,), rows, like))
+        (mix,) = columnwise((problem.mix,), rows, like)
         p = u.exp() if not special else u.exp().masked_fill_(t <= ABSENT, 0.0)
         log_zt = p.sum(-1, keepdim=True).clamp(min=tiny).log()
         own = (p.div_(log_zt.exp()), lse_t + log_zt.squeeze(-1), (u_y - log_zt).squeeze(-1))
@@ -581,3 +581,8 @@ def values_at(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.T
         else torch.full((), value, dtype=like.dtype, device=like.device)
         for value in values
     )
+
+
+def columnwise(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same beside columns: per-row values as (n, 1)."""
+    return tuple(x.unsqueeze(-1) if x.dim() else x for x in values_at(values, rows, like))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cpu
-from .cpu import floor_rows, row_blocks, shaped, stored, values_at
+from .cpu import columnwise, floor_rows, row_blocks, shaped, stored
 from .kernels.columns import at_offsets, centre_of, centred, no_maxima
 from .kernels.divergence import Definition, Online
 from .kernels.lanes import lane_max, lane_sum
@@ -287,9 +287,6 @@ def _blocks(
     width = student.x.shape[2] if problem.ce_weight else V
     zero = torch.zeros((), device=device)
 
-    def columnwise(rows: torch.Tensor | slice, *values: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(x.unsqueeze(-1) if x.dim() else x for x in values_at(values, rows, zero))
-
     def logits(side: Side, rows: torch.Tensor | slice, width: int) -> tuple[Any, ...]:
         bias = None if side.bias is None else side.bias[:width].detach()
         return (
@@ -298,6 +295,7 @@ def _blocks(
             *(None if x is None else zero + x for x in (side.scale, side.softcap)),
         )
 
+    inv_tau, factor, ce = (zero + x for x in (1.0 / problem.temperature, problem.factor, problem.ce_weight))
     for rows in row_blocks(V, labels, n, device, out, torch.get_num_threads()):
         pair = _Pair(
             logits(student, rows, width),
@@ -305,14 +303,13 @@ def _blocks(
             None if teacher.floor is None else teacher.floor[rows].unsqueeze(-1),
             None if labels is None else labels[rows].unsqueeze(-1),
         )
-        inv_tau, factor, ce = columnwise(rows, 1.0 / problem.temperature, problem.factor, problem.ce_weight)
         yield _Block(
             rows,
             pair,
             _Numbers(
-                columnwise(rows, *problem.parameters),
-                columnwise(rows, *problem.weights),
-                (None,) if problem.mix is None else columnwise(rows, problem.mix),
+                columnwise(problem.parameters, rows, zero),
+                columnwise(problem.weights, rows, zero),
+                (None,) if problem.mix is None else columnwise((problem.mix,), rows, zero),
                 inv_tau,
                 factor,
                 ce if problem.ce_weight else None,

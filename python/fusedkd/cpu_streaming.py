@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .cpu import logits, row_blocks, values_at
+from .cpu import columnwise, logits, row_blocks
 from .kernels.columns import centred, raise_maxima
 from .kernels.online import cross_entropy_advance, entropies_advance
 from .kernels.rows import Problem, Side
@@ -166,14 +166,9 @@ def _without(live: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
     return live if label is None else live & (torch.arange(live.shape[1], device=live.device) != label)
 
 
-def _columnwise(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Values as 0-d tensors, or as (n, 1) where they are per row."""
-    return tuple(x.unsqueeze(-1) if x.dim() else x for x in values_at(values, rows, like))
-
-
 def _theta(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return _columnwise(problem.parameters, rows, like)
+    return columnwise(problem.parameters, rows, like)
 
 
 def _mix(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[Any, ...]:
-    return (None,) if problem.mix is None else _columnwise((problem.mix,), rows, like)
+    return (None,) if problem.mix is None else columnwise((problem.mix,), rows, like)
