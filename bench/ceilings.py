@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..gemm import hidden_gradient, project, weight_gradient
+from ..planner import plan
 from ..timing import Clock, interleaved
 from .shapes import Shape
 
@@ -28,10 +29,11 @@ class Phase(NamedTuple):
 def phases(shape: Shape, device: str) -> list[Phase]:
     """Return the copy and the products, at the heights of the chunks that the head path takes."""
     gpu = device != "cpu"
-    inner, outer = (512, 2048) if gpu else (min(128, shape.rows), shape.rows)
     v, d, k = shape.vocab, shape.dim, shape.teacher_dim
     size = QUICK_COPY if v < 10_000 else GPU_COPY if gpu else CPU_COPY
     operand = torch.bfloat16 if gpu else torch.float32
+    taken = plan(shape.rows, v, d, k, operand, device=device, schedule="chunked")
+    inner, outer = taken.rows_per_product, taken.rows_per_chunk
 
     def randn(*sizes: int, dtype: torch.dtype = operand) -> Tensor:
         return torch.randn(*sizes, device=device).to(dtype)

@@ -118,3 +118,13 @@ def test_bad_arguments(mistake: str) -> None:
         fusedkd.plan(**{"N": 64, "V": 1000, "D_student": 16, **changed})
     for word in words:
         assert word in str(caught.value)
+
+
+@each("rows", [1, 128, 129, 256, 257, 512, 1000])
+def test_chunks_on_a_cpu(rows: int) -> None:
+    """At most 256 tokens a product, of equal chunks, and never all of more than 128."""
+    made = fusedkd.plan(rows, 1000, 8, dtype=torch.float32)
+    height = made.rows_per_product
+    assert made.rows_per_chunk == height <= 256
+    assert height <= max(128, -(-rows // 2))
+    assert -(-rows // height) * height - rows < -(-rows // height), "the last chunk is shorter than it need be"

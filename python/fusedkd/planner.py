@@ -22,7 +22,8 @@ from .kernels.divergence import Form
 
 _BLOCK_COPIES = 20  # block-sized tensors alive at once in cpu.py and cpu_streaming.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
-_CPU_INNER, _GPU_INNER = 128, 512  # a logit GEMM loses less than 10 % to re-reading the weight at these heights
+_CPU_INNER, _GPU_INNER = 256, 512  # a logit GEMM loses about 10 % to re-reading the weight at these heights
+_CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
 _STREAM_LEAST = 512  # columns of a chunk: fewer, and a product re-reads all hidden states too often
@@ -168,10 +169,12 @@ def _candidates(outer: int, inner: int) -> Iterator[tuple[int, int]]:
 
 def _default(shape: Shape) -> tuple[int, int]:
     rows = max(1, shape.rows)
-    inner = min(rows, _CPU_INNER if shape.on_cpu else _GPU_INNER)
-    if not (shape.student_width and shape.needs_gradient):
-        return inner, inner
     if shape.on_cpu:  # the cache holds enough of dW that a second level would save nothing
+        pieces = max(-(-rows // _CPU_INNER), 1 if rows <= _CPU_LEAST else 2)
+        inner = -(-rows // pieces)
+        return inner, inner
+    inner = min(rows, _GPU_INNER)
+    if not (shape.student_width and shape.needs_gradient):
         return inner, inner
     dim = max(1, shape.student_dim)
     outer = min(max(_GPU_TILES // dim, 1024), 4096)
