@@ -129,10 +129,12 @@ def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty((3, min(_step(problem.vocab_size), max(len(like), 1)), problem.vocab_size))
 
 
-def _step(width: int, threads: int = 1) -> int:
-    """Rows of a block: a multiple of the threads that share them by rows, as long as that is not much more."""
-    rows = max(2, BLOCK // max(width, 1))
-    return min(max(rows // threads, 1) * threads, 4 * rows)
+def _step(width: int, shared: bool = False) -> int:
+    """Rows of a block: equally many for each thread, or one for each if rows are what they share and few fit."""
+    rows, threads = max(2, BLOCK // max(width, 1)), torch.get_num_threads()
+    if rows < threads:
+        return min(threads, 4 * rows) if shared else rows
+    return rows - rows % threads
 
 
 def row_blocks(
@@ -141,10 +143,10 @@ def row_blocks(
     n: int,
     device: torch.device,
     out: torch.Tensor | None = None,
-    threads: int = 1,
+    shared: bool = False,
 ) -> Iterator[torch.Tensor | slice]:
     """The counted rows, a block at a time, as a slice where they are neighbours; other rows of `out` are zeroed."""
-    step = _step(width, threads)
+    step = _step(width, shared)
     if labels is None or bool((labels >= 0).all()):
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
         return

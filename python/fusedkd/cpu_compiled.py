@@ -296,7 +296,7 @@ def _blocks(
         )
 
     inv_tau, factor, ce = (zero + x for x in (1.0 / problem.temperature, problem.factor, problem.ce_weight))
-    for rows in row_blocks(V, labels, n, device, out, torch.get_num_threads()):
+    for rows in row_blocks(V, labels, n, device, out, shared=True):
         pair = _Pair(
             logits(student, rows, width),
             logits(teacher, rows, V),
