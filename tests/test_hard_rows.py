@@ -98,6 +98,38 @@ def test_equal_rows(case: Case, offset: float, backend: str) -> None:
     assert_close(student.grad, torch.zeros(4, ODD, dtype=torch.float64), 0.0, what="gradient")
 
 
+def one_apart(gap: float) -> Rows:
+    """Rows that are equal but for the student's least likely column, which the teacher has `gap` nats off."""
+    rows = unrelated(4, ODD, std=2.0, ignored=False)
+    column = rows.student.argmin(-1, keepdim=True)
+    return Rows.of(rows.student, rows.student.scatter_add(-1, column, rows.student.new_full((4, 1), gap)), rows.labels)
+
+
+@each("case", DISTINCT)
+@each("gap", [-20.0, -5.0, 3.0])
+def test_one_column_apart(case: Case, gap: float, backend: str) -> None:
+    """All remainders are 0 but one, which no short series describes."""
+    check_logits(one_apart(gap), case, backend, per_row=ROW)
+
+
+def test_a_short_series_is_not_enough() -> None:
+    """Why the first sweep of value and gradient takes more instructions than its budget (bench/instructions.py).
+
+    The budget is that of a sweep whose remainders are two terms of their series wherever their sum is small. One column
+    apart puts that normaliser off, and with it reverse KL as the gradient sweep would sum it.
+    """
+    rows = one_apart(-20.0)
+    s, t = rows.student.double(), rows.teacher.double()
+    q, d = s.softmax(-1), t - s
+    short = q * d**2 * (1 / 2 + d / 6)
+    r = torch.log1p((q * d + short).sum(-1, keepdim=True))
+    delta = d - r
+    value = (q * (torch.expm1(delta) - delta)).sum(-1)
+    truth = (q * (s.log_softmax(-1) - t.log_softmax(-1))).sum(-1)
+    assert (short.sum(-1).abs() < 1e-3).all(), "the rows are not close enough for a short series"
+    assert ((value / truth - 1).abs() > 1e-3).all()
+
+
 def peak(rows: Rows, column: Tensor, gap: float, *, sides: str) -> Rows:
     """Raise one column of each row by `gap` over the row's maximum."""
     raised = {}

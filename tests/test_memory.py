@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkd
-from fusedkd import chunked, gemm, loss, ops, pages, planner
+from fusedkd import chunked, gemm, loss, planner
 from fusedkd.kernels.language import interpreted
 
 N, V, D, K = 640, 20_000, 8, 12  # rows, vocabulary, widths of student and teacher; a chunk of rows is 214 on a CPU
@@ -80,37 +79,6 @@ def test_the_measurement() -> None:
         return second if third is None else torch.empty(10, dtype=torch.uint8)
 
     assert measure(work) == Memory(size + size // 2, [size, size // 2, size // 4, 10], 10)
-
-
-def flags(address: int) -> list[str]:
-    """What Linux says about the mapping that holds an address."""
-    found = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            found = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif found and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    raise AssertionError(f"no mapping holds {address:#x}")
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages here")
-def test_large_pages() -> None:
-    """Linux is asked for them where a buffer has memory of its own, and small ones are left alone."""
-    asked, not_asked = pages.large(torch.empty(pages.LEAST + 5, dtype=torch.uint8)), torch.empty(pages.LEAST + 5)
-    assert "hg" in flags(asked.data_ptr() + pages.LEAST // 2)
-    assert "hg" not in flags(not_asked.data_ptr() + pages.LEAST // 2)
-    small = pages.large(torch.empty(pages.LEAST - 1, dtype=torch.uint8))
-    assert "hg" not in flags(small.data_ptr() + pages.LEAST // 2)
-
-
-def test_large_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits, the float32 weight gradient and what the backward pass returns; nothing else is that large."""
-    seen: list[tuple[int, ...]] = []
-    for module in (chunked, ops):
-        monkeypatch.setattr(module, "large", lambda x: seen.append(tuple(x.shape)) or x)
-    call = heads()
-    call.run()
-    assert seen == [(214, V), (214, V), (N, D), (V, D), (N, D), (V, D)]
 
 
 class Call(NamedTuple):

@@ -19,7 +19,6 @@ from . import gemm
 from .backends import row_functions
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .kernels.rows import STATS, Problem, Side
-from .pages import large
 from .planner import Chunks
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
@@ -99,7 +98,7 @@ def run(
     teacher_buffer = buffer(teacher, inner, problem.vocab_size, part.kept, logits_dtype)
     in_place, dz, student_buffer = False, None, None
     if is_head and differentiate:
-        dz = large(student.x.new_empty((outer, width), dtype=gradient_dtype(student.x)))
+        dz = student.x.new_empty((outer, width), dtype=gradient_dtype(student.x))
         in_place = dz.dtype == logit_dtype(student.x.dtype, logits_dtype)
     if not in_place:
         student_buffer = buffer(student, inner, width, part.kept, logits_dtype)
@@ -208,8 +207,8 @@ def buffer(
 ) -> torch.Tensor | None:
     """Room for the logits of an inner chunk; logits that are already there need none unless rows are picked."""
     if source.weight is None:
-        return None if kept is None else large(source.x.new_empty((rows, width)))
-    return large(source.x.new_empty((rows, width), dtype=logit_dtype(source.x.dtype, asked)))
+        return None if kept is None else source.x.new_empty((rows, width))
+    return source.x.new_empty((rows, width), dtype=logit_dtype(source.x.dtype, asked))
 
 
 def side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torch.Tensor | None, width: int) -> Side:
@@ -231,9 +230,9 @@ def _outputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, weight, bias = (student.x.new_empty(0) for _ in needs)
     if student.weight is None:
-        return (large(student.x.new_empty((n, student.width))) if needs[0] else x), weight, bias
+        return (student.x.new_empty((n, student.width)) if needs[0] else x), weight, bias
     return (
-        large(student.x.new_empty(student.x.shape, dtype=wide)) if needs[0] else x,
-        large(student.weight.new_empty(student.weight.shape, dtype=wide)) if needs[1] else weight,
+        student.x.new_empty(student.x.shape, dtype=wide) if needs[0] else x,
+        student.weight.new_empty(student.weight.shape, dtype=wide) if needs[1] else weight,
         student.weight.new_zeros(student.width, dtype=wide) if needs[2] else bias,
     )

@@ -16,7 +16,6 @@ from .head import Head
 from .kernels import logprobs as triton_logprobs
 from .kernels.logprobs import SAVED
 from .ops import outside_autocast, refuse_double_backward, scaled
-from .pages import large
 from .planner import Shape, choose
 from .sides import Side, autocast, flattened, transform
 from .tuning import tuned
@@ -168,10 +167,10 @@ def logprob_rows_gradient(
     """Gradients of x, weight and bias for an upstream gradient (N, 2) of (log q, H); empty where not wanted."""
     source = _source(x, weight, bias, numbers)
     functions = _functions(backend)
-    grad_x, grad_weight, grad_bias = map(large, _gradients(x, weight, needs))
+    grad_x, grad_weight, grad_bias = _gradients(x, weight, needs)
     first, buffer = True, None
     if weight is not None and gradient_dtype(x) != logit_dtype(x.dtype, None):
-        buffer = large(x.new_empty((min(inner, max(len(ids), 1)), source.width), dtype=gradient_dtype(x)))
+        buffer = x.new_empty((min(inner, max(len(ids), 1)), source.width), dtype=gradient_dtype(x))
     for start, stop, side in _chunks(source, len(ids), inner):
         out = grad_x.view(-1, source.width) if weight is None else side.x[0]
         out = out if buffer is None else buffer[: stop - start]

@@ -33,7 +33,6 @@ from .backends import logit_functions, row_functions
 from .dtypes import accumulation_dtype, size_of
 from .kernels.divergences import definitions
 from .kernels.rows import SAVED, STATS, Problem, Side
-from .pages import large
 from .planner import Chunks
 
 Operands = Sequence[Optional[Tensor]]  # [x, weight, bias, *others]
@@ -189,7 +188,7 @@ def rows_gradient(
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
     operands = [x, None, None, *others]
     problem = problem_of(operands, names, numbers)
-    grad = large(_like_contiguous(x))
+    grad = _like_contiguous(x)
     logit_functions(Names.of(names).backend, problem, x).gradient(
         problem, Side(x), _teacher(operands, floors), operands[6], saved,
         upstream, grad.view(-1, grad.shape[2]),
@@ -244,7 +243,7 @@ def rows_both(
     operands = [x, None, None, *others]
     problem = problem_of(operands, names, numbers)
     loss, stats = _outputs(operands, flags[0])
-    grad = large(_like_contiguous(x))
+    grad = _like_contiguous(x)
     logit_functions(Names.of(names).backend, problem, x).value_and_gradient(
         problem, Side(x), _teacher(operands, _floors(operands, names, problem)), operands[6],
         operands[7], grad.view(-1, grad.shape[2]), loss, stats if flags[0] else None,
@@ -343,7 +342,7 @@ def _(
 @torch.library.custom_op("fusedkd::scaled", mutates_args=())
 def scaled(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
     """grad · by in the shape and dtype of `like`: one rounding, no temporary, and `grad` stays for another backward."""
-    out = large(_like_contiguous(like))
+    out = _like_contiguous(like)
     grad = grad.view(like.shape)
     if out.dtype == grad.dtype or not out.is_cpu:
         torch.mul(grad, by, out=out)

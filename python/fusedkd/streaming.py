@@ -25,7 +25,6 @@ from .kernels.rows import SAVED, STATS, Problem, Side
 from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
 from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
-from .pages import large
 from .planner import LIKELIEST_ROWS
 from .tuning import tuned
 
@@ -92,7 +91,7 @@ def _pass(problem: Problem, student: chunked.Source, teacher: chunked.Source, wi
     buffers = [
         None
         if source.weight is None
-        else large(source.x.new_empty((source.rows, width), dtype=logit_dtype(source.x.dtype, asked)))
+        else source.x.new_empty((source.rows, width), dtype=logit_dtype(source.x.dtype, asked))
         for source in (student, teacher)
     ]
     return _Pass(problem, student, teacher, width, (buffers[0], buffers[1]))
@@ -201,7 +200,7 @@ def _backward_pass(
     wide = accumulation_dtype(x)
     saved, upstream = saved.to(wide), upstream.to(wide)
     total = student.width if problem.ce_weight else problem.vocab_size
-    grad_x, grad_weight, grad_bias = map(large, gradients(x, weight, needs, weight_grad))
+    grad_x, grad_weight, grad_bias = gradients(x, weight, needs, weight_grad)
     if weight is None:
         grad_x[..., total:] = 0
     else:
@@ -219,7 +218,7 @@ def _backward_pass(
     scaled = (upstream / size).contiguous()
     room = sweep.buffers[0]  # dZ lies over the student's logits where it has their dtype
     if room is not None and room.dtype != dtype:
-        room = large(x.new_empty((n, sweep.width), dtype=dtype))
+        room = x.new_empty((n, sweep.width), dtype=dtype)
     for start, stop, part, s, t in sweep:
         if room is None:
             dz = grad_x.view(n, -1)[:, start:stop]
