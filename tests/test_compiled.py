@@ -140,11 +140,14 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         fusedkd.kd_loss(torch.randn(2, 8), torch.randn(2, 8))
 
 
+@each("shared", [False, True])
 @each("threads", [1, 2, 3, 16, 1000])
-def test_blocks_give_every_thread_its_rows(threads: int) -> None:
-    """All rows, in blocks of a multiple of the threads where these are not too many."""
+def test_blocks_give_every_thread_its_rows(threads: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows, in blocks of a multiple of the threads; where few fit, compiled loops get one for each within limits."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     n, width = 100, cpu.BLOCK // 5
-    blocks = list(cpu.row_blocks(width, None, n, torch.device("cpu"), threads=threads))
+    blocks = list(cpu.row_blocks(width, None, n, torch.device("cpu"), shared=shared))
     assert [row for block in blocks for row in range(n)[block]] == list(range(n))
     sizes = {len(range(n)[block]) for block in blocks[:-1]}
-    assert sizes == {1: {5}, 2: {4}, 3: {3}, 16: {16}, 1000: {20}}[threads]
+    few = {16: {16}, 1000: {20}} if shared else {16: {5}, 1000: {5}}
+    assert sizes == {1: {5}, 2: {4}, 3: {3}, **few}[threads]
