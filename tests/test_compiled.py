@@ -143,7 +143,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @each("shared", [False, True])
 @each("threads", [1, 2, 3, 16, 1000])
 def test_blocks_give_every_thread_its_rows(threads: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows, in blocks of a multiple of the threads; where few fit, compiled loops get one for each within limits."""
+    """All rows, in multiples of the threads; where few rows fit, compiled loops get one for each, within limits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     n, width = 100, cpu.BLOCK // 5
     blocks = list(cpu.row_blocks(width, None, n, torch.device("cpu"), shared=shared))
