@@ -121,7 +121,7 @@ def test_flat_labels_of_three_dimensional_states() -> None:
 @each("build", [shim.LigerFusedLinearJSD, shim.LigerFusedLinearJSDLoss])
 def test_three_dimensional_states_are_chunked(build: Callable[[], Any]) -> None:
     """Liger's chunked loss makes the whole (B·T, V) logits of them, because it cuts B only."""
-    lead, vocabulary = (2, 256), 3000
+    lead, vocabulary = (2, 1024), 3000
     inputs = {name: x.float().requires_grad_() for name, x in heads(lead, vocabulary=vocabulary).items()}
     labels = labels_of(lead)
     memory = measure(lambda: build()(*inputs.values(), labels).backward())
