@@ -15,6 +15,7 @@ from .language import NUMBERS, formula, tl
 
 _SERIES = 0.125  # |x| up to which the torch forms use their (shorter) series
 _FAR = 80.0  # e^x overflows float32 beyond 88
+LOG2E = math.log2(math.e)
 _PLAIN = 0.02  # relative size from which a plain difference of weights keeps its digits
 
 
@@ -97,9 +98,16 @@ def _precise_rem2_product(w, v, x):
     near = x.clamp(-_SERIES, _SERIES)
     series = near * (1 / 120) if x.dtype == torch.float32 else near * (1 / 120) * (1 + near / 6 * (1 + near / 7))
     series.add_(1 / 24).mul_(near).add_(1 / 6).mul_(near).add_(0.5).mul_(near).mul_(near)
-    bracket = x.clamp(max=_FAR).exp_().sub_(near.exp()).sub_(x).add_(near)
+    bracket = exp.torch(x.clamp(max=_FAR)).sub_(exp.torch(near)).sub_(x).add_(near)
     precise = series.add_(bracket).mul_(w)
     return torch.where(x > _FAR, plain, precise) if x.dim() < 2 or (x > _FAR).any() else precise
+
+
+def _torch_exp(x, out=None):
+    # exp2 is a loop of torch's own and takes less time than exp, which may be that of a library; a compiler has both.
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return torch.exp(x, out=out)
+    return torch.mul(x, LOG2E, out=out).exp2_()
 
 
 def _scalar_expm1_product(w, v, x):
@@ -119,7 +127,7 @@ def _torch_softplus(x):
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-@formula(torch=torch.exp, scalar=NUMBERS.exp)
+@formula(torch=_torch_exp, scalar=NUMBERS.exp)
 def exp(x):
     """e^x for the elements of a row: flushing what is below 1e-38 takes two instructions, keeping it five."""
     return tl.exp2(x * 1.4426950408889634)

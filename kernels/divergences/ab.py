@@ -25,7 +25,7 @@ import torch
 from ..divergence import Definition, Online
 from ..lanes import lane_sum
 from ..language import formula, tl, torch_twin
-from ..maths import Summand, expm1_ratio
+from ..maths import LOG2E, Summand, expm1_ratio
 from ..online import moments_advance, moments_ratio
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
@@ -77,12 +77,43 @@ def _eager_bend(w, v, u, alpha, beta, x):
     return Summand(make, sums) if min(known) > 0 else make()
 
 
+def _eager_power(c, logs):
+    return (c * LOG2E * logs).exp2_()
+
+
+def _eager_mixed(alpha, logp, beta, logq):
+    scaled, known = alpha * LOG2E * logp, _plain_exponents(beta)
+    return (scaled + beta * LOG2E * logq if known is None else scaled.add_(logq, alpha=known[0] * LOG2E)).exp2_()
+
+
+@formula(eager=_eager_power)
+def power(c, logs):
+    """q^c, given log q."""
+    return tl.exp(c * logs)
+
+
+@formula(eager=_eager_mixed)
+def mixed_power(alpha, logp, beta, logq):
+    """p^α q^β."""
+    return tl.exp(alpha * logp + beta * logq)
+
+
 @formula(eager=_eager_slope)
 def slope(w, v, a, x):
     """w·φ_a(x), given v = w·e^{a x}."""
     y = a * x
     near = tl.abs(y) < 0.5
     return tl.where(near, w * tl.where(near, x, 0.0) * expm1_ratio(y), (v - w) / tl.where(a == 0, 1.0, a))
+
+
+def _eager_fall(w, v, a, x):
+    return _eager_slope(w, v, a, x).neg_()
+
+
+@formula(eager=_eager_fall)
+def fall(w, v, a, x):
+    """−w·φ_a(x), given v = w·e^{a x}."""
+    return -slope(w, v, a, x)
 
 
 def _bend(w, v, u, alpha, beta, x):
@@ -114,10 +145,10 @@ def term(q, p, logq, logp, delta, theta):
     """f = q^c [φ_c(δ) − φ_α(δ)]/β, phi = −q^c φ_α(δ)."""
     alpha, beta = theta
     c = alpha + beta
-    qc = tl.exp(c * logq)
-    mixed = tl.exp(alpha * logp + beta * logq)
-    pc = tl.exp(c * logp)
-    return bend(qc, mixed, pc, alpha, beta, delta), -slope(qc, mixed, alpha, delta)
+    qc = power(c, logq)
+    mixed = mixed_power(alpha, logp, beta, logq)
+    pc = power(c, logp)
+    return bend(qc, mixed, pc, alpha, beta, delta), fall(qc, mixed, alpha, delta)
 
 
 @formula
@@ -146,9 +177,9 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     to_v = tl.exp(alpha * log_t + beta * log_s)
     to_u = tl.exp(c * log_t)
     moved = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
-    w = tl.exp(c * z)
-    v = tl.exp(alpha * u + beta * z)
-    p = tl.exp(c * u)
+    w = power(c, z)
+    v = mixed_power(alpha, u, beta, z)
+    p = power(c, u)
     weight = to_w * weight + lane_sum(tl.where(live, w, 0.0))
     first = moved[0] + lane_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
     second = moved[1] + lane_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))

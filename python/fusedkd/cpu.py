@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.maths import Summand, row_dots, softplus, tanh
+from .kernels.maths import Summand, exp, row_dots, softplus, tanh
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT, binary, offsets, settle
 
@@ -122,11 +122,12 @@ def clear(*tensors: torch.Tensor | None) -> None:
 
 
 def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
-    """What the blocks of a call use in turn: z then q, u then p, d. New memory for each would cost page faults.
+    """What the blocks of a call use in turn: q, p, d, z, u. New memory for each would cost page faults.
 
-    One piece, because glibc keeps what is freed in smaller ones, the temporaries, once it got back a larger one.
+    The last two lie over the first two where the term does not read them. One piece, because glibc keeps what is freed
+    in smaller ones, the temporaries, once it got back a larger one.
     """
-    return like.new_empty((3, min(_step(problem.vocab_size), max(len(like), 1)), problem.vocab_size))
+    return like.new_empty((5 if problem.definition.reads_logs else 3, min(_step(problem.vocab_size), max(len(like), 1)), problem.vocab_size))
 
 
 def _step(width: int, shared: bool = False) -> int:
@@ -236,7 +237,7 @@ def _open(
         if dead is not None or V == 1:
             empty = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1)
     tops = (_tops(s, y, s_y), _tops(t, y, t_y))
-    z, u, d = (x[:n] for x in room)
+    into_q, into_p, d, z, u = (room[i % len(room), :n] for i in range(5))
     for to, x, top in ((z, s, tops[0]), (u, t, tops[1])):
         torch.sub(x, top, out=to)
         if tau != 1.0:
@@ -251,13 +252,13 @@ def _open(
     lse_t = tops[1].squeeze(-1) / tau
     if problem.mix is not None:
         (mix,) = columnwise((problem.mix,), rows, like)
-        p = u.exp() if not special else u.exp().masked_fill_(t <= ABSENT, 0.0)
+        p = exp.torch(u) if not special else exp.torch(u).masked_fill_(t <= ABSENT, 0.0)
         log_zt = p.sum(-1, keepdim=True).clamp(min=tiny).log()
         own = (p.div_(log_zt.exp()), lse_t + log_zt.squeeze(-1), (u_y - log_zt).squeeze(-1))
         u, u_y = torch.lerp(z, u, mix), torch.lerp(z_y, u_y, mix)
         peak = u.amax(-1, keepdim=True)
         u, u_y = u.sub_(peak), u_y - peak
-    q, p = (z.exp(), u.exp()) if problem.definition.reads_logs else (z.exp_(), u.exp_())
+    q, p = exp.torch(z, out=into_q), exp.torch(u, out=into_p)
     if special:
         q.masked_fill_(s <= ABSENT, 0.0)  # a row with nothing but −inf has its maximum there
         p.masked_fill_(t <= ABSENT, 0.0)
@@ -551,7 +552,7 @@ def _write(
         g.scatter_(1, block.y, torch.where(block.present.unsqueeze(-1), grad_y * scale, 0.0))
     for row in block.confident.nonzero().flatten().tolist():
         # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
-        top = int(q[row].argmax())
+        top = _likeliest(q[row])
         g[row, top] = 0.0
         g[row, top] = -g[row].sum()
     if block.holes is not None:
@@ -562,7 +563,7 @@ def _write(
         s, slope = logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
         if problem.ce_weight:
             assert block.label is not None
-            ce = (s - ce_lse).exp_().scatter_add_(1, block.label, torch.full_like(ce_lse, -1.0))
+            ce = exp.torch(s - ce_lse).scatter_add_(1, block.label, torch.full_like(ce_lse, -1.0))
             ce.mul_(up * problem.ce_weight)
             ce[:, :V] += g
             g = ce
@@ -573,6 +574,14 @@ def _write(
         out[block.rows, g.shape[1] :] = 0
     else:
         out[block.rows] = torch.nn.functional.pad(g, (0, width - g.shape[1])).to(out.dtype)
+
+
+def _likeliest(q: torch.Tensor) -> int:
+    """Where q (V,) is largest: torch looks for a maximum's place one number at a time, for its size at many."""
+    piece = 512
+    largest = torch.nn.functional.pad(q, (0, -len(q) % piece)).view(-1, piece).amax(-1)
+    first = int(largest.argmax()) * piece
+    return first + int(q[first : first + piece].argmax())
 
 
 def values_at(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:

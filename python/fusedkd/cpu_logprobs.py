@@ -3,6 +3,7 @@
 import torch
 
 from .cpu import logits, row_blocks
+from .kernels.maths import exp
 from .kernels.rows import Side
 from .kernels.split import about_side
 
@@ -21,7 +22,7 @@ def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: fl
         alone = top <= -1e30
         top = torch.where(alone, s_y, top)
         z = (s - top).div_(temperature)
-        e = z.exp().masked_fill_(s <= -1e30, 0.0)
+        e = exp.torch(z).masked_fill_(s <= -1e30, 0.0)
         total = e.sum(-1, keepdim=True)
         rest = torch.where(alone, -1e30, total.clamp(min=tiny).log())
         warmth = e.mul_(z).sum(-1, keepdim=True)
@@ -45,7 +46,7 @@ def gradient(
         top, lse, _, entropy = saved[rows].unsqueeze(-1).unbind(1)
         up_logprob, up_entropy = upstream[rows].unsqueeze(-1).unbind(1)
         log_q = ((s.clamp(min=-1e30) - top) / temperature).sub_(lse)
-        q = log_q.exp()
+        q = exp.torch(log_q)
         g = q.mul_(log_q.add_(entropy).mul_(up_entropy).add_(up_logprob)).neg_().scatter_(1, y, 0.0)
         g.masked_fill_(s <= -1e30, 0.0)
         # A row's gradient sums to 0: at the token nothing cancels this way.

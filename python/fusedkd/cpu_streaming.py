@@ -10,6 +10,7 @@ import torch
 
 from .cpu import columnwise, logits, row_blocks
 from .kernels.columns import centred, raise_maxima
+from .kernels.maths import exp
 from .kernels.online import cross_entropy_advance, entropies_advance
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT
@@ -51,7 +52,7 @@ def absorb(
             if with_stats:
                 _, plain, _ = centred.torch(s, t, centre, inv_tau, (None,))
                 warmth = entropies_advance.torch(warmth, state[0], move[0], own_log_t, z, plain, live)
-            state = advance(state, move, z, u, d, z.exp(), u.exp(), live, _theta(problem, rows, carry))
+            state = advance(state, move, z, u, d, exp.torch(z), exp.torch(u), live, _theta(problem, rows, carry))
         carry[rows] = torch.cat((*maxima, *warmth, *ce, *picked, *state), -1)
 
 
@@ -108,7 +109,7 @@ def gradient(
             one = torch.zeros_like(s)
             if label is not None:
                 one = (torch.arange(s.shape[1], device=s.device) == label).to(s.dtype)
-            g += up * problem.ce_weight * ((s - ce_lse).exp() - one)
+            g += up * problem.ce_weight * (exp.torch(s - ce_lse) - one)
         slope = slope if isinstance(slope, torch.Tensor) else torch.full_like(s, slope)
         has = likeliest.any(-1)
         top = likeliest.to(torch.int8).argmax(-1, keepdim=True)
@@ -148,7 +149,7 @@ def _terms(
     *centre, l_s, l_t, r = saved[rows, :7].unsqueeze(-1).unbind(1)
     z, u, d = centred.torch(s, t, tuple(centre), 1.0 / problem.temperature, _mix(problem, rows, saved))
     extras = tuple(saved[rows, 12 : 12 + problem.definition.extras].unsqueeze(-1).unbind(1))
-    q, p = (z - l_s).exp(), (u - l_t).exp()
+    q, p = exp.torch(z - l_s), exp.torch(u - l_t)
     theta = (*_theta(problem, rows, saved), *extras)
     f, phi = problem.definition.term.torch(q, p, z - l_s, u - l_t, d - r, theta)
     return q, d, f, phi

@@ -2,42 +2,56 @@
 
 On a GPU half-precision operands go to cuBLAS with a float32 result (`out_dtype`), never upcast. A CPU has no such
 product, so there the weight is upcast a block of vocabulary rows at a time.
+
+float32 products of a CPU that read all of the weight come from oneDNN, which torch has beside the BLAS that `torch.mm`
+calls: with a chunk's few tokens a BLAS spends much of its time on rearranging the weight (the ceilings section of the
+benchmark times both).
 """
 
 from collections.abc import Iterator
 
 import torch
 
-UPCAST_ROWS = 8192  # vocabulary rows of a half-precision weight that are upcast at once on a CPU
+BLOCK_ROWS = 8192  # vocabulary rows of a weight that a CPU upcasts, or multiplies for logits, at once
+BLOCK_TOKENS = 256  # tokens beside them: a block of logits is copied to its place while it is in the cache
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out (n, V) = hidden (n, D) @ weight (V, D)ᵀ."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.t(), out=out)
-    elif hidden.device.type == "cpu":
+    if out.is_cpu and out.dtype == torch.float32:
+        wide = hidden.float()
         for rows, block in _upcast(weight):
-            out[:, rows] = hidden.float() @ block.t()
+            for tokens, to in zip(wide.split(BLOCK_TOKENS), out.split(BLOCK_TOKENS), strict=True):
+                to[:, rows] = _product(tokens, block)
+    elif hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
     else:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
 def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
     """out (n, D) = dz (n, V) @ weight (V, D), added to what is there if `accumulate`."""
-    if dz.dtype == weight.dtype == out.dtype:
+    if out.is_cpu and out.dtype == torch.float32:
+        whole = weight.dtype == out.dtype
+        for rows, block in ((slice(None), weight),) if whole else _upcast(weight):
+            product = _product(dz[:, rows], block.t())
+            out.copy_(product if not accumulate else product.add_(out))
+            accumulate = True
+    elif dz.dtype == weight.dtype == out.dtype:
         if accumulate:
             torch.addmm(out, dz, weight, out=out)
         else:
             torch.mm(dz, weight, out=out)
-    elif dz.device.type == "cpu":
-        if not accumulate:
-            out.zero_()
-        for rows, block in _upcast(weight):
-            out.addmm_(dz[:, rows], block)
     elif accumulate:
         torch.addmm(out, dz, weight, out_dtype=out.dtype, out=out)
     else:
         torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (n, k) @ b (m, k)ᵀ of a CPU in float32."""
+    return a @ b.t() if _ONEDNN is None else _ONEDNN(a, b, None, "none", [], "")
 
 
 def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
@@ -56,6 +70,6 @@ def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, a
 
 
 def _upcast(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    for start in range(0, weight.shape[0], UPCAST_ROWS):
-        rows = slice(start, min(start + UPCAST_ROWS, weight.shape[0]))
+    for start in range(0, weight.shape[0], BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, weight.shape[0]))
         yield rows, weight[rows].float()

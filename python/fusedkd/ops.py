@@ -373,6 +373,11 @@ def _(out: Tensor, grad: Tensor, by: Tensor) -> None:
     return None
 
 
+def _is_last(by: Tensor) -> bool:
+    """Whether nobody can ask for the saved gradients after this backward pass: it runs, and its graph is not retained."""
+    return type(by) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _delivered(
     grads: Sequence[Tensor],
     by: Tensor,
@@ -380,10 +385,18 @@ def _delivered(
     wanted: Sequence[bool],
     weight_grad: Optional[Tensor],
 ) -> list[Optional[Tensor]]:
-    """Gradients of x, weight and bias times `by`; None where not wanted or, of the weight, added to `weight_grad`."""
+    """Gradients of x, weight and bias times `by`; None where not wanted or, of the weight, added to `weight_grad`.
+
+    In the memory of `grads` where that has the right dtype and is not needed again.
+    """
     returned = (wanted[0], wanted[1] and weight_grad is None, wanted[2])
+    last = _is_last(by)
+
+    def deliver(grad: Tensor, like: Tensor) -> Tensor:
+        return grad.mul_(by).view(like.shape) if last and grad.dtype == like.dtype else scaled(grad, by, like)
+
     found = [
-        scaled(grad, by, given(like)) if wanted else None
+        deliver(grad, given(like)) if wanted else None
         for like, grad, wanted in zip(likes, grads, returned, strict=True)
     ]
     if weight_grad is not None:

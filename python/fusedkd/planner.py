@@ -17,12 +17,12 @@ from .ceilings import TABLE, Ceiling, ceiling
 from .cpu import BLOCK
 from .divergence import Divergence, as_divergence
 from .dtypes import logit_dtype
-from .gemm import UPCAST_ROWS
+from .gemm import BLOCK_ROWS, BLOCK_TOKENS
 from .kernels.divergence import Form
 
 _BLOCK_COPIES = 20  # block-sized tensors alive at once in cpu.py and cpu_streaming.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
-_CPU_INNER, _GPU_INNER = 256, 512  # a logit GEMM loses about 10 % to re-reading the weight at these heights
+_CPU_INNER, _GPU_INNER = 192, 512  # a logit GEMM loses about 10 % to re-reading the weight at these heights
 _CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
@@ -90,10 +90,10 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
-        if shape.hidden_bytes < shape.accumulator_bytes:
-            # Blocks of upcast weight, of logits before they are placed, and upcast hidden states.
+        total += _products_of_a_cpu(inner, width, shape.student_dim)
+        if shape.hidden_bytes < shape.accumulator_bytes:  # blocks of upcast weight, and upcast hidden states
             dim = max(shape.student_dim, shape.teacher_dim)
-            total += 4 * (2 * UPCAST_ROWS * dim + inner * (UPCAST_ROWS + dim) + outer * dim)
+            total += 4 * (2 * min(width, BLOCK_ROWS) * dim + (inner + outer) * dim)
     return total
 
 
@@ -128,10 +128,16 @@ def streaming_workspace(shape: Shape, width: int) -> int:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
     if shape.on_cpu:
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
+        total += _products_of_a_cpu(shape.rows, width, shape.student_dim)
         if shape.hidden_bytes < shape.accumulator_bytes:
             dim = max(shape.student_dim, shape.teacher_dim)
-            total += 4 * (2 * min(width, UPCAST_ROWS) * dim + shape.rows * (min(width, UPCAST_ROWS) + 2 * dim))
+            total += 4 * (2 * min(width, BLOCK_ROWS) * dim + shape.rows * 2 * dim)
     return total
+
+
+def _products_of_a_cpu(rows: int, width: int, dim: int) -> int:
+    """Bytes of products before they are in their place: a block of logits, a chunk's hidden gradient."""
+    return 4 * (min(rows, BLOCK_TOKENS) * min(width, BLOCK_ROWS) + rows * dim)
 
 
 def choose_width(shape: Shape, memory_budget: int | None) -> int:
