@@ -46,16 +46,21 @@ def phases(shape: Shape, device: str) -> list[Phase]:
         here = torch.empty_like(there)
         return lambda: here.copy_(there)
 
-    def logits(rows: int, width: int, dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
+    def logits(
+        rows: int, width: int, dtype: torch.dtype = torch.float32, product: Callable[..., object] = project
+    ) -> Callable[[], Callable[[], object]]:
         def prepare() -> Callable[[], object]:
             hidden, weight, out = randn(rows, width), randn(v, width), empty(rows, v, dtype=dtype)
-            return lambda: project(hidden, weight, out)
+            return lambda: product(hidden, weight, out)
 
         return prepare
 
-    def to_hidden() -> Callable[[], object]:
-        dz, weight, out = randn(outer, v), randn(v, d), empty(outer, d)
-        return lambda: hidden_gradient(dz, weight, out)
+    def to_hidden(product: Callable[..., object] = hidden_gradient) -> Callable[[], Callable[[], object]]:
+        def prepare() -> Callable[[], object]:
+            dz, weight, out = randn(outer, v), randn(v, d), empty(outer, d)
+            return lambda: product(dz, weight, out)
+
+        return prepare
 
     def to_weight(accumulate: bool) -> Callable[[], Callable[[], object]]:
         def prepare() -> Callable[[], object]:
@@ -70,9 +75,9 @@ def phases(shape: Shape, device: str) -> list[Phase]:
 
     found = [
         Phase("copy", 2 * size, "B", copy),
-        Phase(f"student logits, {inner} rows", 2 * inner * v * d, "FLOP", logits(inner, d, torch.float32)),
-        Phase(f"teacher logits, {inner} rows", 2 * inner * v * k, "FLOP", logits(inner, k, torch.float32)),
-        Phase(f"hidden gradient, {outer} rows", 2 * outer * v * d, "FLOP", to_hidden),
+        Phase(f"student logits, {inner} rows", 2 * inner * v * d, "FLOP", logits(inner, d)),
+        Phase(f"teacher logits, {inner} rows", 2 * inner * v * k, "FLOP", logits(inner, k)),
+        Phase(f"hidden gradient, {outer} rows", 2 * outer * v * d, "FLOP", to_hidden()),
         Phase(f"weight gradient, {outer} rows", 2 * outer * v * d, "FLOP", to_weight(False)),
         Phase(f"weight gradient added, {outer} rows", 2 * outer * v * d, "FLOP", to_weight(True)),
     ]
@@ -81,7 +86,25 @@ def phases(shape: Shape, device: str) -> list[Phase]:
             Phase(f"student logits in bf16, {inner} rows", 2 * inner * v * d, "FLOP", logits(inner, d, operand)),
             Phase(f"square of {GPU_SQUARE}", 2 * GPU_SQUARE**3, "FLOP", square),
         ]
+    else:
+        found += [
+            Phase(
+                f"student logits by torch.mm, {inner} rows", 2 * inner * v * d, "FLOP", logits(inner, d, product=_mm_t)
+            ),
+            Phase(
+                f"teacher logits by torch.mm, {inner} rows", 2 * inner * v * k, "FLOP", logits(inner, k, product=_mm_t)
+            ),
+            Phase(f"hidden gradient by torch.mm, {outer} rows", 2 * outer * v * d, "FLOP", to_hidden(_mm)),
+        ]
     return found
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out=out)
+
+
+def _mm_t(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b.t(), out=out)
 
 
 def measure(

@@ -197,13 +197,17 @@ def test_small_budget(dtype: torch.dtype, options: dict[str, Any], rows: int, an
 @each("dtype", [torch.float32, torch.bfloat16])
 @each("frozen", ["", "hidden", "weight"])
 def test_backward_makes_the_gradients_alone(dtype: torch.dtype, frozen: str) -> None:
-    """They were formed in the forward pass: what is left is one rounding, without a copy or zeros beside it."""
+    """They were formed in the forward pass: what is left is one rounding, without a copy or zeros beside it.
+
+    Where nothing is to be rounded and nobody can ask again, they leave in the memory that they were formed in.
+    """
     call = heads(dtype, frozen=frozen, columns=9000)
-    loss = call.loss()
-    memory = measure(lambda: torch.autograd.grad(loss, call.leaves))
-    gradients = sum(x.nbytes for x in call.leaves)
-    assert gradients <= memory.kept <= gradients + 1024
-    assert memory.peak <= 1 << 16  # a block of rows that is rounded
+    for retain in (True, False):
+        loss = call.loss()
+        memory = measure(lambda loss=loss, retain=retain: torch.autograd.grad(loss, call.leaves, retain_graph=retain))
+        gradients = sum(x.nbytes for x in call.leaves) if retain or dtype == torch.bfloat16 else 0
+        assert gradients <= memory.kept <= gradients + 1024
+        assert memory.peak <= 1 << 16  # a block of rows that is rounded
 
 
 # (of the head, of the buffer)
@@ -221,8 +225,9 @@ def test_chunked_backward_into_a_buffer(dtype: torch.dtype, stored: torch.dtype,
     loss = call.loss(weight_grad=buffer).sum()
     memory = measure(lambda: torch.autograd.grad(loss, call.leaves, allow_unused=True))
     with_gradient = measure(lambda: torch.autograd.grad(plain, call.leaves))
-    assert hidden.nbytes <= memory.kept <= hidden.nbytes + 1024
-    assert memory.peak <= with_gradient.peak + (1 << 16)  # a block of rows that is rounded
+    assert memory.kept <= hidden.nbytes + 1024
+    block = 1 << 16  # of rows that are rounded
+    assert memory.peak + memory.kept <= with_gradient.peak + with_gradient.kept + block
     assert buffer.any()
     if reduction == "mean":
         assert max(memory.sizes) < weight.nbytes
@@ -389,14 +394,22 @@ def runs(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 
 def in_place_flops(_: Any, left: Any, right: Any, **__: Any) -> int:
-    """addmm_ is unknown to torch's counter."""
+    """Of addmm_; unknown to torch's counter, like the next."""
     return 2 * left[0] * left[1] * right[1]
+
+
+def linear_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Of oneDNN's left @ rightᵀ."""
+    return 2 * left[0] * left[1] * right[0]
+
+
+FORMULAS = {torch.ops.aten.addmm_: in_place_flops, torch.ops.mkldnn._linear_pointwise: linear_flops}
 
 
 def flops(call: Call, monkeypatch: pytest.MonkeyPatch) -> int:
     """Of all matrix products, forward and backward."""
     replayed = runs(call, monkeypatch)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         for run in replayed:
             run.again()
     return counter.get_total_flops()

@@ -127,7 +127,8 @@ def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
     The last two lie over the first two where the term does not read them. One piece, because glibc keeps what is freed
     in smaller ones, the temporaries, once it got back a larger one.
     """
-    return like.new_empty((5 if problem.definition.reads_logs else 3, min(_step(problem.vocab_size), max(len(like), 1)), problem.vocab_size))
+    rows = min(_step(problem.vocab_size), max(len(like), 1))
+    return like.new_empty((5 if problem.definition.reads_logs else 3, rows, problem.vocab_size))
 
 
 def _step(width: int, shared: bool = False) -> int:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from . import chunked
 from .backends import logit_functions, row_functions
@@ -374,8 +375,8 @@ def _(out: Tensor, grad: Tensor, by: Tensor) -> None:
 
 
 def _is_last(by: Tensor) -> bool:
-    """Whether nobody can ask for the saved gradients after this backward pass: it runs, and its graph is not retained."""
-    return type(by) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    """Whether nobody can ask for the saved gradients again: the backward pass runs, and its graph is not retained."""
+    return type(by) is Tensor and not _get_current_graph_task_keep_graph()
 
 
 def _delivered(

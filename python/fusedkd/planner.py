@@ -22,7 +22,7 @@ from .kernels.divergence import Form
 
 _BLOCK_COPIES = 20  # block-sized tensors alive at once in cpu.py and cpu_streaming.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
-_CPU_INNER, _GPU_INNER = 192, 512  # a logit GEMM loses about 10 % to re-reading the weight at these heights
+_CPU_INNER, _GPU_INNER = 192, 512  # with fewer tokens a product waits for the weight, with more a CPU for new memory
 _CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
