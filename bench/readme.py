@@ -16,9 +16,9 @@ CPU_WORDS = (
     "One training step of the loss head, `make bench` on a CPU: hidden states in, loss and the gradients of hidden\n"
     "states and weight out. Runs are interleaved, times are medians ± half the distance between the quartiles; memory\n"
     "is the peak above inputs and gradients; everything is checked against float64 before it is timed, errors are\n"
-    'relative L2. "eager torch" is the loss as one writes it. The floor is of torch.mm; on a CPU the products of fusedkd\n'
-    "that read a weight are those of oneDNN, which the ceilings time beside it. Samples, plots and the other sections:\n"
-    "[bench/results](bench/results)."
+    'relative L2. "eager torch" is the loss as one writes it. The floor is of torch.mm; on a CPU the products of\n'
+    "fusedkd that read a weight are those of oneDNN, which the ceilings time beside it. Samples, plots and the other\n"
+    "sections: [bench/results](bench/results)."
 )
 GOALS_WORDS = "Goals, in units of the products or of eager torch:"
 GPU_WORDS = "On a GPU (`make gpu`; the goals are for an H200, N = 8192, bfloat16, loss and gradients):"
