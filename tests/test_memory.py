@@ -473,7 +473,8 @@ class Operators(TorchDispatchMode):
 @each("student", ["head", "logits"])
 @each("ce_weight", [0.0, 0.5])
 def test_chunk_loop_of_triton(student: str, ce_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More chunks make no more allocations."""
+    """More chunks make no more allocations, with the products as a GPU makes them."""
+    monkeypatch.setattr(gemm, "_of_a_cpu", lambda out: False)
     options = {"student": student, "ignored": True, "drop_ignored": False, "backend": "triton", "ce_weight": ce_weight}
     (run,) = runs(heads(rows=12, columns=130, **options), monkeypatch)
     results, allocations = [], []

@@ -19,7 +19,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out (n, V) = hidden (n, D) @ weight (V, D)ᵀ."""
-    if out.is_cpu and out.dtype == torch.float32:
+    if _of_a_cpu(out):
         wide = hidden.float()
         for rows, block in _upcast(weight):
             for tokens, to in zip(wide.split(BLOCK_TOKENS), out.split(BLOCK_TOKENS), strict=True):
@@ -32,7 +32,7 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
 
 def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
     """out (n, D) = dz (n, V) @ weight (V, D), added to what is there if `accumulate`."""
-    if out.is_cpu and out.dtype == torch.float32:
+    if _of_a_cpu(out):
         whole = weight.dtype == out.dtype
         for rows, block in ((slice(None), weight),) if whole else _upcast(weight):
             product = _product(dz[:, rows], block.t())
@@ -47,6 +47,10 @@ def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, a
         torch.addmm(out, dz, weight, out_dtype=out.dtype, out=out)
     else:
         torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+
+
+def _of_a_cpu(out: torch.Tensor) -> bool:
+    return out.is_cpu and out.dtype == torch.float32
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
