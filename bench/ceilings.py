@@ -51,14 +51,14 @@ def phases(shape: Shape, device: str) -> list[Phase]:
     ) -> Callable[[], Callable[[], object]]:
         def prepare() -> Callable[[], object]:
             hidden, weight, out = randn(rows, width), randn(v, width), empty(rows, v, dtype=dtype)
-            return lambda: product(hidden, weight, out)
+            return lambda: product(hidden, weight, out=out)
 
         return prepare
 
     def to_hidden(product: Callable[..., object] = hidden_gradient) -> Callable[[], Callable[[], object]]:
         def prepare() -> Callable[[], object]:
             dz, weight, out = randn(outer, v), randn(v, d), empty(outer, d)
-            return lambda: product(dz, weight, out)
+            return lambda: product(dz, weight, out=out)
 
         return prepare
 
@@ -89,22 +89,18 @@ def phases(shape: Shape, device: str) -> list[Phase]:
     else:
         found += [
             Phase(
-                f"student logits by torch.mm, {inner} rows", 2 * inner * v * d, "FLOP", logits(inner, d, product=_mm_t)
+                f"student logits by torch.mm, {inner} rows", 2 * inner * v * d, "FLOP", logits(inner, d, product=_mm)
             ),
             Phase(
-                f"teacher logits by torch.mm, {inner} rows", 2 * inner * v * k, "FLOP", logits(inner, k, product=_mm_t)
+                f"teacher logits by torch.mm, {inner} rows", 2 * inner * v * k, "FLOP", logits(inner, k, product=_mm)
             ),
-            Phase(f"hidden gradient by torch.mm, {outer} rows", 2 * outer * v * d, "FLOP", to_hidden(_mm)),
+            Phase(f"hidden gradient by torch.mm, {outer} rows", 2 * outer * v * d, "FLOP", to_hidden(torch.mm)),
         ]
     return found
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(a, b, out=out)
-
-
-def _mm_t(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(a, b.t(), out=out)
+def _mm(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(hidden, weight.t(), out=out)
 
 
 def measure(

@@ -225,9 +225,12 @@ def test_chunked_backward_into_a_buffer(dtype: torch.dtype, stored: torch.dtype,
     loss = call.loss(weight_grad=buffer).sum()
     memory = measure(lambda: torch.autograd.grad(loss, call.leaves, allow_unused=True))
     with_gradient = measure(lambda: torch.autograd.grad(plain, call.leaves))
-    assert memory.kept <= hidden.nbytes + 1024
-    block = 1 << 16  # of rows that are rounded
-    assert memory.peak + memory.kept <= with_gradient.peak + with_gradient.kept + block
+    wide = dtype == torch.float32
+    kept = 0 if wide and reduction == "mean" else hidden.nbytes  # formed in the forward pass, and handed over
+    assert kept <= memory.kept <= kept + 1024
+    # Without a buffer the float32 gradient of the backward pass is what is returned; with one it goes again.
+    formed = weight.nbytes if wide and reduction == "none" else 0
+    assert memory.peak <= with_gradient.peak + formed + (1 << 16)  # a block of rows that is rounded
     assert buffer.any()
     if reduction == "mean":
         assert max(memory.sizes) < weight.nbytes
