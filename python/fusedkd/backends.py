@@ -42,6 +42,8 @@ def choose_backend(asked: str, device: torch.device) -> str:
     """
     if asked not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {asked!r}')
+    if device.type == "meta":  # shapes alone: no implementation runs
+        return "torch"
     check(device)
     if asked == "torch":
         return _torch(device)

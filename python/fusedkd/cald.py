@@ -38,7 +38,8 @@ def cald_loss(
 
     Args:
         student_chosen, teacher_chosen: (B, T, V) logits or Heads (B, T, D) on the teacher's responses.
-        labels_chosen: (B, T) int64, already shifted; a sequence of nothing but `ignore_index` counts as 0.
+        labels_chosen: (B, T) int64, already shifted; a sequence of nothing but `ignore_index` counts as 0, and so does the
+            mean over no sequence.
         student_rejected, teacher_rejected, labels_rejected: the same on the student's own responses, with T of its own.
         alpha1, alpha2: λ of the two halves, in [0, 1].
         beta: weight of the student responses, in [0, 2]; the authors raise it from 1 to 1.5 over training.
@@ -104,7 +105,9 @@ def cald_loss(
         for rows, labels in ((chosen, labels_chosen), (rejected, labels_rejected))
     )
     each = (2.0 - beta) * pulled + beta * pushed
-    return each if reduction == "none" else (each.mean() if reduction == "mean" else each.sum())
+    if reduction == "none":
+        return each
+    return each.sum() / max(len(each), 1) if reduction == "mean" else each.sum()
 
 
 def _per_sequence(rows: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

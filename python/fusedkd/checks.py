@@ -1,15 +1,20 @@
 """Arguments of the public functions: every wrong one is named before any work starts."""
 
 import math
+import numbers
 import os
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .divergence import Divergence
 from .dtypes import accumulation_dtype
 from .head import Head
+from .sides import autocast_dtype
 
+_HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,14 +31,19 @@ def side(name: str, value: Any) -> None:
 def _head(name: str, head: Head) -> None:
     tensor(f"{name}.hidden", head.hidden)
     tensor(f"{name}.weight", head.weight)
-    if head.weight.dim() != 2 or head.weight.shape[0] < 1:
-        raise ValueError(f"{name}.weight must have shape (V, D), got {tuple(head.weight.shape)}")
+    if head.weight.dim() != 2 or 0 in head.weight.shape:
+        raise ValueError(f"{name}.weight must have shape (V, D) with V, D >= 1, got {tuple(head.weight.shape)}")
     if head.hidden.dim() < 1 or head.hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
             f"{name}.hidden must have shape (..., D) with D = {head.weight.shape[1]} as in {name}.weight, "
             f"got {tuple(head.hidden.shape)}"
         )
-    _alike(f"{name}.weight", head.weight, f"{name}.hidden", head.hidden)
+    _together(f"{name}.weight", head.weight, f"{name}.hidden", head.hidden)
+    if head.weight.dtype != head.hidden.dtype:
+        cast = autocast_dtype(head.hidden.device)
+        if cast is None or torch.float64 in (head.weight.dtype, head.hidden.dtype):
+            way = "cast one" if cast is not None else "cast one, or call under torch.autocast"
+            raise TypeError(f"{name}.weight is {head.weight.dtype} and {name}.hidden {head.hidden.dtype}: {way}")
     if head.bias is not None:
         tensor(f"{name}.bias", head.bias)
         if head.bias.shape != head.weight.shape[:1]:
@@ -41,26 +51,57 @@ def _head(name: str, head: Head) -> None:
                 f"{name}.bias must have shape ({head.weight.shape[0]},) like the rows of {name}.weight, "
                 f"got {tuple(head.bias.shape)}"
             )
-        _alike(f"{name}.bias", head.bias, f"{name}.hidden", head.hidden)
+        _together(f"{name}.bias", head.bias, f"{name}.hidden", head.hidden)
+        _bias_dtype(name, head.bias.dtype, head.hidden)
     positive(f"{name}.scale", head.scale)
     if head.softcap is not None:
         positive(f"{name}.softcap", head.softcap)
 
 
-def _alike(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    autocast = torch.is_autocast_enabled(other.device.type)
-    if value.dtype != other.dtype and not autocast:
-        raise TypeError(
-            f"{name} is {value.dtype} and {other_name} {other.dtype}: cast one, or call under torch.autocast"
-        )
+def _bias_dtype(name: str, bias: torch.dtype, hidden: torch.Tensor) -> None:
+    """A bias is added to the logits, which have more digits than half-precision operands: it may be float32 there."""
+    allowed: tuple[torch.dtype, ...] = (hidden.dtype,)
+    if hidden.dtype in _HALVES:
+        allowed = (hidden.dtype, torch.float32)
+    if hidden.dtype != torch.float64 and autocast_dtype(hidden.device) is not None:
+        allowed = (torch.float32, *_HALVES)
+    if bias not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise TypeError(f"{name}.bias is {bias} and {name}.hidden {hidden.dtype}: the bias must be {names}, cast it")
+
+
+def _together(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device} and {other_name} on {other.device}: move one")
+
+
+def has_data(value: torch.Tensor) -> bool:
+    """Whether a tensor's numbers can be looked at: not on the meta device, in FakeTensorMode or under torch.compile."""
+    return not (torch.compiler.is_compiling() or value.is_meta or isinstance(value, FakeTensor))
+
+
+def _untransformed(name: str, value: torch.Tensor) -> None:
+    """Refuses what torch.func and forward-mode AD wrap: they would see a loss without derivatives."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise NotImplementedError(
+            f"{name} is inside a transform of torch.func (grad, vjp, jvp, jacrev, vmap, ...), which cannot follow an "
+            "operator with a backward of its own: use backward() or torch.autograd.grad, leading dimensions instead of "
+            "vmap, or a plain torch loss"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a forward-mode tangent, and there is no forward-mode derivative: take the inner product "
+            "of the tangent with the gradient that torch.autograd.grad gives, or use a plain torch loss"
+        )
 
 
 def tensor(name: str, value: Any) -> None:
     """A plain floating-point tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or (for a side) a fusedkd.Head, got {type(value).__name__}")
+    _untransformed(name, value)
     if hasattr(value, "full_tensor"):
         raise TypeError(f"{name} is a DTensor, which is not supported: pass {name}.full_tensor()")
     if value.layout != torch.strided:
@@ -78,7 +119,7 @@ def positive(name: str, value: Any) -> None:
 
 def number(name: str, value: Any) -> None:
     """A finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -86,14 +127,14 @@ def number(name: str, value: Any) -> None:
 
 def integer(name: str, value: Any) -> None:
     """An int that is no bool."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def budget(value: Any) -> None:
     """A memory budget."""
     if value is not None:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
             raise TypeError(f"memory_budget must be an int (bytes) or None, got {type(value).__name__}")
         positive("memory_budget", value)
 
@@ -141,11 +182,11 @@ def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor |
     common = min(width(student), width(teacher))
     if value is None:
         return common
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"vocab_size must be an int or None, got {type(value).__name__}")
     if not 1 <= value <= common:
         raise ValueError(f"vocab_size must be between 1 and {common}, the smaller of the two vocabularies, got {value}")
-    return value
+    return int(value)
 
 
 def labels(
@@ -154,6 +195,7 @@ def labels(
     """int64 labels of the leading shape, in range where that can be seen without a synchronisation."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
+    _untransformed(name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {value.dtype}: pass {name}.long()")
     if value.shape != shape:
@@ -162,7 +204,7 @@ def labels(
         )
     if value.device != where:
         raise ValueError(f"{name} is on {value.device} and student on {where}: move one")
-    if torch.compiler.is_compiling():
+    if not has_data(value):
         return
     if where.type == "cpu" or os.environ.get("FUSEDKD_CHECK") == "1":
         wrong = (value != ignore_index) & ((value < 0) | (value >= columns))
@@ -174,8 +216,9 @@ def labels(
 
 
 def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> None:
-    """A floating-point tensor that broadcasts to the leading shape and needs no gradient."""
-    tensor(name, value)
+    """A floating-point tensor, or a mask, that broadcasts to the leading shape and needs no gradient."""
+    if not (isinstance(value, torch.Tensor) and value.dtype == torch.bool):
+        tensor(name, value)
     if value.requires_grad:
         raise ValueError(f"{name} requires grad; gradients flow to the student only: pass {name}.detach()")
     if value.device != where:
@@ -223,6 +266,12 @@ def weight_grad(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor 
         raise ValueError(f"weight_grad must be contiguous, got strides {value.stride()}")
     if value.requires_grad:
         raise ValueError("weight_grad requires grad, and is added to in place: pass weight_grad.detach()")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "weight_grad was made under torch.inference_mode() and cannot be added to: pass weight_grad.clone()"
+        )
+    if not has_data(value):
+        return
     for name, given in (("student", student), ("teacher", teacher)):
         operands = given._asdict() if isinstance(given, Head) else {"logits": given}
         for part, operand in operands.items():

@@ -138,10 +138,15 @@ def run(
         if dz is None:
             continue
         assert student.weight is not None
-        chunk, hidden = dz[: stop - start], student.x[start:stop]
+        chunk, rows = dz[: stop - start], slice(start, stop)
         if needs[0]:
-            gemm.hidden_gradient(chunk, student.weight[:width], grad_x[start:stop])
+            gemm.hidden_gradient(chunk, student.weight[:width], grad_x[rows])
         if needs[1]:
+            hidden = only_counted(
+                student.x[rows],
+                None if part.labels is None else part.labels[rows],
+                None if part.weights is None else part.weights[rows],
+            )
             gemm.weight_gradient(chunk, hidden, grad_weight[:width], accumulate=start > 0)
         if bias_buffer is not None:
             torch.sum(chunk, 0, dtype=own, out=bias_buffer)
@@ -157,6 +162,20 @@ def run(
         stats = _spread(stats, part.kept, total_rows) if with_stats else stats
         grad_x = _spread(grad_x, part.kept, total_rows) if needs[0] and is_head else grad_x
     return Result(loss, stats, grad_x, grad_weight, grad_bias)
+
+
+def only_counted(hidden: torch.Tensor, labels: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+    """Hidden states (n, D) for a product that sums over rows, 0 where a row has no label or the weight 0.
+
+    The row's dZ is 0 there, but 0 times what padding may hold, NaN or infinity, is NaN.
+    """
+    counted = None if labels is None else labels >= 0
+    if weights is not None:
+        weighted = weights != 0
+        counted = weighted if counted is None else counted & weighted
+    if counted is None or (hidden.is_cpu and bool(counted.all())):
+        return hidden
+    return torch.where(counted.unsqueeze(-1), hidden, 0.0)
 
 
 def _spread(values: torch.Tensor, kept: torch.Tensor, total: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Divergences by name: the public factory over the definitions in kernels/divergences."""
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ Parameter = float | torch.Tensor
 TARGETS = ("label", "teacher_argmax")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Divergence:
     """A divergence with its parameters: what `fusedkd.divergence(name, ...)` returns and `kd_loss` takes.
 
@@ -35,6 +36,13 @@ class Divergence:
         """Pickled by name and parameters: kernels are not stored."""
         return Divergence, (self.name, self.parameters, self.target_token)
 
+    def __eq__(self, other: object) -> bool:
+        """Same name, target and parameters; a tensor equals one of its dtype, device and values."""
+        if not isinstance(other, Divergence):
+            return NotImplemented
+        same = (self.name, self.target_token, [*self.parameters]) == (other.name, other.target_token, [*other.parameters])
+        return same and all(map(_equal, self.parameters.values(), other.parameters.values()))
+
     def __hash__(self) -> int:
         return hash((self.name, self.target_token, *self.parameters))
 
@@ -54,6 +62,13 @@ class Divergence:
     def needs_target(self) -> bool:
         """Whether the value depends on which token is the target."""
         return self.form.decoupled or not _same(self.form.target, self.form.nontarget)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        alike = (left.dtype, left.device, left.shape) == (right.dtype, right.device, right.shape)
+        return left is right or (alike and torch.equal(left, right))
+    return not isinstance(left, torch.Tensor) and not isinstance(right, torch.Tensor) and left == right
 
 
 def _same(left: Parameter, right: Parameter) -> bool:
@@ -156,7 +171,7 @@ def _parameter(name: str, key: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"{key} of {name!r} must be True or False, got {value!r}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{key} of {name!r} must be a float or a tensor, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{key} of {name!r} must be finite, got {value}")

@@ -22,11 +22,11 @@ def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 def size_of(weights: torch.Tensor) -> torch.Tensor:
-    """The power of two just above the largest row weight, 0-d.
+    """The power of two just above the largest of the row weights (N, ...), 0-d.
 
     Taken out of a half-precision dZ and put back into float32 sums, it keeps the dZ of small weights in range, and
     as a power of two it changes no digit.
     """
     smallest = weights.new_full((1,), torch.finfo(weights.dtype).tiny)
-    largest = torch.cat((weights.abs(), smallest)).amax()
+    largest = torch.cat((weights.abs().flatten(), smallest)).amax()
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)

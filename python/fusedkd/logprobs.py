@@ -11,11 +11,11 @@ from torch import Tensor
 
 from . import checks, chunked, cpu_logprobs, gemm
 from .backends import choose_backend
-from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
+from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from .head import Head
 from .kernels import logprobs as triton_logprobs
 from .kernels.logprobs import SAVED
-from .ops import outside_autocast, refuse_double_backward, scaled
+from .ops import counted_upstream, outside_autocast, packed, refuse_double_backward, save, saved_of, scaled, source_of
 from .planner import Shape, choose
 from .sides import Side, autocast, flattened, transform
 from .tuning import tuned
@@ -76,7 +76,7 @@ def token_logprobs(
     inner = rows
     if weight is not None:
         inner = choose(_shape(rows, x, weight), memory_budget).inner
-    numbers = [float(temperature), *transform(side)]
+    numbers = packed([float(temperature), *transform(side)])
     saved = logprob_rows(x, weight, bias, ids, numbers, resolved, inner)
     logprob, entropy = saved[:, 2].view(shape), saved[:, 3].view(shape)
     return (logprob, entropy) if return_entropy else logprob
@@ -97,6 +97,7 @@ def _shape(rows: int, x: Tensor, weight: Tensor) -> Shape:
         accumulator_bytes=accumulation_dtype(x).itemsize,
         on_cpu=x.device.type == "cpu",
         gather=False,
+        masked=True,
         needs_hidden=x.requires_grad,
         needs_weight=weight.requires_grad,
     )
@@ -106,10 +107,6 @@ def _functions(backend: str) -> Any:
     return tuned(triton_logprobs) if backend == "triton" else cpu_logprobs
 
 
-def _source(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], numbers: list[float]) -> chunked.Source:
-    return chunked.Source(x, weight, bias, None if numbers[1] == 1.0 else numbers[1], numbers[2] or None)
-
-
 @torch.library.custom_op("fusedkd::logprob_rows", mutates_args=())
 @outside_autocast
 def logprob_rows(
@@ -117,15 +114,18 @@ def logprob_rows(
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     ids: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
     backend: str,
     inner: int,
 ) -> Tensor:
-    """(N, SAVED): centre, log-sum-exp above it, log q of the token, entropy. numbers: temperature, scale, softcap."""
-    source = _source(x, weight, bias, numbers)
+    """(N, SAVED): centre, log-sum-exp above it, log q of the token, entropy.
+
+    numbers: (3,) temperature, scale, softcap (0: none), on the host.
+    """
+    source, temperature = source_of(x, weight, bias, numbers[1:]), float(numbers[0])
     saved = x.new_empty((len(ids), SAVED), dtype=accumulation_dtype(x))
     for start, stop, side in _chunks(source, len(ids), inner):
-        _functions(backend).value(side, ids[start:stop], saved[start:stop], numbers[0])
+        _functions(backend).value(side, ids[start:stop], saved[start:stop], temperature)
     return saved
 
 
@@ -143,7 +143,7 @@ def _(
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     ids: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
     backend: str,
     inner: int,
 ) -> Tensor:
@@ -159,13 +159,13 @@ def logprob_rows_gradient(
     ids: Tensor,
     saved: Tensor,
     upstream: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
     backend: str,
     inner: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias for an upstream gradient (N, 2) of (log q, H); empty where not wanted."""
-    source = _source(x, weight, bias, numbers)
+    source, temperature = source_of(x, weight, bias, numbers[1:]), float(numbers[0])
     functions = _functions(backend)
     grad_x, grad_weight, grad_bias = _gradients(x, weight, needs)
     first, buffer = True, None
@@ -174,13 +174,14 @@ def logprob_rows_gradient(
     for start, stop, side in _chunks(source, len(ids), inner):
         out = grad_x.view(-1, source.width) if weight is None else side.x[0]
         out = out if buffer is None else buffer[: stop - start]
-        functions.gradient(side, ids[start:stop], saved[start:stop], upstream[start:stop], out, numbers[0])
+        functions.gradient(side, ids[start:stop], saved[start:stop], upstream[start:stop], out, temperature)
         if weight is None:
             continue
         if needs[0]:
             gemm.hidden_gradient(out, weight, grad_x[start:stop])
         if needs[1]:
-            gemm.weight_gradient(out, x[start:stop], grad_weight, accumulate=not first)
+            hidden = chunked.only_counted(x[start:stop], ids[start:stop], None)
+            gemm.weight_gradient(out, hidden, grad_weight, accumulate=not first)
         if needs[2]:
             grad_bias += out.sum(0, dtype=grad_bias.dtype)
         first = False
@@ -208,7 +209,7 @@ def _(
     ids: Tensor,
     saved: Tensor,
     upstream: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
     backend: str,
     inner: int,
     needs: list[bool],
@@ -217,19 +218,19 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ids, ctx.numbers, ctx.backend, ctx.inner = inputs
-    ctx.save_for_backward(x, weight, bias, ids, output)
+    x, weight, bias, ids, numbers, ctx.backend, ctx.inner = inputs
+    save(ctx, x, weight, bias, ids, numbers, output)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    refuse_double_backward()
-    x, weight, bias, ids, saved = ctx.saved_tensors
+    refuse_double_backward(upstream)
+    x, weight, bias, ids, numbers, saved = saved_of(ctx)
+    assert x is not None and ids is not None and numbers is not None and saved is not None
     needs = list(ctx.needs_input_grad[:3])
-    wanted = upstream[:, 2:].to(saved.dtype)
-    # The largest weight is taken out of a head's products and put back, which keeps a half-precision dZ in range.
-    size = wanted.new_ones(()) if weight is None else wanted.abs().amax().clamp(min=torch.finfo(wanted.dtype).tiny)
+    wanted = counted_upstream(upstream[:, 2:].to(saved.dtype), ids)
+    size = wanted.new_ones(()) if weight is None else size_of(wanted)
     grads = logprob_rows_gradient(
-        x, weight, bias, ids, saved, (wanted / size).contiguous(), ctx.numbers, ctx.backend, ctx.inner, needs
+        x, weight, bias, ids, saved, (wanted / size).contiguous(), numbers, ctx.backend, ctx.inner, needs
     )
     if weight is None:
         return grads[0], None, None, None, None, None, None

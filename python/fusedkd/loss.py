@@ -10,6 +10,7 @@ from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
 from .kernels.divergence import Form
+from .ops import given, packed
 from .planner import Shape, choose_schedule, sweeps_of, whole_rows
 from .sides import Side, both_autocast, flattened, transform
 
@@ -83,19 +84,24 @@ def kd_loss(
 
     Args:
         student: (..., V) logits, float32, bfloat16, float16 (float64 with backend="torch"), any strides; or a `Head`.
-            Gradients flow here, to the logits or to hidden, weight and bias.
+            Gradients flow here, to the logits or to hidden, weight and bias. A row that counts and holds NaN has the
+            loss NaN.
         teacher: likewise, with its own V and width. No gradient ever flows into it. A weight or hidden states that both
             Heads share (self-distillation) are held once, also as autocast's copy; the four products remain, because
             sides that differ in either have different logits, and sides that differ in neither have the loss 0.
-        labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count. Others must lie in
+        labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count: loss, statistics and gradient
+            are 0 there, and nothing that they hold reaches another number, NaN and infinity in logits, hidden states,
+            token weights, per-token parameters and upstream gradients included. Other labels must lie in
             [0, vocab_size): an error on the CPU; on a GPU (and inside torch.compile), where looking would synchronise,
             such a row is masked like an ignored one, unless FUSEDKD_CHECK=1 asks for the error.
         divergence: a name from `fusedkd.divergences()` or a `fusedkd.divergence(...)`.
         temperature: τ > 0, divides both logits. The gradient is that of the returned value.
         temperature_squared: multiply D by τ².
         reduction: "mean" over counted tokens (0 if there is none), "sum", or "none" -> (...).
-        num_items: number or 0-d tensor that replaces the denominator of "mean" (a global token count).
-        token_weights: broadcastable to (...), multiplies each token's loss; weight 0 still counts.
+        num_items: number or 0-d tensor that replaces the denominator of "mean" (a global token count). 0 is read as 1:
+            where nothing counts, the loss is 0 with a zero gradient.
+        token_weights: broadcastable to (...), floating-point or a bool mask, multiplies each token's loss. A token of
+            weight 0 adds 0 to loss and gradient whatever its logits are, and still counts in the mean's denominator.
         ce_weight: adds ce_weight times the cross-entropy of the student's full vocabulary at temperature 1.
         ignore_index: the label of rows that do not count.
         vocab_size: compare the first `vocab_size` columns; default the smaller vocabulary. Columns beyond are masked.
@@ -128,8 +134,9 @@ def kd_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work.
         NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor",
-            which need whole rows, and for weight_grad inside torch.compile.
-        RuntimeError: on double backward.
+            which need whole rows; for weight_grad inside torch.compile; inside torch.func's transforms and forward-mode
+            AD, for which there are no derivatives.
+        RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
     Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
         parameters), one more and one write backward. Heads: four matrix products, six or eight
@@ -146,7 +153,9 @@ def kd_loss(
         loss, stats = _from_heads(call, reduction, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     else:
         _no_head_options(schedule, memory_budget, logits_dtype)
-        rows, stats, _, _ = ops.rows(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
+        rows, stats, _, _ = ops.rows(
+            call.operands[0], call.operands[3:], call.names, packed(call.numbers), [return_stats]
+        )
         loss = _weighted(rows, call) if reduction == "none" else _weighted(rows, call).sum()
     loss = loss.view(call.shape) if reduction == "none" else _reduce(loss, call, reduction, num_items)
     return (loss, _stats(stats, call)) if return_stats else loss
@@ -198,7 +207,9 @@ def kd_value_and_grad(
         scale = 1.0 / _denominator(call, num_items)
         weights = scale.expand(call.shape.numel()).contiguous() if weights is None else weights * scale
     call.operands[7] = weights
-    rows, stats, grad = ops.rows_both(call.operands[0], call.operands[3:], call.names, call.numbers, [return_stats])
+    rows, stats, grad = ops.rows_both(
+        call.operands[0], call.operands[3:], call.names, packed(call.numbers), [return_stats]
+    )
     loss = _weighted(rows, call)
     loss = loss.view(call.shape) if reduction == "none" else _reduce(loss.sum(), call, reduction, num_items)
     grad = grad.view(student_logits.shape)
@@ -225,7 +236,9 @@ def _check_options(
             if num_items.requires_grad:
                 raise ValueError("num_items requires grad; gradients flow to the student only: pass num_items.detach()")
         else:
-            checks.positive("num_items", num_items)
+            checks.number("num_items", num_items)
+            if num_items < 0:
+                raise ValueError(f"num_items must be >= 0, got {num_items}")
     checks.one_of("schedule", schedule, ("auto", "chunked", "streaming"))
     checks.budget(memory_budget)
     checks.one_of("drop_ignored", drop_ignored, ("auto", True, False))
@@ -290,6 +303,8 @@ def _prepare(
         counted = (flat != ignore_index) & (flat >= 0) & (flat < columns)
         y = torch.where(counted, flat, -1)
     weights = None if token_weights is None else _rows_of(token_weights, shape).to(wide)
+    if weights is not None and counted is not None:
+        weights = torch.where(counted, weights, 0.0)  # padding may hold anything
     for key, value in chosen.tensors().items():
         checks.per_token(f"{key} of divergence {chosen.name!r}", value, shape, where)
     form = chosen.form
@@ -326,7 +341,8 @@ def _from_heads(
     live = torch.is_grad_enabled()
     wanted = [live and part is not None and part.requires_grad for part in (x, weight, bias)]
     drop = x.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
-    drop = drop and call.counted is not None
+    looked_at = call.counted is not None and (torch.compiler.is_compiling() or checks.has_data(call.counted))
+    drop = drop and looked_at
     words = ops.Names.of(call.names)
     needs_rows = whole_rows(call.form, words.target == "teacher_argmax", words.support == "floor")
     beside_logits = drop and (call.operands[1] is None or call.operands[4] is None)
@@ -347,13 +363,13 @@ def _from_heads(
     sizes = [chosen.chunks.outer, chosen.chunks.inner]
     if reduction == "none":
         rows, stats = ops.heads_rows(
-            *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype,
+            *call.operands[:3], call.operands[3:], call.names, packed(call.numbers), sizes, flags, logits_dtype,
             call.weight_grad,
         )  # fmt: skip
         return _weighted(rows, call), stats
     call.operands[7] = call.weights
     total, _, stats, *_ = ops.heads(
-        *call.operands[:3], call.operands[3:], call.names, call.numbers, sizes, flags, logits_dtype, call.weight_grad
+        *call.operands[:3], call.operands[3:], call.names, packed(call.numbers), sizes, flags, logits_dtype, call.weight_grad
     )
     return total, stats
 
@@ -367,7 +383,7 @@ def _streamed(
         kept = call.counted.nonzero().squeeze(-1)
         operands = _at(operands, kept)
     rows, stats, _ = streaming.streamed(
-        *operands[:3], operands[3:], call.names, call.numbers, width, flags, logits_dtype, call.weight_grad
+        *operands[:3], operands[3:], call.names, packed(call.numbers), width, flags, logits_dtype, call.weight_grad
     )
     if kept is not None:
         n = call.shape.numel()
@@ -400,6 +416,7 @@ def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dt
         accumulator_bytes=accumulation_dtype(x, teacher_x).itemsize,
         on_cpu=x.device.type == "cpu",
         gather=gather,
+        masked=call.weights is not None or (call.counted is not None and not gather),
         student_logit_bytes=x.element_size() if weight is None else teacher_x.element_size(),
         student_logits=x.shape[2] if weight is None else 0,
         needs_hidden=wanted[0],
@@ -429,16 +446,18 @@ def _weighted(rows: torch.Tensor, call: _Call) -> torch.Tensor:
 
 
 def _denominator(call: _Call, num_items: float | torch.Tensor | None) -> torch.Tensor:
-    where = call.operands[0]
-    assert where is not None
+    """What "mean" divides by, 0-d. 0 becomes 1: where nothing counts the sum is 0, and so is its mean."""
+    x = given(call.operands[0])
     if isinstance(num_items, torch.Tensor):
         # From a CPU the host goes on once the number is staged; to a CPU it must wait, or would read too early.
-        return num_items.detach().to(where.device, torch.float32, non_blocking=not where.is_cpu)
-    if num_items is not None:
-        return torch.full((), float(num_items), device=where.device)
-    if call.counted is None:
-        return torch.full((), float(max(call.shape.numel(), 1)), device=where.device)
-    return call.counted.sum().clamp(min=1).float()
+        items = num_items.detach().to(x.device, torch.float32, non_blocking=not x.is_cpu)
+    elif num_items is not None:
+        items = x.new_ones((), dtype=torch.float32) * float(num_items)
+    elif call.counted is None:
+        items = x.new_full((), float(call.shape.numel()), dtype=torch.float32)
+    else:
+        items = call.counted.sum().float()
+    return torch.where(items == 0, 1.0, items)
 
 
 def _reduce(total: torch.Tensor, call: _Call, reduction: str, num_items: float | torch.Tensor | None) -> torch.Tensor:

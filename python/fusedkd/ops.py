@@ -14,8 +14,9 @@ All are opaque to torch.compile, so a call crosses the boundary as plain values:
     others     teacher x, weight, bias; labels; row weights; then one per divergence parameter, for the two term weights
                and for the teacher's weight in a mixed one: a (N,) tensor where it is per row, else None
     names      `Names` with spaces between
-    numbers    vocab_size, temperature, factor, ce_weight; scale and softcap (0: none) of student and teacher; then the
-               divergence parameters, the two term weights and the teacher's weight
+    numbers    (P,) float64 on the host (`packed`): vocab_size, temperature, factor, ce_weight; scale and softcap (0:
+               none) of student and teacher; then the divergence parameters, the two term weights and the teacher's
+               weight. A tensor, because torch.compile would make a graph for each value of a Python number
     flags      statistics wanted, ignored rows dropped, gradients wanted of x, weight, bias
     weight_grad   where the backward pass adds the weight's gradient, which it then does not return; or None. It is kept
                beside the saved tensors, not among them: others may add to it before the backward pass does.
@@ -60,21 +61,58 @@ def outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast has been applied to the operands already; inside an op it would undo the float32 arithmetic."""
 
     @functools.wraps(fn)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return fn(*args, **kwargs)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args, **kwargs)
 
     return run
 
 
-def problem_of(operands: Operands, names: str, numbers: Sequence[float]) -> Problem:
+def packed(numbers: Sequence[float]) -> Tensor:
+    """Numbers as an operator takes them: (P,) float64 on the host.
+
+    While torch.compile traces, each is a product with a tensor: so a number that changes from step to step becomes an
+    input of the graph, where `torch.tensor` would compile its value in.
+    """
+    if torch.compiler.is_compiling():
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return torch.stack([one * number for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def save(ctx: Any, *tensors: Optional[Tensor]) -> None:
+    """`ctx.save_for_backward`, which refuses tensors made under torch.inference_mode(): the context holds those itself.
+
+    A teacher often is one. Nothing can have changed it in place: that, too, is refused outside of inference mode.
+    """
+    ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else x for i, x in enumerate(tensors)))
+
+
+def saved_of(ctx: Any) -> list[Optional[Tensor]]:
+    """What `save` was given."""
+    found = list(ctx.saved_tensors)
+    for i, x in ctx.inference.items():
+        found[i] = x
+    return found
+
+
+def counted_upstream(upstream: Tensor, labels: Optional[Tensor]) -> Tensor:
+    """An upstream gradient (N, ...) that is 0 in rows that do not count, whatever it holds there."""
+    if labels is None:
+        return upstream
+    counted = (labels >= 0).view(-1, *(1,) * (upstream.dim() - 1))
+    return torch.where(counted, upstream, 0.0)
+
+
+def problem_of(operands: Operands, names: str, numbers: Tensor) -> Problem:
     """What the row kernels compute."""
+    vocab_size, temperature, factor, ce_weight = numbers[:4].tolist()
     values: tuple[Any, ...] = tuple(
         number if tensor is None else tensor
-        for number, tensor in zip(numbers[PER_ROW:], operands[PER_ROW:], strict=True)
+        for number, tensor in zip(numbers[PER_ROW:].tolist(), operands[PER_ROW:], strict=True)
     )
     words = Names.of(names)
-    vocab_size, temperature, factor, ce_weight = numbers[:4]
     return Problem(
         definitions()[words.definition],
         words.structure == "decoupled",
@@ -89,8 +127,13 @@ def problem_of(operands: Operands, names: str, numbers: Sequence[float]) -> Prob
     )
 
 
-def refuse_double_backward() -> None:
-    """Raises where a backward pass is itself being recorded."""
+def refuse_double_backward(upstream: Optional[Tensor]) -> None:
+    """Raises where a backward pass is itself being recorded, or runs for a batch of upstream gradients at once."""
+    if upstream is not None and torch._C._functorch.is_batchedtensor(upstream):
+        raise RuntimeError(
+            "fusedkd cannot run backward for a batch of upstream gradients (is_grads_batched=True, vectorize=True, "
+            "torch.func.vmap): call torch.autograd.grad once for each of them"
+        )
     if torch.is_grad_enabled():
         raise RuntimeError(
             "fusedkd has no second derivative: its gradient is formed by the kernel. Call backward or autograd.grad "
@@ -151,7 +194,7 @@ def _floors(operands: Operands, names: str, problem: Problem) -> Tensor:
 @torch.library.custom_op("fusedkd::rows", mutates_args=())
 @outside_autocast
 def rows(
-    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+    x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (N,), statistics, saved row scalars (N, SAVED), floors."""
     operands = [x, None, None, *others]
@@ -168,7 +211,7 @@ def rows(
 
 @rows.register_fake
 def _(
-    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+    x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     operands = [x, None, None, *others]
     loss, stats = _outputs(operands, flags[0])
@@ -184,7 +227,7 @@ def rows_gradient(
     floors: Tensor,
     upstream: Tensor,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
 ) -> Tensor:
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
     operands = [x, None, None, *others]
@@ -205,17 +248,17 @@ def _(
     floors: Tensor,
     upstream: Tensor,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
 ) -> Tensor:
     return _like_contiguous(x)
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, others, ctx.names, ctx.numbers, _ = inputs
+    x, others, ctx.names, numbers, _ = inputs
     _, stats, saved, floors = output
     ctx.mark_non_differentiable(stats, saved, floors)
     ctx.set_materialize_grads(False)  # zeros for outputs without a gradient would be as large as they
-    ctx.save_for_backward(saved, floors, x, *others)
+    save(ctx, saved, floors, numbers, x, *others)
 
 
 def no_gradients(others: Operands) -> Optional[list[None]]:
@@ -224,11 +267,11 @@ def no_gradients(others: Operands) -> Optional[list[None]]:
 
 
 def _rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    refuse_double_backward()
-    saved, floors, x, *others = ctx.saved_tensors
+    refuse_double_backward(upstream)
+    saved, floors, numbers, x, *others = saved_of(ctx)
     grad = None
     if upstream is not None:
-        grad = rows_gradient(x, others, saved, floors, upstream.contiguous(), ctx.names, ctx.numbers)
+        grad = rows_gradient(x, others, saved, floors, upstream.contiguous(), ctx.names, numbers)
     return grad, no_gradients(others), None, None, None
 
 
@@ -238,7 +281,7 @@ rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 @torch.library.custom_op("fusedkd::rows_both", mutates_args=())
 @outside_autocast
 def rows_both(
-    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+    x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (N,), statistics, weight_n · dloss_n/dstudent."""
     operands = [x, None, None, *others]
@@ -254,7 +297,7 @@ def rows_both(
 
 @rows_both.register_fake
 def _(
-    x: Tensor, others: Operands, names: str, numbers: Sequence[float], flags: Sequence[bool]
+    x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return *_outputs([x, None, None, *others], flags[0]), _like_contiguous(x)
 
@@ -262,24 +305,28 @@ def _(
 # A Head on at least one side -----------------------------------------------------------------------------------------
 
 
-def source_of(operands: Operands, first: int, scale: float, softcap: float) -> chunked.Source:
-    """A side, from its three operands."""
-    x, weight, bias = operands[first : first + 3]
+def source_of(x: Optional[Tensor], weight: Optional[Tensor], bias: Optional[Tensor], shape: Tensor) -> chunked.Source:
+    """A side, from its three operands and (scale, softcap)."""
+    scale, softcap = shape.tolist()
     return chunked.Source(given(x), weight, bias, None if scale == 1.0 else scale, softcap or None)
+
+
+def sources_of(operands: Operands, numbers: Tensor) -> tuple[chunked.Source, chunked.Source]:
+    """Student and teacher."""
+    return source_of(*operands[:3], numbers[4:6]), source_of(*operands[3:6], numbers[6:8])
 
 
 def _run(
     operands: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
 ) -> chunked.Result:
     return chunked.run(
         problem_of(operands, names, numbers),
-        source_of(operands, 0, numbers[4], numbers[5]),
-        source_of(operands, 3, numbers[6], numbers[7]),
+        *sources_of(operands, numbers),
         operands[6],
         operands[7],
         (flags[2], flags[3], flags[4]),
@@ -300,7 +347,7 @@ def heads(
     bias: Optional[Tensor],
     others: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -320,7 +367,7 @@ def _(
     bias: Optional[Tensor],
     others: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -411,15 +458,16 @@ def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
     ctx.wanted = list(flags[2:])
     ctx.no_gradients = no_gradients(others)
-    ctx.save_for_backward(x, weight, bias, *output[3:])
+    save(ctx, x, weight, bias, *output[3:])
 
 
 def _heads_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    refuse_double_backward()
-    saved = ctx.saved_tensors
+    refuse_double_backward(upstream)
+    saved = saved_of(ctx)
     found: list[Optional[Tensor]] = [None, None, None]
     if upstream is not None:
-        found = _delivered(saved[3:], upstream, saved[:3], ctx.wanted, ctx.weight_grad)
+        grads = [given(grad) for grad in saved[3:]]
+        found = _delivered(grads, upstream, saved[:3], ctx.wanted, ctx.weight_grad)
     return *found, ctx.no_gradients, None, None, None, None, None, None
 
 
@@ -434,7 +482,7 @@ def heads_rows(
     bias: Optional[Tensor],
     others: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -452,7 +500,7 @@ def _(
     bias: Optional[Tensor],
     others: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     chunks: Sequence[int],
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -462,23 +510,24 @@ def _(
 
 
 def _heads_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, flags, ctx.logits_dtype, ctx.weight_grad = inputs
+    x, weight, bias, others, ctx.names, numbers, ctx.chunks, flags, ctx.logits_dtype, ctx.weight_grad = inputs
     ctx.flags = [False, *flags[1:]]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, *others)
+    save(ctx, numbers, x, weight, bias, *others)
 
 
 def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    refuse_double_backward()
-    x, weight, bias, *others = ctx.saved_tensors
+    refuse_double_backward(upstream)
+    numbers, x, weight, bias, *others = saved_of(ctx)
     nothing = no_gradients(others)
     if upstream is None:
         return None, None, None, nothing, None, None, None, None, None, None
+    upstream = counted_upstream(upstream, others[3])
     size = size_of(upstream)
     others[4] = upstream / size
     _, _, _, *grads = heads(
-        x, weight, bias, others, ctx.names, ctx.numbers, ctx.chunks, ctx.flags, ctx.logits_dtype, None
+        x, weight, bias, others, ctx.names, numbers, ctx.chunks, ctx.flags, ctx.logits_dtype, None
     )
     found = _delivered(grads, size, (x, weight, bias), ctx.flags[2:], ctx.weight_grad)
     return *found, nothing, None, None, None, None, None, None

@@ -49,6 +49,7 @@ class Shape:
     accumulator_bytes: int  # of dW, dH
     on_cpu: bool
     gather: bool  # kept rows are copied together
+    masked: bool = False  # hidden states are copied with zeros in the rows that do not count
     student_logit_bytes: int = 0  # element size of logits given as a tensor
     student_logits: int = 0  # V of student logits given as a tensor
     needs_hidden: bool = True
@@ -82,6 +83,7 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
     if shape.needs_weight and shape.student_dim:
         total += shape.weight_rows * (shape.student_dim + 1) * shape.accumulator_bytes
         total += shape.student_width * shape.accumulator_bytes
+        total += outer * shape.student_dim * shape.hidden_bytes * shape.masked
     if shape.needs_hidden:  # the gradient of student logits is formed in the forward and scaled in the backward
         total += shape.rows * shape.student_logits * shape.student_logit_bytes
     if shape.gather:
@@ -124,6 +126,7 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     if shape.needs_weight and shape.student_dim:
         total += width * (shape.student_dim + 1) * shape.accumulator_bytes
         total += 2 * shape.rows * shape.student_dim * shape.accumulator_bytes  # rows whose likeliest token is put back
+        total += shape.rows * shape.student_dim * shape.hidden_bytes * shape.masked
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
     if shape.on_cpu:

@@ -8,13 +8,23 @@ Side = torch.Tensor | Head
 _PARTS = ("hidden", "weight", "bias")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of the operands of a product on a device; None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def autocast(side: Side) -> Side:
-    """Under autocast a Head's operands take its dtype, as in nn.Linear; logits stay as they are."""
-    if not isinstance(side, Head) or not torch.is_autocast_enabled(side.hidden.device.type):
+    """Under autocast a Head's product takes its dtype, as in nn.Linear, which leaves float64 alone.
+
+    The bias stays as it is: it is added to float32 logits. Logits stay as they are.
+    """
+    if not isinstance(side, Head) or side.hidden.dtype == torch.float64:
         return side
-    dtype = torch.get_autocast_dtype(side.hidden.device.type)
-    bias = None if side.bias is None else side.bias.to(dtype)
-    return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype), bias=bias)
+    dtype = autocast_dtype(side.hidden.device)
+    return side if dtype is None else side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype))
 
 
 def both_autocast(student: Side, teacher: Side) -> tuple[Side, Side]:

@@ -24,7 +24,19 @@ from .kernels.online import log_sum
 from .kernels.rows import SAVED, STATS, Problem, Side
 from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
-from .ops import Names, Operands, given, no_gradients, outside_autocast, problem_of, refuse_double_backward, source_of
+from .ops import (
+    Names,
+    Operands,
+    counted_upstream,
+    given,
+    no_gradients,
+    outside_autocast,
+    problem_of,
+    refuse_double_backward,
+    save,
+    saved_of,
+    sources_of,
+)
 from .planner import LIKELIEST_ROWS
 from .tuning import tuned
 
@@ -198,9 +210,10 @@ def _backward_pass(
     functions, problem, student = functions_of(backend), sweep.problem, sweep.student
     x, weight, n = student.x, student.weight, student.rows
     wide = accumulation_dtype(x)
-    saved, upstream = saved.to(wide), upstream.to(wide)
+    saved, upstream = saved.to(wide), counted_upstream(upstream.to(wide), labels)
+    hidden = chunked.only_counted(x, labels, upstream) if weight is not None and needs[1] else x
     total = student.width if problem.ce_weight else problem.vocab_size
-    grad_x, grad_weight, grad_bias = gradients(x, weight, needs, weight_grad)
+    grad_x, grad_weight, grad_bias = gradients(student, needs, weight_grad)
     if weight is None:
         grad_x[..., total:] = 0
     else:
@@ -230,15 +243,16 @@ def _backward_pass(
         if sum_x is not None:
             gemm.hidden_gradient(dz, weight[start:stop], sum_x, accumulate=True)
         if weight_grad is not None:
-            _add_product(dz, x, size, weight_grad[start:stop])
+            _add_product(dz, hidden, size, weight_grad[start:stop])
         elif needs[1]:
-            _product_into(dz, x, size, grad_weight[start:stop])
+            _product_into(dz, hidden, size, grad_weight[start:stop])
         if needs[2]:
             grad_bias[start:stop] = dz.sum(0, dtype=wide) * size
     if sum_x is not None:
         sum_x *= size
     whole_weight = grad_weight if weight_grad is None else weight_grad
-    _likeliest(problem, labels, saved, upstream, found, student, (grad_x, whole_weight, grad_bias), sum_x, needs)
+    grads = (grad_x, whole_weight, grad_bias)
+    _likeliest(problem, labels, saved, upstream, found, student._replace(x=hidden), grads, sum_x, needs)
     if sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return grad_x, grad_weight, grad_bias
@@ -319,21 +333,18 @@ def _add_segments(out: Tensor, at: Tensor, segment: Tensor, values: Tensor) -> N
 
 
 def gradients(
-    x: Tensor, weight: Optional[Tensor], needs: Sequence[bool], weight_grad: Optional[Tensor]
+    student: chunked.Source, needs: Sequence[bool], weight_grad: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients in the operands' dtypes; none for the weight's where `weight_grad` takes it."""
+    x, weight, bias = student.x, student.weight, student.bias
     empty = (x.new_empty(0), x.new_empty(0), x.new_empty(0))
     if weight is None:
         return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else empty[0]), empty[1], empty[2]
     return (
         x.new_empty(x.shape) if needs[0] else empty[0],
         weight.new_empty(weight.shape) if needs[1] and weight_grad is None else empty[1],
-        weight.new_empty(weight.shape[0]) if needs[2] else empty[2],
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else empty[2],
     )
-
-
-def _sides(operands: Operands, numbers: Sequence[float]) -> tuple[chunked.Source, chunked.Source]:
-    return source_of(operands, 0, numbers[4], numbers[5]), source_of(operands, 3, numbers[6], numbers[7])
 
 
 @torch.library.custom_op("fusedkd::streamed", mutates_args=())
@@ -344,7 +355,7 @@ def streamed(
     bias: Optional[Tensor],
     others: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     width: int,
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -352,7 +363,7 @@ def streamed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (N,), statistics, saved row scalars. flags as for `heads`; width: vocabulary columns per chunk."""
     operands = [x, weight, bias, *others]
-    sweep = _pass(problem_of(operands, names, numbers), *_sides(operands, numbers), width, logits_dtype)
+    sweep = _pass(problem_of(operands, names, numbers), *sources_of(operands, numbers), width, logits_dtype)
     return _forward(sweep, operands[6], Names.of(names).backend, flags[0])
 
 
@@ -363,7 +374,7 @@ def _(
     bias: Optional[Tensor],
     others: Operands,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     width: int,
     flags: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -388,7 +399,7 @@ def streamed_gradient(
     saved: Tensor,
     upstream: Tensor,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     width: int,
     needs: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
@@ -399,7 +410,7 @@ def streamed_gradient(
     The weight's is added to `weight_grad` instead, if there is one.
     """
     operands = [x, weight, bias, *others]
-    sweep = _pass(problem_of(operands, names, numbers), *_sides(operands, numbers), width, logits_dtype)
+    sweep = _pass(problem_of(operands, names, numbers), *sources_of(operands, numbers), width, logits_dtype)
     return _backward_pass(sweep, operands[6], saved, upstream, Names.of(names).backend, needs, weight_grad)
 
 
@@ -412,31 +423,31 @@ def _(
     saved: Tensor,
     upstream: Tensor,
     names: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
     width: int,
     needs: Sequence[bool],
     logits_dtype: Optional[torch.dtype],
     weight_grad: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(x, weight, needs, weight_grad)
+    return gradients(chunked.Source(x, weight, bias, None, None), needs, weight_grad)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, others, ctx.names, ctx.numbers, ctx.width, flags, ctx.logits_dtype, ctx.weight_grad = inputs
+    x, weight, bias, others, ctx.names, numbers, ctx.width, flags, ctx.logits_dtype, ctx.weight_grad = inputs
     ctx.needs = list(flags[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output[2], *others)
+    save(ctx, numbers, output[2], x, weight, bias, *others)
 
 
 def _backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    refuse_double_backward()
-    x, weight, bias, saved, *others = ctx.saved_tensors
+    refuse_double_backward(upstream)
+    numbers, saved, x, weight, bias, *others = saved_of(ctx)
     rest = (no_gradients(others), None, None, None, None, None, None)
     if upstream is None:
         return None, None, None, *rest
     grads = streamed_gradient(
-        x, weight, bias, others, saved, upstream.contiguous(), ctx.names, ctx.numbers, ctx.width, ctx.needs,
+        x, weight, bias, others, saved, upstream.contiguous(), ctx.names, numbers, ctx.width, ctx.needs,
         ctx.logits_dtype, ctx.weight_grad,
     )  # fmt: skip
     returned = (ctx.needs[0], ctx.needs[1] and ctx.weight_grad is None, ctx.needs[2])

@@ -60,10 +60,14 @@ class TAIDSchedule:
         self._previous: float | None = None
 
     def update(self, loss: float | torch.Tensor) -> float:
-        """Count a step with this loss and return the new t. A loss that is not finite moves t by the line alone."""
+        """Count a step with this loss and return the new t.
+
+        A loss that is not finite, or 0 as of a batch in which nothing counts, moves t by the line alone: relative to it
+        every later change would be without bound.
+        """
         value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         self.step += 1
-        if not math.isfinite(value):
+        if not math.isfinite(value) or value == 0:
             self.t = min(self.t_end, max(self.t, self.line()))
             return self.t
         if self._previous is None:
@@ -83,12 +87,19 @@ class TAIDSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"t": self.t, "step": self.step, "momentum": self._momentum, "previous": self._previous}
+        return {
+            "t": self.t,
+            "step": self.step,
+            "pushed": self.pushed,
+            "momentum": self._momentum,
+            "previous": self._previous,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`."""
+        """Go on from a `state_dict()`; without "pushed" in it, as if nothing had been pushed yet."""
         missing = {"t", "step", "momentum", "previous"} - state.keys()
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}: pass what TAIDSchedule.state_dict() returned")
         self.t, self.step = float(state["t"]), int(state["step"])
+        self.pushed = state.get("pushed")
         self._momentum, self._previous = float(state["momentum"]), state["previous"]
