@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.utils.checkpoint
 from cases import DEFAULTS, IGNORE, VALUE, Case, each, expected
 from close import assert_close, relative
@@ -229,29 +230,85 @@ MOVING: dict[str, Callable[[float], dict[str, Any]]] = {
     "temperature": lambda value: {"temperature": value},
     "ce_weight": lambda value: {"ce_weight": value},
     "num_items": lambda value: {"num_items": value},
+    "squared temperature": lambda value: {"temperature": value, "temperature_squared": True},
+    "ab": lambda value: {"divergence": fusedkd.divergence("ab", alpha=value, beta=0.3)},
+    "taid": lambda value: {"divergence": fusedkd.divergence("taid", t=value)},
 }
 
 
-@pytest.mark.unpoisoned
-@each("name", MOVING)
-def test_compile_with_a_moving_number(name: str) -> None:
-    """A number that changes from step to step (a schedule) changes the value, whatever torch specialises."""
-    problem = Problem("logits")
+def follows(work: Callable[[float], Tensor], leaf: Tensor, values: list[float]) -> None:
+    """A compiled function of a number agrees with the eager one at every value, in two graphs at most."""
     torch._dynamo.reset()
-
-    def work(student: Tensor, value: float) -> Tensor:
-        options = problem.options | MOVING[name](value)
-        return fusedkd.kd_loss(student, problem.teacher[0], problem.labels, **options)
-
-    run = torch.compile(work, fullgraph=True, backend="aot_eager")
-    (student,) = problem.student
-    values = []
-    for value in (0.5, 0.6, 0.7, 0.8):
-        loss, wanted = run(student, value), work(student, value)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(work, fullgraph=True, backend=counter)
+    seen = []
+    for value in values:
+        loss, wanted = run(value), work(value)
         assert torch.equal(loss, wanted)
-        assert torch.equal(*(torch.autograd.grad(x, student)[0] for x in (loss, wanted)))
-        values.append(float(loss.detach()))
-    assert len(set(values)) == 4
+        assert torch.equal(*(torch.autograd.grad(x, leaf)[0] for x in (loss, wanted)))
+        seen.append(float(loss.detach()))
+    assert len(set(seen)) == len(values)
+    assert counter.frame_count <= 2, "a graph for each value"
+
+
+@pytest.mark.unpoisoned
+@each("kind", KINDS)
+@each("name", MOVING)
+def test_compile_with_a_moving_number(name: str, kind: str) -> None:
+    """A number that changes from step to step (a schedule) is an input of the graph."""
+    problem = Problem(kind)
+
+    def work(value: float) -> Tensor:
+        options = problem.options | MOVING[name](value)
+        return fusedkd.kd_loss(*problem.sides(), problem.labels, **options).sum()
+
+    if name == "num_items" and kind == "rows of heads":
+        pytest.skip('num_items is of reduction="mean"')
+    follows(work, problem.student[0], [0.5, 0.6, 0.7, 0.8])
+
+
+@pytest.mark.unpoisoned
+def test_compile_streaming_with_a_moving_number() -> None:
+    """The other schedule."""
+    problem = Problem("heads", schedule="streaming")
+
+    def work(value: float) -> Tensor:
+        return fusedkd.kd_loss(*problem.sides(), problem.labels, temperature=value, **problem.options)
+
+    follows(work, problem.student[0], [0.5, 0.6, 0.7, 0.8])
+
+
+@pytest.mark.unpoisoned
+@each("kind", ["logits", "heads"])
+def test_compile_token_logprobs_with_a_moving_temperature(kind: str) -> None:
+    """The policy's side."""
+    problem = Problem(kind)
+
+    def work(value: float) -> Tensor:
+        return fusedkd.token_logprobs(problem.sides()[0], problem.labels, value).sum()
+
+    follows(work, problem.student[0], [0.5, 0.6, 0.7, 0.8])
+
+
+@pytest.mark.unpoisoned
+def test_compile_with_a_schedule() -> None:
+    """TAID's recipe: the schedule's attribute moves by itself."""
+    problem, schedule = Problem("logits"), fusedkd.TAIDSchedule(total_steps=20)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def work(student: Tensor) -> Tensor:
+        moved = fusedkd.divergence("taid", t=schedule.t)
+        return fusedkd.kd_loss(student, problem.teacher[0], problem.labels, divergence=moved)
+
+    run = torch.compile(work, fullgraph=True, backend=counter)
+    (student,) = problem.student
+    for _ in range(12):
+        loss = run(student)
+        assert torch.equal(loss, work(student))
+        schedule.update(loss)
+    assert schedule.t > 0.7
+    assert counter.frame_count <= 2, "a graph for each value"
 
 
 @pytest.mark.unpoisoned
@@ -347,6 +404,69 @@ def test_double_backward_is_refused(kind: str, backend: str) -> None:
 
 
 @each("kind", KINDS)
+def test_transforms_are_refused(kind: str, backend: str) -> None:
+    """torch.func and forward mode see no derivative of an operator: said with the argument's name and a way."""
+    problem = Problem(kind, backend=backend)
+    inputs = tuple(x.detach() for x in problem.student)
+    ones = tuple(torch.ones_like(x) for x in inputs)
+
+    def loss(*student: Tensor) -> Tensor:
+        return problem.loss(*student).sum()
+
+    def forward_mode() -> None:
+        with torch.autograd.forward_ad.dual_level():
+            loss(*map(torch.autograd.forward_ad.make_dual, inputs, ones))
+
+    def forward_mode_of_the_teacher() -> None:
+        with torch.autograd.forward_ad.dual_level():
+            made = [torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)) for x in problem.teacher]
+            problem.teacher = tuple(made)
+            loss(*inputs)
+
+    works: list[tuple[str, Callable[[], Any]]] = [
+        ("student", lambda: torch.func.grad(loss)(*inputs)),
+        ("student", lambda: torch.func.vjp(loss, *inputs)),
+        ("student", lambda: torch.func.jvp(loss, inputs, ones)),
+        ("student", lambda: torch.func.jacrev(loss)(*inputs)),
+        ("student", lambda: torch.func.vmap(loss)(*(torch.stack((x, x)) for x in inputs))),
+        ("student", forward_mode),
+        ("teacher", forward_mode_of_the_teacher),
+    ]
+    for name, work in works:
+        with pytest.raises(NotImplementedError, match=rf"{name}.*(torch\.func|forward-mode).*plain torch loss"):
+            work()
+
+
+def test_transforms_of_other_functions_are_refused() -> None:
+    """Every public entry, each argument that is a tensor."""
+    x, ids = torch.randn(N, V), torch.arange(N)
+
+    def differentiated(work: Callable[[Tensor], Any], name: str) -> None:
+        with pytest.raises(NotImplementedError, match=rf"{name} is inside a transform"):
+            torch.func.grad(lambda value: work(value).sum())(x)
+
+    differentiated(lambda value: fusedkd.token_logprobs(value, ids), "side")
+    differentiated(lambda value: fusedkd.kd_value_and_grad(value, x)[0], "student_logits")
+    differentiated(lambda value: fusedkd.kd_loss(x, x, token_weights=value[:, 0]), "token_weights")
+    pair = (x[None], x[None], ids[None])
+    differentiated(lambda value: fusedkd.cald_loss(value[None], *pair[1:], *pair), "student_chosen")
+
+
+@each("kind", KINDS)
+@each("schedule", ["auto", "streaming"])
+def test_batches_of_upstream_gradients_are_refused(kind: str, schedule: str, backend: str) -> None:
+    """is_grads_batched=True runs the backward pass under vmap."""
+    if kind == "logits" and schedule == "streaming":
+        pytest.skip("a schedule of heads")
+    loss = (problem := Problem(kind, backend=backend, schedule=schedule)).loss()
+    with pytest.raises(RuntimeError, match="once for each"):
+        torch.autograd.grad(loss, problem.student, torch.ones(2, *loss.shape), is_grads_batched=True)
+    logprobs = fusedkd.token_logprobs(problem.sides()[0], problem.labels, backend=backend)
+    with pytest.raises(RuntimeError, match="once for each"):
+        torch.autograd.grad(logprobs, problem.student, torch.ones(2, N), is_grads_batched=True)
+
+
+@each("kind", KINDS)
 def test_gradients_are_constants(kind: str) -> None:
     """What comes out of backward has no graph that a penalty could be built on."""
     for grad in Problem(kind).gradients():
@@ -370,11 +490,16 @@ def test_backward_twice(kind: str, backend: str) -> None:
 @each("kind", ["heads", "rows of heads"])
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_of_heads(kind: str, backward_inside: bool, backend: str) -> None:
-    """float32 parameters under autocast: bfloat16 operands, float32 arithmetic after them, float32 gradients."""
+    """float32 parameters under autocast: bfloat16 products, float32 arithmetic after them, float32 gradients."""
     problem = Problem(kind, backend=backend)
     rounded = Problem(kind, backend=backend)
-    rounded.student = tuple(x.detach().bfloat16().requires_grad_() for x in problem.student)
-    rounded.teacher = tuple(x.detach().bfloat16() for x in problem.teacher)
+
+    def as_cast(operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, weight, bias = (x.detach() for x in operands)
+        return hidden.bfloat16(), weight.bfloat16(), bias
+
+    rounded.student = tuple(x.requires_grad_() for x in as_cast(problem.student))
+    rounded.teacher = as_cast(problem.teacher)
     with torch.autocast("cpu", torch.bfloat16):
         loss = problem.loss()
         if backward_inside:

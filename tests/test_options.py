@@ -229,7 +229,9 @@ def plain(
     leaves = [(5 * torch.randn(*LEAD, columns)).to(place, dtype).requires_grad_()]
     student, teacher = leaves[0], (5 * torch.randn(*LEAD, columns)).to(place, dtype)
     if kind in ("heads", "head-logits"):
-        operands = side(LEAD, columns, 24, bias=True).operands(dtype, place)
+        made = side(LEAD, columns, 24, bias=True)
+        operands = made.operands(dtype, place)
+        operands["bias"] = made.operands(torch.float32, place)["bias"]  # as autocast leaves it
         leaves, student = list(operands.values()), fusedkd.Head(**operands)
     if kind in ("heads", "logits-head"):
         teacher = fusedkd.Head(**{k: x.detach() for k, x in side(LEAD, columns, 40).operands(dtype, place).items()})

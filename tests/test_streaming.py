@@ -221,7 +221,7 @@ def test_operators() -> None:
     assert torch.allclose(torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden), value)
     others = [teacher.hidden, teacher.weight, None, labels.clamp(min=-1), None, None, None, None]
     names = " ".join(ops.Names("rkl", "decoupled", "torch", "teacher", "label", "own"))
-    numbers = [300.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.0]
+    numbers = ops.packed([300.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.0])
     flags = [True, False, True, True, False]
     given = (hidden, weight, None, others, names, numbers, 128, flags, None, None)
     torch.library.opcheck(torch.ops.fusedkd.streamed.default, given)

@@ -25,6 +25,7 @@ from close import assert_close, relative, rounding
 from torch import Tensor
 
 import fusedkd
+from fusedkd import ops
 
 
 def truth(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,8 @@ def test_operator() -> None:
     x = torch.randn(4, 6, requires_grad=True)
     weight = torch.randn(33, 6, requires_grad=True)
     ids = torch.tensor([1, -1, 5, 32])
-    torch.library.opcheck(torch.ops.fusedkd.logprob_rows, (x, weight, None, ids, [1.0, 1.0, 0.0], "torch", 2))
+    numbers = ops.packed([1.0, 1.0, 0.0])
+    torch.library.opcheck(torch.ops.fusedkd.logprob_rows, (x, weight, None, ids, numbers, "torch", 2))
     run = torch.compile(lambda h: fusedkd.token_logprobs(fusedkd.Head(h, weight), ids.abs()).sum(), fullgraph=True)
     assert torch.allclose(run(x), fusedkd.token_logprobs(fusedkd.Head(x, weight), ids.abs()).sum())
     (grad,) = torch.autograd.grad(fusedkd.token_logprobs(x, torch.zeros(4, dtype=torch.int64)).sum(), x)

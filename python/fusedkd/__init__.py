@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import flops as _flops  # pyright: ignore[reportUnusedImport]: registers the operators' formulas
+from . import flops as flops  # registers the operators' formulas
 from .cald import cald_loss
 from .divergence import Divergence, divergence, divergences
 from .head import Head

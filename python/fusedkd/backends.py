@@ -42,8 +42,6 @@ def choose_backend(asked: str, device: torch.device) -> str:
     """
     if asked not in ("auto", "triton", "torch"):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {asked!r}')
-    if device.type == "meta":  # shapes alone: no implementation runs
-        return "torch"
     check(device)
     if asked == "torch":
         return _torch(device)
@@ -54,6 +52,8 @@ def choose_backend(asked: str, device: torch.device) -> str:
                 'pip install triton, or pass backend="torch" for the slow path'
             )
         return "triton"
+    if device.type == "meta":  # shapes alone: no implementation runs
+        return "torch"
     if asked == "auto":
         if device.type != "cpu":
             raise ValueError(f'backend="auto" knows cuda, xpu and cpu tensors, got {device.type}; pass backend="torch"')

@@ -38,8 +38,8 @@ def cald_loss(
 
     Args:
         student_chosen, teacher_chosen: (B, T, V) logits or Heads (B, T, D) on the teacher's responses.
-        labels_chosen: (B, T) int64, already shifted; a sequence of nothing but `ignore_index` counts as 0, and so does the
-            mean over no sequence.
+        labels_chosen: (B, T) int64, already shifted; a sequence of nothing but `ignore_index` counts as 0, and so
+            does the mean over no sequence.
         student_rejected, teacher_rejected, labels_rejected: the same on the student's own responses, with T of its own.
         alpha1, alpha2: λ of the two halves, in [0, 1].
         beta: weight of the student responses, in [0, 2]; the authors raise it from 1 to 1.5 over training.

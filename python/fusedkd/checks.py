@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from .divergence import Divergence
 from .dtypes import accumulation_dtype

@@ -40,8 +40,8 @@ class Divergence:
         """Same name, target and parameters; a tensor equals one of its dtype, device and values."""
         if not isinstance(other, Divergence):
             return NotImplemented
-        same = (self.name, self.target_token, [*self.parameters]) == (other.name, other.target_token, [*other.parameters])
-        return same and all(map(_equal, self.parameters.values(), other.parameters.values()))
+        ours, theirs = ((x.name, x.target_token, tuple(x.parameters)) for x in (self, other))
+        return ours == theirs and all(map(_equal, self.parameters.values(), other.parameters.values()))
 
     def __hash__(self) -> int:
         return hash((self.name, self.target_token, *self.parameters))

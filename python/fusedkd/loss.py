@@ -86,7 +86,9 @@ def kd_loss(
         student: (..., V) logits, float32, bfloat16, float16 (float64 with backend="torch"), any strides; or a `Head`.
             Gradients flow here, to the logits or to hidden, weight and bias. A row that counts and holds NaN has the
             loss NaN.
-        teacher: likewise, with its own V and width. No gradient ever flows into it. A weight or hidden states that both
+        teacher: likewise, with its own V and width. No gradient ever flows into it; it may come from
+            torch.inference_mode() (inside torch.compile, which keeps what backward needs itself and refuses such
+            logits: pass a clone). A weight or hidden states that both
             Heads share (self-distillation) are held once, also as autocast's copy; the four products remain, because
             sides that differ in either have different logits, and sides that differ in neither have the loss 0.
         labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count: loss, statistics and gradient
@@ -369,7 +371,14 @@ def _from_heads(
         return _weighted(rows, call), stats
     call.operands[7] = call.weights
     total, _, stats, *_ = ops.heads(
-        *call.operands[:3], call.operands[3:], call.names, packed(call.numbers), sizes, flags, logits_dtype, call.weight_grad
+        *call.operands[:3],
+        call.operands[3:],
+        call.names,
+        packed(call.numbers),
+        sizes,
+        flags,
+        logits_dtype,
+        call.weight_grad,
     )
     return total, stats
 

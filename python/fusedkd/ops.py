@@ -62,7 +62,8 @@ def outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False), torch.autocast(x.device.type, enabled=False):
+        place = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        with torch.autocast("cpu", enabled=False), torch.autocast(place, enabled=False):
             return fn(x, *args, **kwargs)
 
     return run
@@ -129,7 +130,8 @@ def problem_of(operands: Operands, names: str, numbers: Tensor) -> Problem:
 
 def refuse_double_backward(upstream: Optional[Tensor]) -> None:
     """Raises where a backward pass is itself being recorded, or runs for a batch of upstream gradients at once."""
-    if upstream is not None and torch._C._functorch.is_batchedtensor(upstream):
+    functorch = torch._C._functorch
+    if upstream is not None and (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)):
         raise RuntimeError(
             "fusedkd cannot run backward for a batch of upstream gradients (is_grads_batched=True, vectorize=True, "
             "torch.func.vmap): call torch.autograd.grad once for each of them"
@@ -296,9 +298,7 @@ def rows_both(
 
 
 @rows_both.register_fake
-def _(
-    x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     return *_outputs([x, None, None, *others], flags[0]), _like_contiguous(x)
 
 
@@ -526,9 +526,7 @@ def _heads_rows_backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple
     upstream = counted_upstream(upstream, others[3])
     size = size_of(upstream)
     others[4] = upstream / size
-    _, _, _, *grads = heads(
-        x, weight, bias, others, ctx.names, numbers, ctx.chunks, ctx.flags, ctx.logits_dtype, None
-    )
+    _, _, _, *grads = heads(x, weight, bias, others, ctx.names, numbers, ctx.chunks, ctx.flags, ctx.logits_dtype, None)
     found = _delivered(grads, size, (x, weight, bias), ctx.flags[2:], ctx.weight_grad)
     return *found, nothing, None, None, None, None, None, None
 

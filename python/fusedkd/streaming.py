@@ -234,7 +234,7 @@ def _backward_pass(
         room = x.new_empty((n, sweep.width), dtype=dtype)
     for start, stop, part, s, t in sweep:
         if room is None:
-            dz = grad_x.view(n, -1)[:, start:stop]
+            dz = grad_x.view(n, student.width)[:, start:stop]
             functions.gradient(part, s, t, labels, saved, upstream, found, dz, start)
             continue
         assert weight is not None
@@ -304,7 +304,7 @@ def _likeliest(
     g = torch.where(has, g * slope, 0.0)
     grad_x, grad_weight, grad_bias = grads
     if student.weight is None:
-        flat = grad_x.view(len(g), -1)
+        flat = grad_x.view(len(g), student.width)
         entry = flat.gather(1, at[:, None])
         flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
         return
