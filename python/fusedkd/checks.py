@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -84,7 +85,7 @@ def _untransformed(name: str, value: torch.Tensor) -> None:
     """Refuses what torch.func and forward-mode AD wrap: they would see a loss without derivatives."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if is_functorch_wrapped_tensor(value):
         raise NotImplementedError(
             f"{name} is inside a transform of torch.func (grad, vjp, jvp, jacrev, vmap, ...), which cannot follow an "
             "operator with a backward of its own: use backward() or torch.autograd.grad, leading dimensions instead of "
@@ -121,7 +122,7 @@ def number(name: str, value: Any) -> None:
     """A finite Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
+    if not -math.inf < float(value) < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -184,7 +185,7 @@ def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor |
         return common
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"vocab_size must be an int or None, got {type(value).__name__}")
-    if not 1 <= value <= common:
+    if not 1 <= int(value) <= common:
         raise ValueError(f"vocab_size must be between 1 and {common}, the smaller of the two vocabularies, got {value}")
     return int(value)
 

@@ -173,9 +173,9 @@ def _parameter(name: str, key: str, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{key} of {name!r} must be a float or a tensor, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
+    if not -math.inf < float(value) < math.inf:
         raise ValueError(f"{key} of {name!r} must be finite, got {value}")
-    if key in ("target", "nontarget") and value < 0:
+    if key in ("target", "nontarget") and float(value) < 0:
         raise ValueError(f"{key} of {name!r} is a weight and must be >= 0, got {value}")
     return float(value)
 

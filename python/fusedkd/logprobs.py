@@ -122,7 +122,7 @@ def logprob_rows(
 
     numbers: (3,) temperature, scale, softcap (0: none), on the host.
     """
-    source, temperature = source_of(x, weight, bias, numbers[1:]), float(numbers[0])
+    source, temperature = source_of((x, weight, bias), numbers[1:]), float(numbers[0])
     saved = x.new_empty((len(ids), SAVED), dtype=accumulation_dtype(x))
     for start, stop, side in _chunks(source, len(ids), inner):
         _functions(backend).value(side, ids[start:stop], saved[start:stop], temperature)
@@ -165,7 +165,7 @@ def logprob_rows_gradient(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias for an upstream gradient (N, 2) of (log q, H); empty where not wanted."""
-    source, temperature = source_of(x, weight, bias, numbers[1:]), float(numbers[0])
+    source, temperature = source_of((x, weight, bias), numbers[1:]), float(numbers[0])
     functions = _functions(backend)
     grad_x, grad_weight, grad_bias = _gradients(x, weight, needs)
     first, buffer = True, None

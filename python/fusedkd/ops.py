@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from . import chunked
 from .backends import logit_functions, row_functions
@@ -130,8 +131,7 @@ def problem_of(operands: Operands, names: str, numbers: Tensor) -> Problem:
 
 def refuse_double_backward(upstream: Optional[Tensor]) -> None:
     """Raises where a backward pass is itself being recorded, or runs for a batch of upstream gradients at once."""
-    functorch = torch._C._functorch
-    if upstream is not None and (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)):
+    if upstream is not None and (is_batchedtensor(upstream) or is_legacy_batchedtensor(upstream)):
         raise RuntimeError(
             "fusedkd cannot run backward for a batch of upstream gradients (is_grads_batched=True, vectorize=True, "
             "torch.func.vmap): call torch.autograd.grad once for each of them"
@@ -305,15 +305,16 @@ def _(x: Tensor, others: Operands, names: str, numbers: Tensor, flags: Sequence[
 # A Head on at least one side -----------------------------------------------------------------------------------------
 
 
-def source_of(x: Optional[Tensor], weight: Optional[Tensor], bias: Optional[Tensor], shape: Tensor) -> chunked.Source:
-    """A side, from its three operands and (scale, softcap)."""
-    scale, softcap = shape.tolist()
+def source_of(side: Operands, numbers: Tensor) -> chunked.Source:
+    """A side, from (x, weight, bias) and (scale, softcap)."""
+    x, weight, bias = side
+    scale, softcap = numbers.tolist()
     return chunked.Source(given(x), weight, bias, None if scale == 1.0 else scale, softcap or None)
 
 
 def sources_of(operands: Operands, numbers: Tensor) -> tuple[chunked.Source, chunked.Source]:
     """Student and teacher."""
-    return source_of(*operands[:3], numbers[4:6]), source_of(*operands[3:6], numbers[6:8])
+    return source_of(operands[:3], numbers[4:6]), source_of(operands[3:6], numbers[6:8])
 
 
 def _run(
