@@ -170,15 +170,22 @@ def above_centre(s, t, centre):
 
 
 @formula
+def _excess(maxima):
+    """τ·m: how far the maximum of the mixed u' lies above that of z. Of logits: a product could be rounded on one side of
+    a difference only."""
+    return maxima[2] - (maxima[0] - _on_grid(maxima[0]))
+
+
+@formula
 def centre_of(maxima, inv_tau, mix):
     """The maxima on a coarse grid, so that s − c_s and t − c_t are exact where it matters, and what d lacks to be 0
     where both maxima stand."""
-    top_s, top_t, top_m = maxima
+    top_s, top_t, _ = maxima
     c_s = _on_grid(top_s)
     c_t = _on_grid(top_t)
     m = 0.0
     if mix[0] is not None:
-        m = (top_m - (top_s - c_s)) * inv_tau  # of logits: a product could be rounded on one side of the difference only
+        m = _excess(maxima) * inv_tau
     return c_s, c_t, (top_t - c_t) - (top_s - c_s), m
 
 
@@ -234,17 +241,13 @@ def _move(maxima, top_s, top_t):
 @formula
 def _moves(maxima, whole, centre, by, inv_tau, mix):
     """The centre of the new maxima `whole`, how z, u and d move to it (online.py), and how the unmixed u does."""
-    log_s = by[0] * inv_tau
-    log_t = by[1] * inv_tau
-    x = by[2] * inv_tau
-    own_log_t = log_t
+    by_s, by_t, x = by
+    own_log_t = by_t * inv_tau
     if mix[0] is not None:
-        _, _, _, old_m = centre_of(maxima, inv_tau, mix)
-        _, _, _, m = centre_of(whole, inv_tau, mix)
-        centre = (centre[0], centre[1], centre[2], m)
-        x = mix[0] * x + (m - old_m)
-        log_t = log_s - x
-    return centre, (log_s, log_t, x), own_log_t
+        centre = (centre[0], centre[1], centre[2], _excess(whole) * inv_tau)
+        x = mix[0] * x + (_excess(whole) - _excess(maxima))
+        by_t = by_s - x
+    return centre, (by_s * inv_tau, by_t * inv_tau, x * inv_tau), own_log_t
 
 
 @formula
