@@ -366,11 +366,11 @@ def _one_read(
                         columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
                         found_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
                     )  # fmt: skip
-                else:
-                    store_zero_tile(grad, row, part * BLOCK, BLOCK)
     elif PHASE == 0 or PHASE == 3:
-        store_zero_tile(grad, row, part * BLOCK, BLOCK)
         ignore(row, loss_ptr, stats_ptr)
+    if PHASE == 0 or PHASE == 3:
+        if not (counted & (upstream_of(upstream_ptr, row) != 0)):
+            store_zero_tile(grad, row, part * BLOCK, BLOCK)
 
 
 class _Layout:

@@ -586,10 +586,9 @@ def _value_and_gradient(
             _whole_gradient(
                 student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
             )
-        else:
-            store_zeros(grad, row, BLOCK)
     else:
         ignore(row, loss_ptr, stats_ptr)
+    if not (counted & (upstream_of(upstream_ptr, row) != 0)):  # loaded again: kept, it would cost registers
         store_zeros(grad, row, BLOCK)
 
 
