@@ -19,7 +19,7 @@ from . import logprobs, parts, rows, sass, streaming
 from .divergence import TWO_SWEEPS, Definition, Online
 from .divergences import definitions
 from .language import triton
-from .tiles import Tile, chosen
+from .tiles import FUSION, Tile, chosen
 
 ARCHITECTURES = {
     "sm_80": ("cuda", 80, 32),
@@ -184,7 +184,7 @@ def build(source: Any, tile: Tile, architecture: str) -> Any:
     """Triton's compiled kernel; no GPU is asked."""
     target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
     registers = {"maxnreg": tile.registers} if tile.registers and architecture.startswith("sm_") else {}
-    return triton.compile(source, target=target, options={"num_warps": tile.num_warps, **registers})
+    return triton.compile(source, target=target, options={"num_warps": tile.num_warps, **FUSION, **registers})
 
 
 def compile_variant(

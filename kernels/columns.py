@@ -1,8 +1,8 @@
 """How a program sees the columns of its row: loaded, centred on running maxima, normalised.
 
 Every sweep goes through here. Logits are centred as online.py wants them. A teacher that is mixed with the student
-(divergences/taid.py) is mixed here, after centring: u' = (1 − mix)·z + mix·u and d' = mix·d, both minus the m
-that makes d' too 0 where the maxima of z and u' stand.
+(divergences/taid.py) is mixed here, after centring: u' = z + mix·d and d' = mix·d, both minus the m that makes d' too 0
+where the maxima of z and u' stand.
 
     centre   (c_s, c_t, k, m): what z and u are measured from
     mix      the teacher's weight as a tuple of one, (None,) for the teacher itself
@@ -147,20 +147,45 @@ def _on_grid(x):
 
 @formula
 def no_maxima():
-    """The maxima of nothing: of s, of t, and of the mixed u'."""
+    """The maxima of nothing: of s, of t, and of what the mixed u' is before it is divided by τ."""
     return -1e20, -1e20, -1e20
+
+
+@formula
+def mixed(x, u, d, mix):
+    """(1 − mix)·x + mix·u, given d = u − x; exact at mix 0 and 1.
+
+    Exactly x where d = 0, whether or not a compiler makes product and sum one operation (FMA): of two products it could
+    round either, and in two places not the same one.
+    """
+    near = mix[0] < 0.5
+    return tl.where(near, x, u) + tl.where(near, mix[0], mix[0] - 1.0) * d
+
+
+@formula
+def above_centre(s, t, centre):
+    """τ·z, τ·u and τ·d, not mixed."""
+    c_s, c_t, k, m = centre
+    return s - c_s, (t - c_t) - k, ((t - c_t) - (s - c_s)) - k
+
+
+@formula
+def _excess(maxima):
+    """τ·m: how far the maximum of the mixed u' lies above that of z. Of logits: a product could be rounded on one side of
+    a difference only."""
+    return maxima[2] - (maxima[0] - _on_grid(maxima[0]))
 
 
 @formula
 def centre_of(maxima, inv_tau, mix):
     """The maxima on a coarse grid, so that s − c_s and t − c_t are exact where it matters, and what d lacks to be 0
     where both maxima stand."""
-    top_s, top_t, top_m = maxima
+    top_s, top_t, _ = maxima
     c_s = _on_grid(top_s)
     c_t = _on_grid(top_t)
     m = 0.0
     if mix[0] is not None:
-        m = top_m - (top_s - c_s) * inv_tau
+        m = _excess(maxima) * inv_tau
     return c_s, c_t, (top_t - c_t) - (top_s - c_s), m
 
 
@@ -168,11 +193,12 @@ def centre_of(maxima, inv_tau, mix):
 def centred(s, t, centre, inv_tau, mix):
     """z, u and d = u − z."""
     c_s, c_t, k, m = centre
-    z = (s - c_s) * inv_tau
-    u = ((t - c_t) - k) * inv_tau
-    d = (((t - c_t) - (s - c_s)) - k) * inv_tau
+    x, y, gap = above_centre(s, t, centre)
+    z = x * inv_tau
+    u = y * inv_tau
+    d = gap * inv_tau
     if mix[0] is not None:
-        u = (1.0 - mix[0]) * z + mix[0] * u - m
+        u = mixed(z, u, d, mix) - m
         d = mix[0] * d - m
     return z, u, d
 
@@ -197,31 +223,31 @@ def target_terms(s_y, t_y, present, centre, inv_tau, mix, r):
     own_uy = tl.where(present, uy, -1e30)
     uy = own_uy
     if mix[0] is not None:
-        uy = tl.where(present, (1.0 - mix[0]) * zy + mix[0] * uy - m, -1e30)
+        uy = tl.where(present, mixed(zy, uy, dy, mix) - m, -1e30)
         dy = mix[0] * dy - m
     return zy, uy, tl.where(present, dy, r), own_uy
 
 
 @formula
-def _move(maxima, top_s, top_t, inv_tau):
-    """The unmixed centre of new maxima, and how z, u and d move to it from that of the old ones (online.py)."""
-    old_s, old_t, old_k, _ = centre_of(maxima, inv_tau, (None,))
-    c_s, c_t, k, _ = centre_of((top_s, top_t, 0.0), inv_tau, (None,))
+def _move(maxima, top_s, top_t):
+    """The unmixed centre of new maxima, and how τ·z, τ·u and τ·d move to it from that of the old ones."""
+    old_s, old_t, old_k, _ = centre_of(maxima, 1.0, (None,))
+    c_s, c_t, k, _ = centre_of((top_s, top_t, 0.0), 1.0, (None,))
     more = old_k - k  # added last: beside a large move its digits would be lost
-    log_s = (old_s - c_s) * inv_tau
-    log_t = ((old_t - c_t) + more) * inv_tau
-    x = (((old_s - c_s) - (old_t - c_t)) - more) * inv_tau
-    return (c_s, c_t, k, 0.0), (log_s, log_t, x)
+    x = ((old_s - c_s) - (old_t - c_t)) - more
+    return (c_s, c_t, k, 0.0), (old_s - c_s, (old_t - c_t) + more, x)
 
 
 @formula
-def _move_mixed(maxima, whole, centre, move, inv_tau, mix):
-    """The centre and the moves where the teacher is mixed: `whole` are the new maxima, that of u' included."""
-    c_s, c_t, k, _ = centre
-    _, _, _, old_m = centre_of(maxima, inv_tau, mix)
-    m = whole[2] - (whole[0] - c_s) * inv_tau
-    x = mix[0] * move[2] + (m - old_m)
-    return (c_s, c_t, k, m), (move[0], move[0] - x, x)
+def _moves(maxima, whole, centre, by, inv_tau, mix):
+    """The centre of the new maxima `whole`, how z, u and d move to it (online.py), and how the unmixed u does."""
+    by_s, by_t, x = by
+    own_log_t = by_t * inv_tau
+    if mix[0] is not None:
+        centre = (centre[0], centre[1], centre[2], _excess(whole) * inv_tau)
+        x = mix[0] * x + (_excess(whole) - _excess(maxima))
+        by_t = by_s - x
+    return centre, (by_s * inv_tau, by_t * inv_tau, x * inv_tau), own_log_t
 
 
 @formula
@@ -230,13 +256,13 @@ def raise_maxima(maxima, s, t, live, inv_tau, mix):
     top_s = tl.maximum(maxima[0], lane_max(tl.where(live, s, -1e20)))
     top_t = tl.maximum(maxima[1], lane_max(tl.where(live, t, -1e20)))
     top_m = maxima[2]
-    centre, move = _move(maxima, top_s, top_t, inv_tau)
-    own_log_t = move[1]
+    centre, by = _move(maxima, top_s, top_t)
     if mix[0] is not None:
-        _, u, _ = centred(s, t, beside_columns(centre, (None,)), inv_tau, mix)
-        top_m = tl.maximum(top_m + move[0] - mix[0] * move[2], lane_max(tl.where(live, u, -1e20)))
-        centre, move = _move_mixed(maxima, (top_s, top_t, top_m), centre, move, inv_tau, mix)
-    return (top_s, top_t, top_m), centre, move, own_log_t
+        x, u, d = above_centre(s, t, beside_columns(centre, (None,)))
+        top_m = tl.maximum(top_m + by[0] - mix[0] * by[2], lane_max(tl.where(live, mixed(x, u, d, mix), -1e20)))
+    whole = (top_s, top_t, top_m)
+    centre, move, own_log_t = _moves(maxima, whole, centre, by, inv_tau, mix)
+    return whole, centre, move, own_log_t
 
 
 @formula
@@ -245,12 +271,12 @@ def merge_maxima(maxima, inv_tau, mix):
     top_s = tl.max(maxima[0])
     top_t = tl.max(maxima[1])
     top_m = tl.max(maxima[2])
-    centre, move = _move(maxima, top_s, top_t, inv_tau)
-    own_log_t = move[1]
+    centre, by = _move(maxima, top_s, top_t)
     if mix[0] is not None:
-        top_m = tl.max(maxima[2] + move[0] - mix[0] * move[2])
-        centre, move = _move_mixed(maxima, (top_s, top_t, top_m), centre, move, inv_tau, mix)
-    return (top_s, top_t, top_m), move, own_log_t
+        top_m = tl.max(maxima[2] + by[0] - mix[0] * by[2])
+    whole = (top_s, top_t, top_m)
+    _, move, own_log_t = _moves(maxima, whole, centre, by, inv_tau, mix)
+    return whole, move, own_log_t
 
 
 @formula

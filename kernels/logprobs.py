@@ -49,28 +49,28 @@ def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
     alone = total == 0
     top = tl.where(alone, s_y, top)
     rest = tl.where(alone, -1e30, log_sum(total))
-    entropy, logprob, lse = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y > -1e30, y < 0)
+    entropy, logprob, lse = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
     counted = y >= 0
     at = saved_ptr + row * 4
     tl.store(at, tl.where(counted, top, 0.0))
     tl.store(at + 1, lse)
     tl.store(at + 2, tl.where(counted, logprob, 0.0))
-    tl.store(at + 3, tl.maximum(entropy, 0.0))
+    tl.store(at + 3, tl.where(entropy < 0, 0.0, entropy))  # a maximum would drop NaN
 
 
 @jit
 def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ptr + row).to(tl.int32)
-    if y >= 0:
+    up_logprob = tl.load(upstream_ptr + row * 2)
+    up_entropy = tl.load(upstream_ptr + row * 2 + 1)
+    if (y >= 0) & ((up_logprob != 0) | (up_entropy != 0)):
         grad_ptr, stride_n, _, width = grad
         top = tl.load(saved_ptr + row * 4)
         lse = tl.load(saved_ptr + row * 4 + 1)
         entropy = tl.load(saved_ptr + row * 4 + 3)
-        up_logprob = tl.load(upstream_ptr + row * 2)
-        up_entropy = tl.load(upstream_ptr + row * 2 + 1)
         tiles = tl.cdiv(V, BLOCK)
-        at_y, slope_y = 0.0, 0.0
+        at_y, slope_y = 0.0 * lse, 0.0  # NaN where the value is, also without other tokens
         for tile in range(0, tiles):
             cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
             s, slope = _finite(side, row, cols, cols < V)
@@ -79,9 +79,10 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
             g = -q * (up_logprob + up_entropy * tl.where(q > 0, log_q + entropy, 0.0))
             g = tl.where((cols < V) & (cols != y), g, 0.0)
             at_y -= tl.sum(g)  # a row's gradient sums to 0: at the token nothing cancels this way
-            slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s > -1e30, 1.0, 0.0), 0.0))
+            slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s <= -1e30, 0.0, 1.0), 0.0))
             out = grad_ptr + row * stride_n + spread(cols, grad[2])
             tl.store(out, (g * inv_tau * slope).to(grad_ptr.dtype.element_ty), mask=cols < V)
+        tl.debug_barrier()  # the 0 that a tile wrote there may be another warp's, and still on its way
         out = grad_ptr + row * stride_n + spread(y, grad[2])
         tl.store(out, (at_y * inv_tau * slope_y).to(grad_ptr.dtype.element_ty))
     else:

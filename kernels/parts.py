@@ -28,7 +28,17 @@ from typing import Any
 
 import torch
 
-from .columns import as_numbers, at_offsets, load_numbers, load_pair, no_maxima, place_of, row_mix, row_values
+from .columns import (
+    as_numbers,
+    at_offsets,
+    finite,
+    load_numbers,
+    load_pair,
+    no_maxima,
+    place_of,
+    row_mix,
+    row_values,
+)
 from .language import interpreted, jit, tl, triton
 from .online import cross_entropy_advance
 from .rows import (
@@ -54,7 +64,7 @@ from .rows import (
 )
 from .split import meet, or_infinite
 from .streaming import CARRY, online_of
-from .tiles import Tile
+from .tiles import FUSION, Tile
 
 _PROGRAMS = 256  # two for every multiprocessor of the largest GPUs; smaller tiles for fewer rows, down to
 SMALLEST = 1024
@@ -82,6 +92,12 @@ def _tile_of(student, teacher, row, part, V, scales, BLOCK: tl.constexpr):
 
 
 @jit
+def _only(x, there):
+    """The one number of x that is there, −inf if none is: a maximum would drop NaN."""
+    return tl.where(tl.max(tl.where(there, 1, 0)) > 0, tl.sum(tl.where(there, x, 0.0)), float("-inf"))
+
+
+@jit
 def _leave_statistics(columns, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE, COUNT: tl.constexpr):
     """A tile's statistics into memory at `at`."""
     s, t, live, slope, cols = columns
@@ -92,9 +108,7 @@ def _leave_statistics(columns, label, scales, mix, stats_ptr, theta, at, INIT, A
     nothing = (as_numbers(no_maxima()), as_numbers(INIT()), as_numbers((0.0, 0.0, 0.0)))
     maxima, state, warmth = take_tile(s, t, live & (cols != label), nothing, inv_tau, mix, stats_ptr, theta, ADVANCE)
     mine = cols == label
-    s_y = tl.max(tl.where(mine, s, float("-inf")))
-    t_y = tl.max(tl.where(mine & live, t, float("-inf")))
-    found = maxima + warmth + cross + (s_y, t_y) + state
+    found = maxima + warmth + cross + (_only(s, mine), _only(t, mine & live)) + state
     for i in tl.static_range(10 + COUNT):
         tl.store(at + i, found[i])
 
@@ -123,7 +137,8 @@ def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, CO
     whole, state, warmth, cross = merge(
         maxima, state, warmth, (tops, exps), lane, inv_tau, mix, stats_ptr, theta, ADVANCE
     )
-    return whole, state, warmth, cross, (tl.max(label_logits[0]), tl.max(label_logits[1]))
+    s_y, t_y = label_logits
+    return whole, state, warmth, cross, (_only(s_y, s_y != float("-inf")), _only(t_y, t_y != float("-inf")))
 
 
 @jit
@@ -137,7 +152,7 @@ def _met(
     )
     s_y, t_y = at_label
     present = t_y != float("-inf")
-    target = (tl.maximum(s_y, -1e30), tl.maximum(t_y, -1e30), present)
+    target = (finite(s_y), finite(t_y), present)
     met = meet(maxima, state, target[0], target[1], present, scales[0], mix, RATIO, DECOUPLED)
     extras = ()
     if GATHER is not None:  # of those that look at the online state alone
@@ -173,7 +188,7 @@ def _concluded(
     else:
         l_s, l_t, r = met[1]
         total, mass = SUMS(state, l_s, l_t, r, theta)
-    ends = (total, mass, cross, tl.where(s_y > -1e30, s_y, float("-inf")))
+    ends = (total, mass, cross, tl.where(s_y <= -1e30, float("-inf"), s_y))
     return close(
         row, scales, loss_ptr, stats_ptr, state, warmth, ends, (s_y, t_y, present, label >= 0), met, theta,
         weights[0], weights[1], TERM, DECOUPLED,
@@ -278,11 +293,11 @@ def _gradient(
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
-    if counted:
+    upstream = upstream_of(upstream_ptr, row)
+    if counted & (upstream != 0):
         columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         theta = row_values(numbers[0], row)
         theta = theta + load_numbers(saved_ptr + row * 14 + 12, EXTRAS)
-        upstream = upstream_of(upstream_ptr, row)
         _write(
             columns, student, row, part, parts, label, scales, row_mix(numbers[2], row), grad,
             load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr + 1 + row * 3,
@@ -346,13 +361,16 @@ def _one_read(
                     row_values(numbers[1], row), TERM, SUMS, DECOUPLED, LANES,
                 )  # fmt: skip
                 upstream = upstream_of(upstream_ptr, row)
-                _write(
-                    columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                    found_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
-                )  # fmt: skip
+                if upstream != 0:
+                    _write(
+                        columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
+                        found_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
+                    )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
-        store_zero_tile(grad, row, part * BLOCK, BLOCK)
         ignore(row, loss_ptr, stats_ptr)
+    if PHASE == 0 or PHASE == 3:
+        if not (counted & (upstream_of(upstream_ptr, row) != 0)):
+            store_zero_tile(grad, row, part * BLOCK, BLOCK)
 
 
 class _Layout:
@@ -431,7 +449,8 @@ def value(
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
         _conclude[(plan.rows,)](
-            **common, loss_ptr=loss, saved_ptr=kept, stats_ptr=stats, **shared, SUMS=plan.sweep["SUMS"], num_warps=1
+            **common, loss_ptr=loss, saved_ptr=kept, stats_ptr=stats, **shared, SUMS=plan.sweep["SUMS"], num_warps=1,
+            **FUSION,
         )
 
 

@@ -13,8 +13,9 @@ Sweeps (each reads every logit once):
 Each sweep goes through inner tiles first, in a loop of its own that masks nothing: whole tiles without the label and,
 for the gradient, of rows in which no other token can be likelier than 1/2. Each thread keeps its own sums (lanes.py).
 
-A row whose label is negative is ignored: nothing of it is read, zeros are written. Columns whose teacher logit is −inf
-are outside the support: removed from both sides, gradient 0.
+A row whose label is negative is ignored: nothing of it is read, zeros are written. So is the gradient of a row whose
+upstream gradient is 0, whatever its logits hold. Columns whose teacher logit is −inf are outside the support: removed
+from both sides, gradient 0. NaN in a compared column makes the row's loss NaN, and all that its gradient has.
 
 Launchers return what Triton compiled: None in its interpreter and where there are no rows.
 """
@@ -274,8 +275,10 @@ def close(
         about_student = (log_zs, warmth[0], zy, c_s * inv_tau, s_y * inv_tau)
         about_teacher = (log_sum(warmth[2]), warmth[1], own_uy, (c_t + k) * inv_tau, t_y * inv_tau)
         _store_stats(stats_ptr, row, held, present, empty, split, about_student, about_teacher)
-    live = tl.where(empty, 0.0, 1.0)
-    return c_s, c_t, k, m, at[0], at[1], at[2], live * a, live * b, live * grad_y, ce_lse
+    a = tl.where(empty, 0.0, a)
+    b = tl.where(empty, 0.0, b)
+    grad_y = tl.where(empty, 0.0, grad_y)
+    return c_s, c_t, k, m, at[0], at[1], at[2], a, b, grad_y, ce_lse
 
 
 @jit
@@ -353,7 +356,8 @@ def inner_gradient_tile(columns, row, scales, mix, grad, scalars, upstream, thet
     grad_ptr, stride_n, _, width = grad
     q, phi = slopes(s, finite(t), scalars, inv_tau, mix, theta, TERM)
     scale = upstream * factor * inv_tau
-    g = tl.where(live & (s > -1e30), (a * scale) * phi + (b * scale) * q, 0.0)
+    g = tl.where(live, (a * scale) * phi + (b * scale) * q, 0.0)
+    g = tl.where(s <= -1e30, 0.0, g)  # not `s > -1e30` the other way round: NaN has to pass
     at = grad_ptr + row * stride_n + spread(cols, grad[2])
     tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty))
 
@@ -377,7 +381,7 @@ def gradient_tile(columns, row, y, label, scales, mix, softcap, grad, scalars, u
     if softcap is not None:
         slope_top += lane_sum(tl.where(likeliest, slope, 0.0))
     # Multiplied after it is masked: a select moved behind the rounding to half precision would undo its packing.
-    g = tl.where(s > -1e30, g, 0.0) * (upstream * factor * inv_tau)
+    g = tl.where(s <= -1e30, 0.0, g) * (upstream * factor * inv_tau)  # NaN has to pass
     if ce is not None:
         g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == label, 1.0, 0.0))
         g = tl.where(likeliest, 0.0, g)
@@ -545,7 +549,8 @@ def _gradient(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
-    if counted:
+    upstream = tl.load(upstream_ptr + row)
+    if counted & (upstream != 0):
         at = saved_ptr + row * 14
         scalars = load_numbers(at, 11)
         theta = row_values(numbers[0], row)
@@ -554,7 +559,6 @@ def _gradient(
         y = label
         if ARGMAX:
             y = tl.load(at + 11).to(tl.int32)
-        upstream = tl.load(upstream_ptr + row)
         _whole_gradient(
             student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
         )
@@ -575,12 +579,16 @@ def _value_and_gradient(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
             TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
+        # The gradient may lie over the logits: no warp writes before every warp has read the label's.
+        tl.debug_barrier()
         upstream = upstream_of(upstream_ptr, row)
-        _whole_gradient(
-            student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
-        )
+        if upstream != 0:
+            _whole_gradient(
+                student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
+            )
     else:
         ignore(row, loss_ptr, stats_ptr)
+    if not (counted & (upstream_of(upstream_ptr, row) != 0)):  # loaded again: kept, it would cost registers
         store_zeros(grad, row, BLOCK)
 
 
@@ -703,7 +711,8 @@ def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out
     if n:
         block = min(4096, max(SMALLEST, triton.next_power_of_2(problem.vocab_size)))
         _floor[(n,)](
-            pack(teacher), labels, out, problem.vocab_size, 1.0 / problem.temperature, depth, BLOCK=block, num_warps=4
+            pack(teacher), labels, out, problem.vocab_size, 1.0 / problem.temperature, depth, BLOCK=block,
+            **Tile(block, 4).options(),
         )
 
 

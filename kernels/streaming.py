@@ -92,18 +92,21 @@ def _gradient(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
-    if counted:
+    upstream = tl.load(upstream_ptr + row)
+    if counted & (upstream != 0):
         at = saved_ptr + row * 14
         scalars = load_numbers(at, 11)
         theta = row_values(numbers[0], row)
         theta = theta + load_numbers(at + 12, EXTRAS)
         y = label - first
         top, rest, s_top, slope_top = gradient_sweep(
-            student, teacher, row, y, y, V, scales, row_mix(numbers[2], row), grad, scalars,
-            tl.load(upstream_ptr + row), theta, TERM, BLOCK, THREADS,
+            student, teacher, row, y, y, V, scales, row_mix(numbers[2], row), grad, scalars, upstream, theta, TERM,
+            BLOCK, THREADS,
         )  # fmt: skip
         found = found_ptr + row * 4
-        tl.store(found, tl.load(found) + rest)
+        rest += tl.load(found)
+        tl.debug_barrier()  # every warp reads the sum, one writes it
+        tl.store(found, rest)
         tl.store(found + 1, top + first + 0.0, mask=top >= 0)
         tl.store(found + 2, s_top, mask=top >= 0)
         tl.store(found + 3, slope_top, mask=top >= 0)

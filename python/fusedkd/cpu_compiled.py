@@ -18,7 +18,7 @@ import torch
 
 from . import cpu
 from .cpu import columnwise, floor_rows, row_blocks, shaped, stored
-from .kernels.columns import at_offsets, centre_of, centred, no_maxima
+from .kernels.columns import above_centre, at_offsets, centre_of, centred, mixed, no_maxima
 from .kernels.divergence import Definition, Online
 from .kernels.lanes import lane_max, lane_sum
 from .kernels.maths import exp
@@ -127,8 +127,7 @@ def _centre(s: torch.Tensor, t: torch.Tensor, inv_tau: torch.Tensor, mix: tuple[
     centre = centre_of.torch(maxima, inv_tau, (None,))
     if mix[0] is None:
         return maxima, centre
-    _, u, _ = centred.torch(s, t, centre, inv_tau, mix)
-    maxima = (top_s, top_t, lane_max.torch(u))
+    maxima = (top_s, top_t, lane_max.torch(mixed.torch(*above_centre.torch(s, t, centre), mix)))
     return maxima, centre_of.torch(maxima, inv_tau, mix)
 
 
