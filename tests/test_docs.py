@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedkd
+from fusedkd.kernels.divergence import Definition
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLES = {page: re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) for page in DOCS.glob("*.md")}
@@ -30,6 +33,34 @@ def test_examples(page: Path) -> None:
     names: dict[str, object] = {}
     for block in EXAMPLES[page]:
         exec(compile(block, str(page), "exec"), names)
+
+
+def test_adding_a_divergence(tmp_path: Path) -> None:
+    """The page's example as a file of kernels/divergences, given the δ of the page's text: value and gradient."""
+    page = (DOCS / "adding-a-divergence.md").read_text()
+    (block,) = re.findall(r"^``` \{ \.python \}\n(.*?)^```$", page, re.M | re.S)
+    code = re.sub(r'^--8<-- "(.*)"$', lambda named: (DOCS.parent / named[1]).read_text(), block, flags=re.M)
+    (file := tmp_path / "example.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("fusedkd.kernels.divergences.example", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (example,) = (value for value in vars(module).values() if isinstance(value, Definition))
+
+    # So close that p − q on the torch backend comes from δ; farther apart it is a plain difference.
+    noise = torch.tensor([0.0, 1e-3], dtype=torch.float64).view(2, 1, 1) * torch.randn(2, 6, 40, dtype=torch.float64)
+    logits = (torch.randn(6, 40, dtype=torch.float64) + noise).requires_grad_()
+    logp, logq = logits.log_softmax(-1)
+    value = example.reference(logp, logq, *example.parameters.values())
+    gradient = torch.autograd.grad(value.sum(), logits)[0][1]
+
+    (first, second), (logp, logq) = re.findall(r"δ = log ([pq]) − log ([pq])", page)[0], (logp.detach(), logq.detach())
+    logs = {"p": logp, "q": logq}
+    theta = tuple(torch.tensor(x, dtype=torch.float64) for x in (*example.parameters.values(), *[0.0] * example.extras))
+    f, phi = example.term.torch(logq.exp(), logp.exp(), logq, logp, logs[first] - logs[second], theta)
+    torch.testing.assert_close(f.sum(-1), value.detach(), rtol=1e-10, atol=0)
+    ours = phi - logq.exp() * phi.sum(-1, keepdim=True)
+    assert (ours - gradient).norm() < 1e-10 * gradient.norm()
 
 
 def test_the_reference_is_complete() -> None:
