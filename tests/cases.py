@@ -27,8 +27,8 @@ SEVERAL_TILES = 24_581  # three tiles of 8192, the widest, and an odd rest
 ODD = 1003
 IGNORE = -100
 
-VALUE = 2e-5  # float32 against float64, relative L2, at every size of the divergence (design.md section 5)
-ROW = 1e-4  # the same for one token, at a KL of 1e-8 (design.md section 2)
+VALUE = 2e-5  # float32 against float64, relative L2, at every size of the divergence (docs/numerics.md#how-exact)
+ROW = 1e-4  # the same for one token, at a KL of 1e-8 (docs/numerics.md#how-exact)
 TYPICAL = 1e-3  # the median entry of a gradient whose rows are far apart: none of the tail is lost
 DOUBLE = 2e-8  # float64 logits: below what rounding to float32 alone costs, 3e-8; the kernels' series end at about 1e-8
 MIXED = 1e-4  # the gradient of amid where both sides hardly overlap: what a difference of equal numbers leaves

@@ -40,7 +40,7 @@ def rkl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def ab(logp: Tensor, logq: Tensor, alpha: float, beta: float) -> Tensor:
-    """The α-β divergence of Cichocki, with the limits of formulas.md section 3."""
+    """The α-β divergence of Cichocki, with its limits (docs/mathematics.md#the-alpha-beta-family)."""
     both = alpha + beta
     ratio = logq - logp
     if alpha == 0 and beta == 0:

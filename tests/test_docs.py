@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import io
 import re
+import tokenize
+import unicodedata
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from test_definition import DEFINITIONS, SERIES, SPREADS, error, evaluate, pair
 
 import fusedkd
+from fusedkd.kernels.divergence import Definition
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLES = {page: re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) for page in DOCS.glob("*.md")}
@@ -30,6 +38,103 @@ def test_examples(page: Path) -> None:
     names: dict[str, object] = {}
     for block in EXAMPLES[page]:
         exec(compile(block, str(page), "exec"), names)
+
+
+def test_adding_a_divergence(tmp_path: Path) -> None:
+    """The page's example as a file of kernels/divergences, given the δ of the page's text: value and gradient."""
+    page = (DOCS / "adding-a-divergence.md").read_text()
+    (block,) = re.findall(r"^``` \{ \.python \}\n(.*?)^```$", page, re.M | re.S)
+    code = re.sub(r'^--8<-- "(.*)"$', lambda named: (DOCS.parent / named[1]).read_text(), block, flags=re.M)
+    (file := tmp_path / "example.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("fusedkd.kernels.divergences.example", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (example,) = (value for value in vars(module).values() if isinstance(value, Definition))
+
+    # So close that p − q on the torch backend comes from δ; farther apart it is a plain difference.
+    noise = torch.tensor([0.0, 1e-3], dtype=torch.float64).view(2, 1, 1) * torch.randn(2, 6, 40, dtype=torch.float64)
+    logits = (torch.randn(6, 40, dtype=torch.float64) + noise).requires_grad_()
+    logp, logq = logits.log_softmax(-1)
+    value = example.reference(logp, logq, *example.parameters.values())
+    gradient = torch.autograd.grad(value.sum(), logits)[0][1]
+
+    (first, second), (logp, logq) = re.findall(r"δ = log ([pq]) − log ([pq])", page)[0], (logp.detach(), logq.detach())
+    logs = {"p": logp, "q": logq}
+    theta = tuple(torch.tensor(x, dtype=torch.float64) for x in (*example.parameters.values(), *[0.0] * example.extras))
+    f, phi = example.term.torch(logq.exp(), logp.exp(), logq, logp, logs[first] - logs[second], theta)
+    torch.testing.assert_close(f.sum(-1), value.detach(), rtol=1e-10, atol=0)
+    ours = phi - logq.exp() * phi.sum(-1, keepdim=True)
+    assert (ours - gradient).norm() < 1e-10 * gradient.norm()
+
+
+MATHEMATICS = (DOCS / "mathematics.md").read_text()
+SUMMANDS = {
+    name: formulas
+    for block in re.findall(r"^```text\nname [^\n]*\n(.*?)^```$", MATHEMATICS, re.M | re.S)
+    for name, *formulas in (re.split(r" {2,}", line) for line in block.splitlines())
+}
+TYPED = {"−": "-", "·": "*", "½": "0.5", "²": "**2", "^": "**", "√p": "sqrt(p)", "√q": "sqrt(q)"}
+
+
+def test_the_summands_are_those_of_the_definitions() -> None:
+    """Every separable divergence with a kernel of its own has a line."""
+    assert SUMMANDS.keys() == {definition.name for definition in DEFINITIONS}
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda definition: definition.name)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_summands(definition: Definition, spread: float) -> None:
+    """f and phi as docs/mathematics.md#summands-and-slopes has them, evaluated, are those of `term`."""
+    logp, logq = (logits.log_softmax(-1) for logits in pair(spread))
+    theta = tuple(map(float, definition.parameters.values()))
+    symbols = {"alpha": "α", "beta": "β", "lam": "λ", "w": "w", "detach_mixture": "detached"}
+    names = {symbols[key]: value for key, value in zip(definition.parameters, theta, strict=True)}
+    names |= {"p": logp.exp(), "q": logq.exp(), "δ": logp - logq}
+    names |= {"expm1": torch.expm1, "sqrt": torch.sqrt, "sgn": torch.sign, "abs": torch.abs}
+    names |= {"rem2": lambda x: torch.expm1(x) - x, "φ": lambda a, x: torch.expm1(a * x) / a}
+    names["c"] = sum(theta)
+
+    def value(formula: str) -> torch.Tensor:
+        for sign, typed in TYPED.items():
+            formula = formula.replace(sign, typed)
+        return eval(re.sub(r"\|(.*?)\|", r"abs(\1)", formula), names)
+
+    f, phi, *mixture = SUMMANDS[definition.name]
+    if mixture:
+        names["M"] = value(mixture[0])
+        names["a"], names["b"] = (names["M"] / names["q"]).log(), (names["M"] / names["p"]).log()
+    for ours, formula in zip(evaluate(definition, theta, logp, logq), (f, phi), strict=True):
+        assert error(ours, value(formula)) < SERIES, formula
+
+
+def cited(path: Path) -> set[str]:
+    """The Markdown files, with their headings, that comments and docstrings name; NAME.md stands for any."""
+    text = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    prose = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    prose += [ast.get_docstring(x) or "" for x in ast.walk(ast.parse(text)) if isinstance(x, documented)]
+    return set(re.findall(r"(?:[\w-]+/)*(?:README|[\w-]*[a-z][\w-]*)\.md(?:#[\w-]+)?", " ".join(prose)))
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors that the site makes of a page's headings."""
+    found = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M)
+    plain = (unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode() for heading in found)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in plain}
+
+
+def test_what_the_code_cites_is_here() -> None:
+    """No comment sends its reader to a document, or to a heading of one, that the repository does not have."""
+    root = DOCS.parent
+    sources = [path for room in ("bench", "kernels", "python", "tests") for path in (root / room).rglob("*.py")]
+    citations = {(path.name, name) for path in sources for name in cited(path)}
+    assert ("test_teeth.py", "docs/mathematics.md#drkl") in citations
+    for path, name in sorted(citations):
+        page, _, heading = name.partition("#")
+        assert (root / page).is_file(), f"{path} cites {page}"
+        assert not heading or heading in headings(root / page), f"{path} cites {name}"
 
 
 def test_the_reference_is_complete() -> None:

@@ -355,7 +355,7 @@ def test_ab_contains_both_kl(twin: tuple[tuple[float, float], str], backend: str
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_golden_drkl(gamma: float, backend: str) -> None:
-    """Three tokens by hand, formulas.md section 8; with γ = 1 only the non-target part grows."""
+    """Three tokens by hand (docs/mathematics.md#drkl); with γ = 1 only the non-target part grows."""
     place = device(backend)
     student = torch.tensor([[0.55, 0.30, 0.15]]).log().to(place).requires_grad_()
     teacher = torch.tensor([[0.45, 0.35, 0.20]]).log().to(place)

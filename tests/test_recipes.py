@@ -33,7 +33,7 @@ def written_out(
     beta: float,
     anchors: tuple[float | None, float | None],
 ) -> Tensor:
-    """(B,): the authors' code as formulas.md section 2 has it, from probabilities."""
+    """(B,): what the authors' code computes (docs/mathematics.md#cald), from probabilities."""
     halves = []
     for (student, teacher, labels), anchor, sign in zip((chosen, rejected), anchors, (1, -1), strict=True):
         logq, logp = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -129,7 +129,7 @@ def test_cald_arguments(mistake: str) -> None:
 
 
 def authors(losses: list[float], total: int, t_start: float, alpha: float, beta: float) -> list[float]:
-    """TAID's update as its code has it: a first call that only stores, then the rule of formulas.md section 4."""
+    """TAID's update as its code has it: a first call that only stores, then docs/mathematics.md#taid."""
     t, momentum, previous, seen = t_start, 0.0, None, []
     for step, loss in enumerate(losses, 1):
         if previous is not None:

@@ -95,7 +95,7 @@ def test_shape_dtype_and_zeros() -> None:
 
 
 def test_golden_drkl() -> None:
-    """The published definition, by hand: formulas.md section 8."""
+    """Three tokens by hand (docs/mathematics.md#drkl)."""
     truth = oracle.distill(double(GOLDEN_Q), double(GOLDEN_P), torch.tensor([0]), oracle.meaning("drkl", gamma=0.5))
     assert truth.loss.item() == pytest.approx(GOLDEN_LOSS, abs=1e-12)
     assert truth.gradient(torch.ones(1))[0].tolist() == pytest.approx(GOLDEN_GRAD, abs=1e-8)
@@ -209,7 +209,7 @@ def test_oracle_limits_of_ab(limit: tuple[float, float]) -> None:
 
 
 def test_oracle_of_missing_columns() -> None:
-    """What the three kinds of -inf mean, formulas.md section 10."""
+    """What the three kinds of -inf mean (docs/mathematics.md#infinities-and-empty-rows)."""
     student, teacher = torch.randn(2, 1, 6, dtype=torch.float64)
     labels, fkl = torch.tensor([2]), oracle.meaning("fkl")
     teacher[0, 4] = -torch.inf

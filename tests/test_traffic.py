@@ -28,8 +28,8 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 N, V, IGNORED = 5, 700, 2
 COUNTED = N - IGNORED
-ONE_SWEEP = {"fkl", "rkl", "drkl", "dkd", "ab", "alpha", "decoupled", "frkl", "taid"}  # class 1 of design.md section 5
-TWO = {"jsd", "skl", "srkl", "tvd", "hellinger"}  # class 2
+ONE_SWEEP = {"fkl", "rkl", "drkl", "dkd", "ab", "alpha", "decoupled", "frkl", "taid"}  # docs/mathematics.md#one-sweep
+TWO = {"jsd", "skl", "srkl", "tvd", "hellinger"}
 FURTHER_READS = {"amid_teacher": 3, "amid_student": 3, "akl_rows": 2}  # normalisers, mixture, sums; sums, gaps
 
 
@@ -139,7 +139,7 @@ def assert_reads(moved: Traffic, logits: Tensor, reads: int, rows: int = COUNTED
 
 
 def test_the_named_ones_take_one_sweep() -> None:
-    """Class 1 at its defaults; the cases that are meant to take two sweeps do."""
+    """Those of one sweep at their defaults; the cases that are meant to take two sweeps do."""
     for name in ONE_SWEEP & fusedkd.divergences().keys():
         assert sweeps((name, {})) == 1, name
     for name in TWO:

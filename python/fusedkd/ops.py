@@ -1,4 +1,6 @@
-"""The registered operators and their autograd: the only file that knows torch.library.
+"""The operators of the losses and their autograd, registered with torch.library.
+
+Those of schedule="streaming" are in streaming.py, those of `token_logprobs` in logprobs.py; no other file has any.
 
 fusedkd::rows               logits on both sides -> per-row loss; its backward is one gradient sweep
 fusedkd::rows_gradient      that sweep, for any upstream weight per row
