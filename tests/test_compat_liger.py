@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import VALUE, each, random_labels, side, unrelated
-from close import assert_close
+from cases import HEAD, VALUE, each, random_labels, side, unrelated
+from close import assert_close, rounding
 from originals import DTYPES, check, gkd_summands
 from test_memory import measure
 from torch import Tensor
@@ -109,6 +109,29 @@ def test_fused_linear_jsd_loss(bias: bool, beta: float, mix: tuple[float, float]
     for name, part, wanted in zip(("loss", "soft", "hard"), returned, (formula(**exact), *losses(exact)), strict=True):
         assert_close(part, wanted, 2 * VALUE, what=name)
         assert part.requires_grad == (name == "loss")
+
+
+@each("bias", [torch.float32, torch.bfloat16])
+def test_a_bias_in_another_dtype(bias: torch.dtype) -> None:
+    """A float32 bias keeps its digits beside bfloat16 operands, and the other way round is no error, as in Liger."""
+    dtype = torch.float32 if bias == torch.bfloat16 else torch.bfloat16
+    kinds = {name: bias if name.endswith("bias") else dtype for name in heads((12,), True)}
+    exact = {name: (3 * x).to(kinds[name]).double() for name, x in heads((12,), True).items()}
+    given = {name: x.to(kinds[name]) for name, x in exact.items()}
+    learns = ("student_input", "student_weight", "student_bias")
+    for inputs in (exact, given):
+        for name in learns:
+            inputs[name].requires_grad_()
+    truth = reduced(gkd(exact, 0.5, 1.0), None, "batchmean")
+    loss = shim.LigerFusedLinearJSDLoss(0.0, 1.0)(**given, true_labels=torch.zeros(12, dtype=torch.int64))
+    truth.backward()
+    loss.backward()
+    assert_close(loss, truth.detach(), VALUE + HEAD)
+    for name in learns:
+        wanted = exact[name].grad
+        assert wanted is not None
+        bound = VALUE + HEAD + rounding(wanted, kinds[name])
+        assert_close(given[name].grad, wanted, bound, dtype=kinds[name], what=name)
 
 
 def test_flat_labels_of_three_dimensional_states() -> None:
@@ -252,6 +275,7 @@ def test_kl_div_of_logarithms(reduction: str, dtype: torch.dtype) -> None:
     check(ours, formula, {"y": unrelated(12, V).student, "p": weights_of((12,), "part").log()}, ("y",), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @each("dtype", DTYPES)
 @each("log_target", [True, False])
 @each("reduction", REDUCTIONS)
