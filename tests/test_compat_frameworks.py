@@ -305,6 +305,17 @@ def test_heads(name: str) -> None:
         assert operands[1][key].grad is None
 
 
+@each("cuts", [[5, 3], [1, 4, 3], [8], [0, 8]])
+@each("kind", ["Forward", "Reverse", "Symmetric"])
+def test_chunks_of_any_length(kind: str, cuts: list[int]) -> None:
+    """Labels are cut where the logits are: torchtune cuts them by torch.chunk, and fails at another cut's reshape."""
+    loss, whole = (getattr(torchtune, f"{kind}KL{name}")() for name in ("WithChunkedOutputLoss", "Loss"))
+    rows = unrelated(*SHAPE)
+    original = SHIMS[f"torchtune-{kind}-mean"].original if kind != "Symmetric" else None
+    chunked = lambda s, t, y: loss(*(x.split(cuts, 1) for x in (s, t)), y)  # noqa: E731
+    check(Shim(chunked, original or (lambda s, t, y: whole(s, t, y))), rows)
+
+
 COMPILED = [
     "torchtune-Symmetric-mean",
     "torchtune-Forward-chunked",
@@ -416,8 +427,11 @@ def test_wrong_arguments_are_named() -> None:
     logits = torch.randn(2, 4, 9)
     with pytest.raises(ValueError, match=r"sym_kd_ratio must be in the range \[0, 1\], got 1.5"):
         torchtune.SymmetricKLLoss(1.5)
-    with pytest.raises(ValueError, match=r"teacher_logits must be a list of 2 chunks, .* got 1"):
-        torchtune.ForwardKLWithChunkedOutputLoss(2)(logits.chunk(2, 1), [logits], torch.zeros(2, 4, dtype=torch.int64))
+    labels, chunks = torch.zeros(2, 4, dtype=torch.int64), logits.chunk(2, 1)
+    with pytest.raises(ValueError, match=r"teacher_logits must be a list of chunks of \[2, 2\] tokens .* got \[4\]"):
+        torchtune.ForwardKLWithChunkedOutputLoss(2)(chunks, [logits], labels)
+    with pytest.raises(ValueError, match=r"student_logits must be .* of 4 tokens together, .* got chunks of \[2\]"):
+        torchtune.ForwardKLWithChunkedOutputLoss(2)(chunks[:1], chunks[:1], labels)
     with pytest.raises(ValueError, match=r"reduction must be one of .*'batchmean'.*, got 'token_mean'"):
         modelopt.LogitsDistillationLoss(reduction="token_mean")
     for module in (modelopt.LogitsDistillationLoss, automodel.KDLoss, lambda **t: megatron.LogitsKLLoss(config(), **t)):

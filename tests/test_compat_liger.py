@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import VALUE, each, near, random_labels, side, unrelated
-from close import assert_close
+from cases import HEAD, VALUE, each, random_labels, side, unrelated
+from close import assert_close, rounding
 from originals import DTYPES, check, gkd_summands
 from test_memory import measure
 from torch import Tensor
 
 import fusedkd.compat.liger as shim
+from fusedkd.compat import _pointwise
 
 BETAS = (0.0, 0.3, 1.0)
 V = 97
@@ -110,6 +111,29 @@ def test_fused_linear_jsd_loss(bias: bool, beta: float, mix: tuple[float, float]
         assert part.requires_grad == (name == "loss")
 
 
+@each("bias", [torch.float32, torch.bfloat16])
+def test_a_bias_in_another_dtype(bias: torch.dtype) -> None:
+    """A float32 bias keeps its digits beside bfloat16 operands, and the other way round is no error, as in Liger."""
+    dtype = torch.float32 if bias == torch.bfloat16 else torch.bfloat16
+    kinds = {name: bias if name.endswith("bias") else dtype for name in heads((12,), True)}
+    exact = {name: (3 * x).to(kinds[name]).double() for name, x in heads((12,), True).items()}
+    given = {name: x.to(kinds[name]) for name, x in exact.items()}
+    learns = ("student_input", "student_weight", "student_bias")
+    for inputs in (exact, given):
+        for name in learns:
+            inputs[name].requires_grad_()
+    truth = reduced(gkd(exact, 0.5, 1.0), None, "batchmean")
+    loss = shim.LigerFusedLinearJSDLoss(0.0, 1.0)(**given, true_labels=torch.zeros(12, dtype=torch.int64))
+    truth.backward()
+    loss.backward()
+    assert_close(loss, truth.detach(), VALUE + HEAD)
+    for name in learns:
+        wanted = exact[name].grad
+        assert wanted is not None
+        bound = VALUE + HEAD + rounding(wanted, kinds[name])
+        assert_close(given[name].grad, wanted, bound, dtype=kinds[name], what=name)
+
+
 def test_flat_labels_of_three_dimensional_states() -> None:
     """As trainers that flatten their labels only."""
     inputs = {name: x.float() for name, x in heads((3, 4)).items()}
@@ -170,21 +194,26 @@ def test_jsd(lead: tuple[int, ...], beta: float, labelled: bool) -> None:
     check(ours, formula, {"q": rows.student, "p": rows.teacher}, ("q",), torch.float32)
 
 
+def gathered(lead: tuple[int, ...], k: int = 32) -> dict[str, Tensor]:
+    """Log-probabilities of the k columns that the teacher likes best: rows of less than 1 each, and not alike."""
+    rows = unrelated(*lead, V, std=1.0)
+    q, p = (x.log_softmax(-1) for x in (rows.student, rows.teacher))
+    best = p.topk(k).indices
+    return {"q": q.gather(-1, best), "p": p.gather(-1, best)}
+
+
+@each("dtype", DTYPES)
+@each("labelled", [True, False])
 @each("beta", BETAS)
-def test_jsd_of_bfloat16(beta: float) -> None:
-    """Rounded log-probabilities sum to 0.99 or 1.01; taken as they are, the KL of models that agree is negative."""
-    rows = near(1e-2, 12, V, dtype=torch.bfloat16)
-    inputs = {"q": rows.student.log_softmax(-1), "p": rows.teacher.log_softmax(-1)}
+@each("lead", LEADS)
+def test_jsd_of_some_columns(lead: tuple[int, ...], beta: float, labelled: bool, dtype: torch.dtype) -> None:
+    """Value and gradient of log-probabilities as they are, whose rows do not sum to 1."""
+    labels = labels_of(lead, 5) if labelled else None
 
     def formula(q: Tensor, p: Tensor) -> Tensor:
-        return gkd_summands(p.log_softmax(-1), q.log_softmax(-1), beta).sum() / 12
+        return reduced(gkd_summands(p, q, beta), labels, "batchmean", 5)
 
-    check(lambda q, p: shim.liger_jsd(q, p, beta=beta), formula, inputs, ("q",), torch.bfloat16)
-    rounded = [inputs[name].bfloat16().double() for name in ("p", "q")]
-    if beta in (0, 1):
-        assert (gkd_summands(*rounded, beta).sum(-1) < 0).any()
-    for row in range(12):
-        assert shim.liger_jsd(inputs["q"][row].bfloat16(), inputs["p"][row].bfloat16(), beta=beta) >= 0
+    check(lambda q, p: shim.liger_jsd(q, p, labels, beta, 5), formula, gathered(lead), ("q",), dtype)
 
 
 @each("beta", BETAS)
@@ -244,6 +273,20 @@ def test_kl_div_of_logarithms(reduction: str, dtype: torch.dtype) -> None:
         return reduced(p.exp() * (p - y.log_softmax(-1)), None, reduction)
 
     check(ours, formula, {"y": unrelated(12, V).student, "p": weights_of((12,), "part").log()}, ("y",), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@each("dtype", DTYPES)
+@each("log_target", [True, False])
+@each("reduction", REDUCTIONS)
+def test_kl_div_of_some_columns(reduction: str, log_target: bool, dtype: torch.dtype) -> None:
+    """Sparse distillation: what nn.KLDivLoss gives, and -target as the gradient of the input."""
+    inputs = gathered((12,))
+    if not log_target:
+        inputs["p"] = inputs["p"].exp()
+    ours = shim.LigerKLDIVLoss(reduction=reduction, log_target=log_target)
+    original = torch.nn.KLDivLoss(reduction=reduction, log_target=log_target)
+    check(lambda q, p: ours(q, p), lambda q, p: original(q, p), inputs, ("q",), dtype)
 
 
 @each("labelled", [True, False])
@@ -306,15 +349,17 @@ def test_ignored_rows_are_not_read(reduction: str) -> None:
         assert not leaf.grad[labels == -100].any()
 
 
-def test_tvd_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@each("loss", [shim.liger_tvd, shim.liger_kl_div, shim.liger_jsd])
+def test_in_chunks(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time, and the same numbers."""
     p, q = torch.rand(2, 12, V).unbind()
     p.requires_grad_()
-    whole = torch.autograd.grad(shim.liger_tvd(p, q), p)
-    monkeypatch.setattr(shim, "CHUNK", 5 * V)
-    assert torch.equal(torch.autograd.grad(shim.liger_tvd(p, q), p)[0], whole[0])
-    loss = shim.liger_kl_div(p.log_softmax(-1), q)
-    monkeypatch.undo()
-    assert torch.equal(loss, shim.liger_kl_div(p.log_softmax(-1), q))
+    whole = loss(p, q)
+    (slope,) = torch.autograd.grad(whole, p)
+    monkeypatch.setattr(_pointwise, "CHUNK", 5 * V)
+    found = loss(p, q)
+    assert torch.equal(found, whole)
+    assert torch.equal(torch.autograd.grad(found, p)[0], slope)
 
 
 def test_the_defaults_of_the_functions() -> None:

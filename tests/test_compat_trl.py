@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ROW, VALUE, each, near, random_labels, side, unrelated
-from close import assert_close, relative
+from cases import HEAD, ROW, VALUE, each, near, random_labels, side, unrelated
+from close import assert_close, relative, rounding
 from originals import DTYPES, check, gkd_summands
 from test_memory import measure
 from torch import Tensor
@@ -252,6 +252,28 @@ def test_a_weight_in_another_dtype() -> None:
     assert master.grad.any()
 
 
+@each("bias", [torch.float32, torch.float64, torch.float16])
+def test_a_bias_in_another_dtype(bias: torch.dtype) -> None:
+    """Added in float32, as by TRL, whatever the hidden states are: in bfloat16 a bias of 3 loses two digits."""
+    exact = {
+        name: (3 * x if name.endswith("bias") else x).to(bias if name.endswith("bias") else torch.bfloat16).double()
+        for name, x in heads(bias=True).items()
+    }
+    given = {name: x.to(bias if name.endswith("bias") else torch.bfloat16) for name, x in exact.items()}
+    options = {"completion_mask": MASK, "beta": 0.5}
+    for inputs in (exact, given):
+        for name in HEADS:
+            inputs[name].requires_grad_()
+    truth, (loss, _, _) = trl_chunked(**exact, **options), shim.chunked_divergence_loss(**given, **options)
+    truth.backward()
+    loss.backward()
+    assert_close(loss, truth.detach(), VALUE + HEAD)
+    for name in HEADS:
+        wanted, dtype = exact[name].grad, given[name].dtype
+        assert wanted is not None
+        assert_close(given[name].grad, wanted, VALUE + HEAD + rounding(wanted, dtype), dtype=dtype, what=name)
+
+
 def test_a_sharded_weight() -> None:
     """What has a full_tensor, as a DTensor does, is asked for it."""
     inputs = {name: x.float() for name, x in heads(bias=True).items()}
@@ -322,6 +344,24 @@ def test_single_step_decomposition(masked: bool, reduction: str, dtype: torch.dt
         return trl_reduced(gkd_summands(logp, logq, 1.0), mask, reduction, None)
 
     check(ours, theirs, logits(*SHAPE), ("student_logits",), dtype)
+
+
+@each("dtype", DTYPES)
+@each("reduction", ["batchmean", "sum", "mean", "none"])
+@each("masked", [True, False])
+def test_single_step_decomposition_of_some_columns(masked: bool, reduction: str, dtype: torch.dtype) -> None:
+    """Log-probabilities are taken as they are: rows that do not sum to 1 have TRL's value and gradient."""
+    mask = MASK[:, :5] != 0 if masked else None
+    rows = {name: x.log_softmax(-1)[..., :40] for name, x in logits(*SHAPE).items()}
+    inputs = {name.replace("logits", "log_probs"): x for name, x in rows.items()}
+
+    def ours(**inputs: Tensor) -> Tensor:
+        return shim.single_step_decomposition_loss(**inputs, mask=mask, reduction=reduction)
+
+    def theirs(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        return trl_reduced(gkd_summands(teacher_log_probs, student_log_probs, 1.0), mask, reduction, None)
+
+    check(ours, theirs, inputs, ("student_log_probs",), dtype)
 
 
 @each("function", [shim.generalized_jsd_loss, shim.single_step_decomposition_loss])
@@ -430,6 +470,36 @@ def test_patch_some(trl: dict[str, Any]) -> None:
     assert calls(trl) == before
 
 
+def reload(trl: dict[str, Any]) -> None:
+    """What importlib.reload leaves of the modules: the same modules, with TRL's functions and another class."""
+    trl["gkd"].GKDTrainer = type("GKDTrainer", (), {"generalized_jsd_loss": staticmethod(original_jsd_loss)})
+    trl["distillation"]._chunked_divergence_loss = original_chunked_divergence_loss
+    for name in ("sdft", "sdpo"):
+        setattr(trl[name], FULL_LOGIT, original_full_logit)
+
+
+def test_patch_after_a_reload(trl: dict[str, Any]) -> None:
+    """What the reload undid is patched again, and unpatch also gives back what a class from before still holds."""
+    before, old = calls(trl), trl["gkd"].GKDTrainer
+    shim.patch()
+    reload(trl)
+    assert calls(trl) == before
+    shim.patch()
+    assert calls(trl) == OURS
+    shim.unpatch()
+    assert calls(trl) == before
+    assert old.generalized_jsd_loss is original_jsd_loss
+
+
+def test_unpatch_leaves_what_others_assigned(trl: dict[str, Any]) -> None:
+    before = calls(trl)
+    shim.patch()
+    trl["gkd"].GKDTrainer.generalized_jsd_loss = staticmethod(other_jsd_loss)
+    trl["distillation"]._chunked_divergence_loss = original_full_logit
+    shim.unpatch()
+    assert calls(trl) == [other_jsd_loss, other_jsd_loss, original_full_logit, *before[3:]]
+
+
 def other_jsd_loss(student_logits, teacher_logits, labels=None, beta=0.5, temperature=0.9, reduction="batchmean"):
     raise NotImplementedError
 
@@ -453,6 +523,8 @@ def test_patch_refuses_what_is_not_there(trl: dict[str, Any], monkeypatch: pytes
         shim.patch()
     with pytest.raises(ValueError, match=r"trainers must be among 'gkd', .*, got 'gold'"):
         shim.patch("gold")
+    with pytest.raises(TypeError, match=r'names one by one, as in patch\("gkd", "distillation"\), got a list'):
+        shim.patch(["gkd", "distillation"])
     monkeypatch.setitem(sys.modules, "trl.experimental.sdpo.sdpo_trainer", None)
     with pytest.raises(ImportError, match=r"TRL 1\.16, and trl\.experimental\.sdpo\.sdpo_trainer cannot be imported"):
         shim.patch("gkd", "sdpo")

@@ -19,8 +19,9 @@ from ..mixture import SATURATING
 def term(q, p, logq, logp, delta, theta):
     """f = ½ |p − q|, phi = −½ q sgn(δ)."""
     (far,) = theta
-    sign = tl.where(delta > 0, 1.0 + far, far) - tl.where(delta < 0, 1.0, 0.0)
-    return 0.5 * tl.abs(expm1_product(q, p, delta)), -0.5 * q * sign
+    half = 0.5 * q
+    slope = tl.where(delta < 0, half, 0.0) - tl.where(delta > 0, half, 0.0) - far * half
+    return 0.5 * tl.abs(expm1_product(q, p, delta)), slope
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:

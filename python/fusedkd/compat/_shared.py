@@ -7,6 +7,7 @@ import torch
 
 from .. import checks
 from ..divergence import Divergence, divergence
+from ..dtypes import accumulation_dtype
 from ..loss import kd_loss
 from ..sides import Side
 
@@ -61,6 +62,25 @@ def as_labels(mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask != 0, 0, IGNORED)
 
 
+def summable(mask: torch.Tensor) -> torch.Tensor:
+    """A mask, bool or in float32: the half-precision sum of a long one would be rounded, or infinite."""
+    return mask if mask.dtype == torch.bool else mask.to(accumulation_dtype(mask))
+
+
+def over(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """total / count, and total itself where nothing was counted."""
+    if not isinstance(count, torch.Tensor):
+        return total / (count or 1)
+    # From a CPU the host goes on once the number is staged; to a CPU it must wait, or would read too early.
+    count = count.detach().to(total.device, non_blocking=not total.is_cpu)
+    return total / torch.where(count == 0, 1, count)
+
+
+def bias_of(hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as a Head of these hidden states takes it: of their dtype, or in float32, in which it is added."""
+    return bias if bias is None or bias.dtype == hidden.dtype else bias.to(accumulation_dtype(hidden))
+
+
 def mean_loss(
     student: Side,
     teacher: Side,
@@ -72,11 +92,11 @@ def mean_loss(
     token_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Σ mask·(weight·D + entropy·H(teacher)) / Σ mask, 0 where the mask is empty; mask bool or numbers, (...)."""
+    mask, weights = summable(mask), token_weights
+    if mask.dtype != torch.bool:
+        weights = mask if weights is None else mask * weights
     total = mask.sum()
     total = torch.where(total == 0, 1, total)
-    weights = token_weights
-    if mask.dtype != torch.bool:
-        weights = mask.float() if weights is None else mask.float() * weights
     given: dict[str, Any] = {"divergence": chosen, "num_items": total, "token_weights": weights, **options}
     if entropy is None:
         return kd_loss(student, teacher, as_labels(mask), **given)

@@ -78,8 +78,9 @@ def bdkd(logits: Side, teacher_logits: Side, no_model_batch: Batch, **options: A
     with torch.no_grad():
         labels = _shared.as_labels(mask)
         _, stats = kd_loss(detached(logits), teacher_logits, labels, return_stats=True, **first)
-        forward = torch.where(stats.teacher_entropy > stats.student_entropy, _HEAVIER, 1.0)
-        reverse = torch.where(stats.student_entropy > stats.teacher_entropy, _HEAVIER, 1.0)
+        one = torch.ones_like(stats.teacher_entropy)
+        forward = torch.where(stats.teacher_entropy > stats.student_entropy, _HEAVIER, one)
+        reverse = torch.where(stats.student_entropy > stats.teacher_entropy, _HEAVIER, one)
     both = forward + reverse
     chosen = divergence("frkl", w=reverse / both)
     return _shared.mean_loss(logits, teacher_logits, mask, chosen, options, entropy=forward, token_weights=both)

@@ -8,12 +8,11 @@ accumulator of the weight's gradient; a batch without a counted row is 0 with a 
 different sizes are compared on the columns they share (Liger's chunked loss pads the student with zeros, which are
 probable tokens). No T² anywhere, as in Liger. Nothing needs a GPU, Triton or Liger.
 
-Log-probabilities are normalised on the way in: rounded ones (bfloat16) cannot give a negative divergence. The gradient
-to them differs from Liger's by a multiple of the student's probabilities, which the backward pass of log_softmax
-removes.
+Log-probabilities and probabilities are taken as they are: rows that do not sum to 1 (some columns gathered from a
+log_softmax, rounded bfloat16) have Liger's value and gradient, summand by summand, and a Kullback-Leibler divergence of
+such rows can be negative, as there.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ from .. import checks
 from ..head import Head
 from ..logprobs import token_logprobs
 from ..loss import KDStats, kd_loss
-from ..sides import Side
-from ._shared import IGNORED, as_labels, generalized_jsd, refuse
+from . import _pointwise
+from ._shared import IGNORED, as_labels, bias_of, generalized_jsd, over, refuse
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 TINY = torch.finfo(torch.float32).tiny  # stands for a probability of 0: its logarithm is finite, its share is not seen
-CHUNK = 2**24  # elements of a float32 temporary
 
 
 class LigerFusedLinearJSD(torch.nn.Module):
@@ -100,8 +98,8 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         Inputs (..., D), weights (V, D), labels (...), biases (V,). Labels that count must lie in the shared vocabulary
         if the hard loss is used; otherwise only `ignore_index` is looked for.
         """
-        student = Head(student_input, student_weight, student_bias)
-        teacher = Head(teacher_input, teacher_weight, teacher_bias)
+        student = Head(student_input, student_weight, bias_of(student_input, student_bias))
+        teacher = Head(teacher_input, teacher_weight, bias_of(teacher_input, teacher_bias))
         labels = _leading(true_labels, student_input)
         counted = labels != self.ignore_index
         if self.weight_hard_loss == 0 and not self.return_soft_hard_loss:
@@ -270,7 +268,7 @@ def liger_fused_linear_kl_div(
     _check_accumulator(accum_dtype)
     _check_alike(target, (*student_input.shape[:-1], len(student_weight)))
     labels = _counted(shift_labels, student_input, ignore_index)
-    total = _kl_to(Head(student_input, student_weight), target, False, eps, labels, temperature)
+    total = _kl_to(Head(student_input, student_weight), target, eps, labels, temperature)
     return _divided(total, _rows(labels, student_input), target.shape[-1], reduction)
 
 
@@ -290,9 +288,14 @@ def liger_jsd(
         beta: β; 0 is KL(teacher‖student), 1 is KL(student‖teacher).
         ignore_index: the label of rows that do not count.
 
-    A column where the teacher has −inf is left out of both sides (Liger gives NaN).
+    Nothing is normalised: value and gradient are those of Σ β p log(p/m) + (1 − β) q log(q/m), m = βp + (1 − β)q, also
+    for rows that do not sum to 1. A column where the teacher has −inf is left out (Liger gives NaN).
+    Cost: in plain torch, some reads of float32 temporaries of bounded size.
     """
-    return kd_loss(input, target, _counted(shift_labels, input, ignore_index), divergence=generalized_jsd(beta))
+    columns = min(input.shape[-1], target.shape[-1])
+    labels = _counted(shift_labels, input, ignore_index)
+    rows = _pointwise.row_sums(_pointwise.generalized_jsd(beta), input[..., :columns], target[..., :columns])
+    return _divided(_kept(rows, labels).sum(), _rows(labels, input), 1, "batchmean")
 
 
 def liger_kl_div(
@@ -310,10 +313,12 @@ def liger_kl_div(
         input: (..., V) log-probabilities of the student. The gradient flows here.
         target: (..., V) probabilities whose rows need not sum to 1, or log-probabilities with `log_target`.
         size_average: not supported, as in Liger. reduce: likewise.
-        reduction: "batchmean": Σ / rows, "mean": Σ / (rows · V), "sum", or "none": every summand, (..., V), of the
-            input as it is.
+        reduction: "batchmean": Σ / rows, "mean": Σ / (rows · V), "sum", or "none": every summand, (..., V).
         log_target: whether target is in logarithms, where eps is not used.
         eps: log max(target, eps) stands for log target.
+
+    Nothing is normalised, whatever the reduction: input and target may be some columns of a distribution, such as the
+    teacher's likeliest tokens. The gradient to input is −target. A summand is 0 where target is a probability of 0.
 
     Raises: NotImplementedError for size_average or reduce other than True.
     """
@@ -321,12 +326,8 @@ def liger_kl_div(
     refuse("liger_kl_div", {name: value for name, value in legacy.items() if value is not True})
     _check_reduction(reduction, *REDUCTIONS)
     _check_alike(target, input.shape)
-    target = target.detach()
-    if reduction == "none":
-        p, logp = _target(target, log_target, max(eps, TINY))
-        return p * (torch.where(p == 0, 0.0, logp) - torch.where(p == 0, 0.0, input.float()))
-    total = _kl_to(input, target, log_target, eps, None, 1.0)
-    return _divided(total, _rows(None, input), target.shape[-1], reduction)
+    kind = _pointwise.generalized_jsd(0) if log_target else _pointwise.kl_to_probabilities(eps)
+    return _reduced(kind, input, target, None, reduction)
 
 
 def liger_tvd(
@@ -346,88 +347,63 @@ def liger_tvd(
             (..., V), 0 in rows that do not count.
         ignore_index: the label of rows that do not count.
 
-    The inputs are probabilities already, so nothing is normalised and `kd_loss` has no part in it.
+    Nothing is normalised and `kd_loss` has no part in it: rows need not sum to 1.
     """
     _check_reduction(reduction, *REDUCTIONS)
     _check_alike(target, input.shape)
     labels = _counted(shift_labels, input, ignore_index)
     if labels is not None:
         checks.labels(labels, input.shape[:-1], input.device, IGNORED, 1, name="shift_labels")
-    ignored = None if labels is None else (labels < 0)
+    return _reduced(_pointwise.TVD, input, target, labels, reduction)
+
+
+def _reduced(
+    kind: _pointwise.Pointwise,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    labels: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
     if reduction == "none":
-        gap = input.float() - target.detach().float()
-        return 0.5 * (gap if ignored is None else gap.masked_fill(ignored.unsqueeze(-1), 0.0)).abs()
-    rows = _TotalVariation.apply(input.reshape(-1, input.shape[-1]), target.detach().reshape(-1, target.shape[-1]))
-    assert isinstance(rows, torch.Tensor)
-    if ignored is not None:
-        rows = rows.masked_fill(ignored.reshape(-1), 0.0)
-    return _divided(rows.sum(), _rows(labels, input), input.shape[-1], reduction)
+        return _kept(_pointwise.summands(kind, input, target), labels)
+    total = _kept(_pointwise.row_sums(kind, input, target), labels).sum()
+    return _divided(total, _rows(labels, input), input.shape[-1], reduction)
 
 
-class _TotalVariation(torch.autograd.Function):
-    """½ Σ |p − q| per row of (N, V) probabilities, some rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(p, q)
-        parts = [0.5 * (p[at].float() - q[at].float()).abs().sum(-1) for at in _slices(p)]
-        return torch.cat(parts) if parts else p.new_zeros(0, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        p, q = ctx.saved_tensors
-        grad = torch.empty_like(p)
-        for at in _slices(p):
-            upstream = grads[0][at].unsqueeze(-1)
-            slope = 0.5 * (p[at].float() - q[at].float()).sign()
-            grad[at] = torch.where(upstream == 0, 0.0, slope * upstream).to(p.dtype)
-        return grad, None
+def _kept(values: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Values (...) or (..., V), 0 in rows that do not count."""
+    if labels is None:
+        return values
+    return values.masked_fill((labels < 0).view(*labels.shape, *(1,) * (values.dim() - labels.dim())), 0.0)
 
 
 def _kl_to(
-    student: Side, target: torch.Tensor, log_target: bool, eps: float, labels: torch.Tensor | None, temperature: float
+    student: Head, target: torch.Tensor, eps: float, labels: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
     """Σ target·(log max(target, eps) − log q) over the counted rows.
 
     A row of mass c is c·KL(target/c‖q) + c log c; the floor eps adds to that what no gradient sees.
     """
     target = target.detach()
-    mass, constant = _constants(target, log_target, eps)
+    mass, constant = _constants(target, eps)
     if labels is not None:
         mass, constant = (x.masked_fill(labels < 0, 0.0) for x in (mass, constant))
-    _, logits = _target(target, log_target, TINY)
-    if temperature != 1:
-        logits = logits * temperature
+    logits = target.float().clamp_min(TINY).log() * temperature
     total = kd_loss(student, logits, labels, temperature=temperature, token_weights=mass, reduction="sum")
     return total + constant.sum()
 
 
-def _target(target: torch.Tensor, log_target: bool, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and logarithms of a target; in logarithms, what is below any probability is raised to the least."""
-    wide = target.float()
-    if log_target:
-        return wide.exp(), wide.clamp_min(math.log(TINY))
-    return wide, wide.clamp_min(floor).log()
-
-
-def _constants(target: torch.Tensor, log_target: bool, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _constants(target: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The mass of every row, and what its loss has beyond mass·KL."""
-    rows = target.reshape(-1, target.shape[-1])
+    rows = target.reshape(target.shape[:-1].numel(), target.shape[-1])
     mass = target.new_zeros(len(rows), dtype=torch.float32)
     floor = torch.zeros_like(mass)
-    for at in _slices(rows):
-        p, logp = _target(rows[at], log_target, TINY)
+    for at in _pointwise.slices(rows):
+        p = rows[at].float()
         mass[at] = p.sum(-1)
-        if not log_target:
-            floor[at] = (p * (p.clamp_min(max(eps, TINY)).log() - logp)).sum(-1)
+        floor[at] = (p * (p.clamp_min(max(eps, TINY)).log() - p.clamp_min(TINY).log())).sum(-1)
     constant = torch.xlogy(mass, mass) + floor
     return mass.view(target.shape[:-1]), constant.view(target.shape[:-1])
-
-
-def _slices(rows: torch.Tensor) -> list[slice]:
-    """Rows at a time."""
-    step = max(1, CHUNK // max(rows.shape[-1], 1))
-    return [slice(i, i + step) for i in range(0, len(rows), step)]
 
 
 def _leading(labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -441,15 +417,15 @@ def _counted(labels: torch.Tensor | None, rows: torch.Tensor, ignore_index: int)
     return None if labels is None else as_labels(_leading(labels, rows) != ignore_index)
 
 
-def _rows(labels: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+def _rows(labels: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | int:
     """How many count."""
-    return torch.tensor(rows.shape[:-1].numel()) if labels is None else (labels >= 0).sum()
+    return rows.shape[:-1].numel() if labels is None else (labels >= 0).sum()
 
 
-def _divided(total: torch.Tensor, rows: torch.Tensor, columns: int, reduction: str) -> torch.Tensor:
+def _divided(total: torch.Tensor, rows: torch.Tensor | int, columns: int, reduction: str) -> torch.Tensor:
     if reduction == "sum":
         return total
-    return total / (rows.clamp(min=1) * (columns if reduction == "mean" else 1))
+    return over(total, rows * (columns if reduction == "mean" else 1))
 
 
 def _check_reduction(reduction: str, *allowed: str) -> None:

@@ -104,7 +104,7 @@ class DKD(torch.nn.Module):
         return kd_loss(
             logits, teacher_logits, torch.where(mask != 0, target, _shared.IGNORED),
             divergence=divergence("dkd", alpha=self.alpha, beta=self.beta), temperature=self.temperature,
-            temperature_squared=True, token_weights=mask.float(), num_items=target.numel(),
+            temperature_squared=True, token_weights=mask.float(), num_items=max(target.numel(), 1),
         )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ class TAID(torch.nn.Module):
         self.disable_adaptive = disable_adaptive
         self.register_buffer("t", torch.tensor(t_start, dtype=torch.float32))
         self.register_buffer("prev_loss", torch.tensor(torch.inf, dtype=torch.float32))
-        self.register_buffer("momentum", torch.tensor(0.0))
+        self.register_buffer("momentum", torch.tensor(0.0, dtype=torch.float32))
 
     def update_t(self, loss: torch.Tensor, global_step: int, num_train_steps: int) -> torch.Tensor | None:
         """Move t for this loss and return α σ(momentum)(1 − t); the first call stores the loss and returns None."""
@@ -166,12 +166,10 @@ class TAID(torch.nn.Module):
                 raise NotImplementedError(
                     f'TAID needs {name} as logits, got a Head: kd_loss with divergence("taid", t=…) takes Heads'
                 )
-        t = float(self.t)
+        t, mask = float(self.t), _shared.summable(mask)
         loss = _shared.mean_loss(logits, teacher_logits, mask, divergence("taid", t=t), {})
-        total = mask.sum()
-        return loss + (_entropies(logits.detach(), teacher_logits.detach(), t) * mask).sum() / torch.where(
-            total == 0, 1, total
-        )
+        entropy = (_entropies(logits.detach(), teacher_logits.detach(), t) * mask).sum()
+        return loss + _shared.over(entropy, mask.sum())
 
     def forward(
         self,
@@ -196,4 +194,4 @@ def _entropies(logits: torch.Tensor, teacher_logits: torch.Tensor, t: float) -> 
     for z, u in zip(logits[..., :columns], teacher_logits[..., :columns], strict=True):
         mixed = u if t == 1 else z if t == 0 else (1 - t) * z.float() + t * u.float()
         rows.append(token_logprobs(mixed, ids, return_entropy=True)[1])
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros(logits.shape[:-1], device=logits.device, dtype=torch.float32)

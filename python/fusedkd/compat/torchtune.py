@@ -5,11 +5,11 @@ p == q; the gradient is the KL's), the reverse KL as it is, and their weighted s
 `fusedkd.Head`, which saves the logits themselves.
 
 Differences: a batch in which nothing counts gives 0 with a gradient graph, where the originals give a 0 without one, or
-NaN (0/0) in the chunked reverse and symmetric losses; lists of the wrong length raise instead of losing tokens. A
-student logit of −inf under a finite teacher gives inf in the forward KL, where the originals leave that column out. A
-teacher logit of −inf is p = 0 in `ForwardKLLoss`, as in the original; in the other two its column is removed from both
-sides, where the originals drop its term, keep the student's normaliser and give NaN gradients. Vocabularies may differ
-in size: the columns of both are compared.
+NaN (0/0) in the chunked reverse and symmetric losses; chunks may be of any lengths, and lists that do not have all
+tokens raise instead of losing some. A student logit of −inf under a finite teacher gives inf in the forward KL, where
+the originals leave that column out. A teacher logit of −inf is p = 0 in `ForwardKLLoss`, as in the original; in the
+other two its column is removed from both sides, where the originals drop its term, keep the student's normaliser and
+give NaN gradients. Vocabularies may differ in size: the columns of both are compared.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .. import checks
 from ..divergence import divergence
 from ..loss import kd_loss
 from ..sides import Side
-from ._shared import as_labels
+from ._shared import as_labels, over
 
 
 class _KLLoss(torch.nn.Module):
@@ -92,18 +92,22 @@ class _ChunkedKLLoss(torch.nn.Module):
     def forward(
         self, student_logits: Sequence[Side], teacher_logits: Sequence[Side], labels: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of lists of (B, T/chunks, V) logits and labels (B, T), which are cut as torch.chunk cuts.
+        """The loss of lists of (B, tokens of the chunk, V) logits, and labels (B, T), which are cut as the logits are.
 
-        Returns: float32 scalar, the mean over counted tokens. Raises ValueError if the lists do not match the labels.
+        Returns: float32 scalar, the mean over counted tokens. Raises ValueError if the chunks do not have T tokens
+        together, or the two lists are cut differently.
         """
-        pieces = labels.chunk(self.num_output_chunks, dim=1)
-        for name, given in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-            if len(given) != len(pieces):
-                raise ValueError(
-                    f"{name} must be a list of {len(pieces)} chunks, as labels of shape {tuple(labels.shape)} are cut "
-                    f"into for num_output_chunks={self.num_output_chunks}, got {len(given)}"
-                )
-        chunks = zip(student_logits, teacher_logits, pieces, strict=True)
+        lengths, others = ([_length(x, len(labels)) for x in chunks] for chunks in (student_logits, teacher_logits))
+        if sum(lengths) != labels.shape[1]:
+            raise ValueError(
+                f"student_logits must be a list of chunks of {labels.shape[1]} tokens together, as labels of shape "
+                f"{tuple(labels.shape)} have, got chunks of {lengths}"
+            )
+        if others != lengths:
+            raise ValueError(
+                f"teacher_logits must be a list of chunks of {lengths} tokens as student_logits, got {others}"
+            )
+        chunks = zip(student_logits, teacher_logits, labels.split(lengths, dim=1), strict=True)
         totals = [self._loss(student, teacher, piece, normalize=False) for student, teacher, piece in chunks]
         return _mean(torch.stack(totals).sum(), labels, self.ignore_index)
 
@@ -130,5 +134,11 @@ class SymmetricKLWithChunkedOutputLoss(_ChunkedKLLoss):
         self.sym_kd_ratio = sym_kd_ratio
 
 
+def _length(chunk: Side, batch: int) -> int:
+    """Tokens of each sequence in a chunk, (B, tokens, V) or (B·tokens, V)."""
+    shape = checks.leading(chunk)
+    return shape[1] if len(shape) > 1 else shape.numel() // max(batch, 1)
+
+
 def _mean(total: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    return over(total, (labels != ignore_index).sum())

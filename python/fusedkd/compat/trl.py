@@ -3,22 +3,26 @@
     import fusedkd.compat.trl
     fusedkd.compat.trl.patch()
 
-Values and gradients are TRL's. What differs: results are float32 whatever the inputs are; a batch without a counted
-token is 0 with a zero gradient; two vocabularies of different sizes are compared on the columns they share (TRL
-raises); a column where the teacher's logit is −inf is left out of both sides (TRL gives NaN). No T² anywhere, as in
-TRL. TRL is imported by `patch` only.
+Values and gradients are TRL's. What differs: results are float32 (float64 for float64 inputs); a batch without a
+counted token is 0 with a zero gradient, also where the count given is 0; the functions compare two vocabularies of
+different sizes on the columns they share (TRL's functions raise, and so do its trainers before they call one); a column
+where the teacher's logit is −inf is left out of both sides (TRL gives NaN). No T² anywhere, as in TRL. TRL is imported
+by `patch` only.
 """
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from ..dtypes import accumulation_dtype
 from ..head import Head
 from ..loss import kd_loss
-from ._shared import IGNORED, as_labels, generalized_jsd, refuse
+from . import _pointwise
+from ._shared import IGNORED, as_labels, bias_of, generalized_jsd, over, refuse
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
@@ -49,8 +53,17 @@ def generalized_jsd_loss(
     Cost: that of `kd_loss` on logits; "none" holds several float32 (..., V).
     Source: Agarwal et al., GKD, ICLR 2024, eq. 1.
     """
+    _check_reduction(reduction)
     counted = None if labels is None else labels != IGNORED
-    return _reduced(student_logits, teacher_logits, counted, beta, temperature, reduction, num_items_in_batch)
+    if reduction == "none" and num_items_in_batch is None:
+        rows = [x if counted is None else x[counted] for x in (student_logits, teacher_logits)]
+        return _pointwise.summands(_pointwise.generalized_jsd(beta), *_logprobs(*rows, temperature))
+    total = kd_loss(
+        student_logits, teacher_logits, None if counted is None else as_labels(counted),
+        divergence=generalized_jsd(beta), temperature=temperature, reduction="sum",
+    )  # fmt: skip
+    columns = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    return _reduced(total, (*student_logits.shape[:-1], columns), counted, reduction, num_items_in_batch)
 
 
 def chunked_divergence_loss(
@@ -75,7 +88,8 @@ def chunked_divergence_loss(
         student_hidden_states: (B, K, D) before the output layer. The gradient flows here, to the student's weight and
             its bias.
         teacher_hidden_states: (B, K, its own D).
-        student_lm_head_weight: (V, D); a DTensor is gathered once. Cast to the hidden states' dtype.
+        student_lm_head_weight: (V, D); a DTensor is gathered once. Cast to the hidden states' dtype; a bias is not, but
+            added in float32.
         teacher_lm_head_weight: likewise.
         completion_mask: (B, K); what is not 0 counts.
         beta: β as in `generalized_jsd_loss`.
@@ -108,7 +122,8 @@ def chunked_divergence_loss(
         reduction="sum", return_stats=True,
     )  # fmt: skip
     n_valid = counted.sum()
-    return _divided(total, n_valid, num_items_in_batch), stats.student_entropy.sum(), n_valid
+    items = n_valid if num_items_in_batch is None else num_items_in_batch
+    return over(total, items), stats.student_entropy.sum(), n_valid
 
 
 def compute_full_logit_self_distillation_loss(
@@ -130,73 +145,54 @@ def single_step_decomposition_loss(
     """`MiniLLMTrainer._single_step_decomposition_loss` (TRL before 1.16): KL(student‖teacher) of log-probabilities.
 
     Args:
-        student_log_probs: (B, T, V) log-probabilities. Logits give the same, so the log_softmax before can go.
-        teacher_log_probs: likewise.
+        student_log_probs: (B, T, V) log-probabilities, taken as they are: rows need not sum to 1.
+        teacher_log_probs: likewise; a column where it is −inf is left out.
         mask: (B, T); what is not 0 counts.
         reduction: as in `generalized_jsd_loss`.
 
-    The gradient is that of normalised log-probabilities: it differs from TRL's by a multiple of the student's
-    probabilities, which the backward pass of log_softmax removes.
     Source: Gu et al., MiniLLM, ICLR 2024, section 2.2, the single-step part.
     """
+    _check_reduction(reduction)
     counted = None if mask is None else mask != 0
-    return _reduced(student_log_probs, teacher_log_probs, counted, 1.0, 1.0, reduction, None)
+    columns = min(student_log_probs.shape[-1], teacher_log_probs.shape[-1])
+    rows = [x[..., :columns] for x in (student_log_probs, teacher_log_probs)]
+    reverse_kl = _pointwise.generalized_jsd(1)
+    if reduction == "none":
+        return _pointwise.summands(reverse_kl, *(rows if counted is None else (x[counted] for x in rows)))
+    each = _pointwise.row_sums(reverse_kl, *rows)
+    total = (each if counted is None else each.masked_fill(~counted, 0.0)).sum()
+    return _reduced(total, rows[0].shape, counted, reduction, None)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
 
 
 def _reduced(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
+    total: torch.Tensor,
+    shape: tuple[int, ...],
     counted: torch.Tensor | None,
-    beta: float,
-    temperature: float,
     reduction: str,
     num_items: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    if reduction == "none" and num_items is None:
-        rows = (student, teacher) if counted is None else (student[counted], teacher[counted])
-        return _summands(*rows, beta, temperature)
-    labels = None if counted is None else as_labels(counted)
-    total = kd_loss(
-        student, teacher, labels, divergence=generalized_jsd(beta), temperature=temperature, reduction="sum"
-    )  # fmt: skip
-    if num_items is None and reduction == "sum":
+    """The sum over summands of a shape (..., V), divided as TRL divides it."""
+    if num_items is not None:
+        return over(total, num_items)
+    if reduction == "sum":
         return total
-    if counted is None:
-        tokens = torch.tensor(student.shape[:-1].numel() if reduction == "mean" else student.shape[0])
-    else:
-        tokens = counted.sum()
-    columns = min(student.shape[-1], teacher.shape[-1]) if reduction == "mean" else 1
-    return _divided(total, tokens * columns, num_items)
+    rows = math.prod(shape[:-1]) if reduction == "mean" else shape[0]
+    tokens = rows if counted is None else counted.sum()
+    return over(total, tokens * (shape[-1] if reduction == "mean" else 1))
 
 
-def _divided(total: torch.Tensor, tokens: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Over the given number, or over the tokens, at least one."""
-    if num_items is None:
-        return total / tokens.clamp(min=1)
-    return total / (num_items.to(total.device, non_blocking=True) if isinstance(num_items, torch.Tensor) else num_items)
-
-
-def _summands(student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float) -> torch.Tensor:
-    """Every summand of the divergence, as `F.kl_div` leaves them, from the columns that `kd_loss` compares."""
-    columns = min(student.shape[-1], teacher.shape[-1])
-    teacher = teacher[..., :columns].detach().float() / temperature
-    student = student[..., :columns].float() / temperature
-    gone = teacher == -torch.inf
-    student = student.masked_fill(gone, -torch.inf)
-    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
-    if beta == 0:
-        return _kl_summands(logp, logq)
-    if beta == 1:
-        return _kl_summands(logq, logp)
-    share = logp.new_tensor([beta, 1 - beta]).log()
-    logm = torch.logaddexp(*((x + w).masked_fill(gone, 0.0) for x, w in zip((logp, logq), share, strict=True)))
-    return beta * _kl_summands(logp, logm) + (1 - beta) * _kl_summands(logq, logm)
-
-
-def _kl_summands(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    return logp.exp() * torch.where(logp == -torch.inf, 0.0, logp - logq)
+def _logprobs(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> list[torch.Tensor]:
+    """Of the columns that `kd_loss` compares."""
+    columns, wide = min(student.shape[-1], teacher.shape[-1]), accumulation_dtype(student, teacher)
+    teacher = teacher[..., :columns].detach().to(wide) / temperature
+    student = student[..., :columns].to(wide) / temperature
+    student = student.masked_fill(teacher == -torch.inf, -torch.inf)
+    return [student.log_softmax(-1), teacher.log_softmax(-1)]
 
 
 def _head(
@@ -209,17 +205,17 @@ def _head(
 ) -> Head:
     if not scale > 0:
         refuse("chunked_divergence_loss", {f"{name}_logit_scale": scale})
-    weight = _whole(f"{name}_lm_head_weight", weight, hidden.dtype)
-    bias = None if bias is None else _whole(f"{name}_lm_head_bias", bias, hidden.dtype)
+    weight = _whole(f"{name}_lm_head_weight", weight).to(hidden.dtype)
+    bias = None if bias is None else bias_of(hidden, _whole(f"{name}_lm_head_bias", bias))
     return Head(hidden, weight, bias, scale, softcap)
 
 
-def _whole(name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """All of a parameter, in the dtype of the hidden states it meets."""
+def _whole(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter."""
     if hasattr(parameter, "ds_id"):
         raise NotImplementedError(f"{name} is partitioned by DeepSpeed ZeRO-3, which is not supported: unpatch()")
     gather = getattr(parameter, "full_tensor", None)
-    return (parameter if gather is None else gather()).to(dtype)
+    return parameter if gather is None else gather()
 
 
 class _Site(NamedTuple):
@@ -249,35 +245,54 @@ _SITES = {
         compute_full_logit_self_distillation_loss,
     ),
 }
-_originals: dict[str, Any] = {}
+
+
+class _Patch(NamedTuple):
+    """What stood at a site before, and in which class or module, which a reload replaces."""
+
+    site: _Site
+    owner: Any
+    original: Any
+
+
+_patches: list[_Patch] = []
 
 
 def patch(*trainers: str) -> None:
     """Have TRL's trainers call these functions: "gkd", "distillation", "sdft" and "sdpo", or only those named.
 
-    Nothing is changed unless all of them can be. Again is no error. Trainers made before are patched too.
+    Nothing is changed unless all of them can be. Again is no error, and after a reload of TRL's modules it is needed.
+    Trainers made before are patched too. It holds for this process: one that was spawned, or a fresh interpreter, has
+    to call it as well.
 
-    Raises ValueError for another name, ImportError where TRL or a trainer of it cannot be imported, and RuntimeError
-    where its function does not have the arguments that are expected here.
+    Raises TypeError for what is no name, ValueError for another name, ImportError where TRL or a trainer of it cannot
+    be imported, and RuntimeError where its function does not have the arguments that are expected here.
     """
-    chosen = [name for name in trainers or _SITES if name not in _originals]
-    for name in chosen:
+    for name in trainers:
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise TypeError(f'trainers must be names one by one, as in patch("gkd", "distillation"), got a {kind}')
         if name not in _SITES:
             raise ValueError(f"trainers must be among {', '.join(map(repr, _SITES))}, got {name!r}")
-    owners = {name: _owner(_SITES[name]) for name in chosen}
-    for name, owner in owners.items():
-        _check_signature(_SITES[name], owner)
-    for name, owner in owners.items():
-        site = _SITES[name]
-        _originals[name] = vars(owner)[site.name]
+    places = [(site, _owner(site)) for site in (_SITES[name] for name in dict.fromkeys(trainers or _SITES))]
+    places = [(site, owner) for site, owner in places if not _ours(site, owner)]
+    for site, owner in places:
+        _check_signature(site, owner)
+    for site, owner in places:
+        _patches.append(_Patch(site, owner, vars(owner)[site.name]))
         setattr(owner, site.name, site.replacement if site.owner is None else staticmethod(site.replacement))
 
 
 def unpatch() -> None:
-    """Give TRL its own functions back."""
-    while _originals:
-        name, original = _originals.popitem()
-        setattr(_owner(_SITES[name]), _SITES[name].name, original)
+    """Give TRL its own functions back. What was assigned there after `patch` by anyone else stays."""
+    while _patches:
+        site, owner, original = _patches.pop()
+        if _ours(site, owner):
+            setattr(owner, site.name, original)
+
+
+def _ours(site: _Site, owner: Any) -> bool:
+    return getattr(owner, site.name, None) is site.replacement
 
 
 def _owner(site: _Site) -> Any:

@@ -1,0 +1,116 @@
+"""Divergences of probabilities and log-probabilities taken as they are: their rows need not sum to 1.
+
+Every summand depends on one column of a row, so nothing is normalised, a sum is the sum of what "none" returns, and the
+gradient is that of each summand.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..dtypes import accumulation_dtype
+from ..kernels.mixture import log_mixture
+
+CHUNK = 2**24  # elements of a float32 temporary
+
+
+class Pointwise(NamedTuple):
+    """Summands of student and teacher, and their derivative by the student: both (rows, V), wide."""
+
+    summands: Callable[[Tensor, Tensor], Tensor]
+    slopes: Callable[[Tensor, Tensor], Tensor]
+
+
+TVD = Pointwise(lambda p, q: 0.5 * (p - q).abs(), lambda p, q: 0.5 * (p - q).sign())
+
+
+def kl_to_probabilities(eps: float) -> Pointwise:
+    """t·(log max(t, eps) − log q) of a student in logarithms and probabilities t, 0 where t is."""
+    return Pointwise(lambda x, t: t * torch.where(t == 0, 0.0, t.clamp_min(eps).log() - x), lambda x, t: -t)
+
+
+def generalized_jsd(beta: float) -> Pointwise:
+    """GKD's divergence of log-probabilities: KL(p‖q) at β = 0, KL(q‖p) at β = 1.
+
+    A column where the teacher has −inf is left out of both sides.
+    """
+    if beta == 0:
+        return Pointwise(lambda x, y: _kl(y, x), lambda x, y: -y.exp())
+    if beta == 1:
+        return Pointwise(lambda x, y: _present(y, _kl(x, y)), lambda x, y: _present(y, x.exp() + _kl(x, y)))
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie in [0, 1] (0: forward KL, 1: reverse KL), got {beta}")
+
+    def to_mixture(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 − β) q log(q/m) and β p log(p/m)."""
+        # A third axis, because of two axes log_mixture looks at the numbers, which waits for a GPU.
+        delta = _present(y, y - x).clamp(max=1e30).unsqueeze(0)
+        above, beyond, _ = log_mixture.torch(delta.new_full((), beta), delta, delta.new_zeros(()))
+        return (beta - 1) * _present(y, x.exp()) * above[0], -beta * y.exp() * beyond[0]
+
+    return Pointwise(lambda x, y: torch.add(*to_mixture(x, y)), lambda x, y: to_mixture(x, y)[0])
+
+
+def _kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """p log(p/q), 0 where p is."""
+    return logp.exp() * torch.where(logp == -math.inf, 0.0, logp - logq)
+
+
+def _present(teacher: Tensor, x: Tensor) -> Tensor:
+    return torch.where(teacher == -math.inf, 0.0, x)
+
+
+def summands(kind: Pointwise, student: Tensor, teacher: Tensor) -> Tensor:
+    """(..., V) float32 (float64 for float64 inputs)."""
+    return _flat(kind, student, teacher, False).view(student.shape)
+
+
+def row_sums(kind: Pointwise, student: Tensor, teacher: Tensor) -> Tensor:
+    """(...) sums of `summands`, without a temporary of (..., V)."""
+    return _flat(kind, student, teacher, True).view(student.shape[:-1])
+
+
+def slices(rows: Tensor) -> list[slice]:
+    """Rows of a matrix at a time."""
+    step = max(1, CHUNK // max(rows.shape[-1], 1))
+    return [slice(i, i + step) for i in range(0, len(rows), step)]
+
+
+def _flat(kind: Pointwise, student: Tensor, teacher: Tensor, summed: bool) -> Tensor:
+    shape = student.shape[:-1].numel(), student.shape[-1]
+    flat = _Function.apply(student.reshape(shape), teacher.detach().reshape(shape), kind, summed)
+    assert isinstance(flat, Tensor)
+    return flat
+
+
+class _Function(torch.autograd.Function):
+    """The summands of (rows, V), or their sum per row, some rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: Pointwise, summed: bool) -> Tensor:
+        ctx.kind, ctx.summed = kind, summed
+        ctx.inference = teacher if teacher.is_inference() else None  # save_for_backward refuses such a tensor
+        ctx.save_for_backward(student, None if teacher.is_inference() else teacher)
+        wide = accumulation_dtype(student, teacher)
+        out = student.new_empty(student.shape[:1] if summed else student.shape, dtype=wide)
+        for at in slices(student):
+            part = kind.summands(student[at].to(wide), teacher[at].to(wide))
+            out[at] = part.sum(-1) if summed else part
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, teacher = ctx.saved_tensors
+        teacher = ctx.inference if teacher is None else teacher
+        upstream = grads[0].unsqueeze(-1) if ctx.summed else grads[0]
+        grad = torch.empty_like(student)
+        for at in slices(student):
+            wide = upstream[at]
+            slopes = ctx.kind.slopes(student[at].to(wide.dtype), teacher[at].to(wide.dtype))
+            grad[at] = torch.where(wide == 0, 0.0, slopes * wide).to(grad.dtype)
+        return grad, None, None, None
