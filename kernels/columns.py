@@ -171,8 +171,10 @@ def above_centre(s, t, centre):
 
 @formula
 def _excess(maxima):
-    """τ·m: how far the maximum of the mixed u' lies above that of z. Of logits: a product could be rounded on one side of
-    a difference only."""
+    """τ·m: how far the maximum of the mixed u' lies above that of z.
+
+    A difference of logits: where a compiler fuses product and sum, only one of two products would be rounded.
+    """
     return maxima[2] - (maxima[0] - _on_grid(maxima[0]))
 
 

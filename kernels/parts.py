@@ -449,7 +449,13 @@ def value(
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
         _conclude[(plan.rows,)](
-            **common, loss_ptr=loss, saved_ptr=kept, stats_ptr=stats, **shared, SUMS=plan.sweep["SUMS"], num_warps=1,
+            **common,
+            loss_ptr=loss,
+            saved_ptr=kept,
+            stats_ptr=stats,
+            **shared,
+            SUMS=plan.sweep["SUMS"],
+            num_warps=1,
             **FUSION,
         )
 

@@ -711,7 +711,13 @@ def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out
     if n:
         block = min(4096, max(SMALLEST, triton.next_power_of_2(problem.vocab_size)))
         _floor[(n,)](
-            pack(teacher), labels, out, problem.vocab_size, 1.0 / problem.temperature, depth, BLOCK=block,
+            pack(teacher),
+            labels,
+            out,
+            problem.vocab_size,
+            1.0 / problem.temperature,
+            depth,
+            BLOCK=block,
             **Tile(block, 4).options(),
         )
 

@@ -53,6 +53,7 @@ class Tile:
 # sweeps with a heavy term.
 TABLE: dict[Line, Tile] = {
     (ANY, "light", 2): Tile(4096, 8),
+    ("sm_80", "light", 2): Tile(4096, 8, 128),  # else 8 bytes are spilled for a third block
     (ANY, "light", 4): Tile(2048, 8, 128),
     (ANY, "heavy", 2): Tile(1024, 4, 168),
     (ANY, "heavy", 4): Tile(1024, 8, 128),

@@ -1,4 +1,4 @@
-"""NaN in a row's logits is NaN in its loss and in its gradient; rows beside it, and rows without weight, see nothing."""
+"""NaN in a row's logits is NaN in its loss and gradient; rows beside it, and rows without weight, see nothing."""
 
 from __future__ import annotations
 
