@@ -76,7 +76,10 @@ def meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED: tl.co
 
 @formula
 def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
-    """Loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient sweep's a, b, T, from F = total and Φ = mass."""
+    """Loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient sweep's a, b, T, from F = total and Φ = mass.
+
+    A loss of NaN makes b and T NaN, and with them the whole row of the gradient: a phi may compare and see no NaN.
+    """
     q_y = tl.exp(logq_y)
     rest = tl.exp(log_rest_q)
     target_loss = f_y + f_rest
@@ -95,6 +98,9 @@ def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targ
         grad_y = target * target_grad + nontarget * nontarget_grad
         per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
         slope = skew * per_q * q_y - (target * phi_y + nontarget * mass)  # phi_PQ/Q − phi_PQ = phi_PQ q_y/Q
+    known = loss == loss
+    slope = tl.where(known, slope, loss)
+    grad_y = tl.where(known, grad_y, loss)
     return loss, target_loss, nontarget_loss, target_grad, nontarget_grad, nontarget + 0.0 * q_y, slope, grad_y
 
 
@@ -126,5 +132,5 @@ def about_side(log_z, warmth, x_y, shift, alone, present, empty):
     lse = log_z + softplus(x_y - log_z)
     about_target = tl.where(present, tl.exp(logprob) * x_y, 0.0)
     entropy = tl.where(empty, 0.0, lse - warmth * tl.exp(-lse) - about_target)
-    logprob = tl.where(present & (logprob > -1e29), logprob, float("-inf"))
+    logprob = tl.where(present, tl.where(logprob <= -1e29, float("-inf"), logprob), float("-inf"))
     return entropy, logprob, tl.where(empty, alone, lse + shift)
