@@ -64,9 +64,8 @@ def row_dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _clearly(size: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether in every row the norm of a difference is no small part of the norm of w."""
-    return len(w) <= 64 and all(
-        bool(torch.dot(a, a) > _PLAIN**2 * torch.dot(b, b)) for a, b in zip(size, w, strict=True)
-    )
+    norm = torch.linalg.vector_norm
+    return bool((norm(size, dim=-1) > _PLAIN * norm(w, dim=-1)).all())
 
 
 def _eager_expm1_product(w, v, x):

@@ -7,19 +7,20 @@ accurate and cost half as much; the primitives of kernels/maths.py choose that f
 (float64 for float64 logits), the scalars of a few long rows in Python's numbers; ignored rows are not read.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from .kernels.maths import Summand, exp, row_dots, softplus, tanh
 from .kernels.rows import Problem, Side
-from .kernels.split import ABSENT, binary, offsets, settle
+from .kernels.split import ABSENT, binary, offsets, or_infinite, settle
 
 BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
 _FEW = 16  # rows whose scalars Python calculates faster than torch does
 _NEAR = 0.1  # KL(q‖p) below which the quotient of the normalisers is not exact enough for r
+_MASK = -1e15  # logits from here down are masks of some kind: no sum of a row may meet their size unprepared
+_PIECE = 128  # columns of which torch finds the largest in less time than where it is
 
 
 class _Block(NamedTuple):
@@ -194,16 +195,19 @@ def shaped(x: torch.Tensor, bias: Any, scale: Any, softcap: Any) -> tuple[torch.
     return x, slope
 
 
-def _without_infinities(
+def _bounded(
     s: torch.Tensor, t: torch.Tensor, teacher: Side, rows: torch.Tensor | slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """s and t with −inf made finite, the columns outside the support, and those with q = 0 < p."""
-    dead, holes = t == -torch.inf, s == -torch.inf
+    """s and t not below ABSENT, the columns outside the support, and the others that the student excludes.
+
+    Only a teacher's −inf takes a column out: dtypes' least numbers, with which others mask, are probabilities of 0.
+    """
+    dead = t == -torch.inf
     if teacher.floor is not None:
-        dead &= holes
+        dead &= s == -torch.inf
         t = torch.maximum(t, teacher.floor[rows].to(t.dtype).unsqueeze(-1))
-    holes &= ~dead
-    return s.masked_fill(dead | holes, ABSENT), t.masked_fill(dead, ABSENT), dead, holes
+    s, t = (x.masked_fill(dead, ABSENT).clamp_(min=ABSENT) for x in (s, t))
+    return s, t, dead, (s <= ABSENT) & ~dead
 
 
 def _open(
@@ -213,30 +217,27 @@ def _open(
     labels: torch.Tensor | None,
     rows: torch.Tensor | slice,
     room: torch.Tensor,
-    special: bool = False,
 ) -> _Block:
-    """A block's distributions, in `room`. A −inf logit shows as a sum that is not finite: that opens it with care."""
+    """A block's distributions, in `room`; with care where a logit is a mask."""
     V, tau = problem.vocab_size, problem.temperature
     like = room[0]
     s, _ = logits(student, rows, V, like.dtype)
     t, _ = logits(teacher, rows, V, like.dtype)
     dead = holes = None
-    if special or teacher.floor is not None:
-        special = True
-        s, t, dead, holes = _without_infinities(s, t, teacher, rows)
+    special = teacher.floor is not None or not bool(torch.minimum(s.amin(), t.amin()) > _MASK)  # NaN hides the least
+    if special:
+        s, t, dead, holes = _bounded(s, t, teacher, rows)
     n = len(s)
     nothing = like.new_full((n, 1), ABSENT)
     s_y, t_y, present = nothing, nothing, torch.zeros(n, dtype=torch.bool, device=like.device)
-    empty = None if dead is None else dead.all(-1)
+    empty = None if dead is None else (t <= ABSENT).all(-1)
     label = None if labels is None else labels[rows].unsqueeze(-1)
     y = t.argmax(-1, keepdim=True) if problem.argmax else label
     if y is not None:
-        s_y, t_y = s.gather(1, y), t.gather(1, y)
-        if not special and bool((s_y == -torch.inf).any()):
-            return _open(problem, student, teacher, labels, rows, room, special=True)
-        present = (~torch.isneginf(t_y) if dead is None else ~dead.gather(1, y)).squeeze(-1)
+        s_y, t_y = (or_unknown(x.gather(1, y)) for x in (s, t))
+        present = ~present if dead is None else ~dead.gather(1, y).squeeze(-1)
         if dead is not None or V == 1:
-            empty = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1)
+            empty = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1) & ~(s_y + t_y).isnan().squeeze(-1)
     tops = (_tops(s, y, s_y), _tops(t, y, t_y))
     into_q, into_p, d, z, u = (room[i % len(room), :n] for i in range(5))
     for to, x, top in ((z, s, tops[0]), (u, t, tops[1])):
@@ -282,10 +283,7 @@ def _open(
     if y is not None:
         d.scatter_(1, y, 0.0)
     r = (z_t / z_s).log()
-    mean = row_dots(q, d) / z_s - k.squeeze(-1)
-    if not special and not bool(torch.isfinite(mean).all()):
-        return _open(problem, student, teacher, labels, rows, room, special=True)
-    near = r - mean < _NEAR
+    near = r - (row_dots(q, d) / z_s - k.squeeze(-1)) < _NEAR
     if near.any():
         if bool((shift.abs() > 0.125).any()):
             d = difference(s, t, True, d)
@@ -317,16 +315,21 @@ def _open(
         dead=dead,
         holes=holes,
         empty=empty,
-        confident=log_zs < math.log(2),
+        confident=(z_s > 0.5) & (z_s < 2),  # a maximum counts 1, nothing at all counts less
         near=near,
     )
+
+
+def or_unknown(x: torch.Tensor) -> torch.Tensor:
+    """NaN for +inf, which is no logit: beside it every other column's share is 0 and its own inf/inf."""
+    return x.masked_fill(x == torch.inf, torch.nan)
 
 
 def _tops(x: torch.Tensor, y: torch.Tensor | None, x_y: torch.Tensor) -> torch.Tensor:
     """The rows' maxima (n, 1) without the target's column."""
     tops = x.amax(-1, keepdim=True)
     if y is not None:
-        again = (x_y >= tops).flatten()
+        again = ~(x_y < tops).flatten()
         if again.any():
             tops[again] = x[again].scatter_(1, y[again], ABSENT).amax(-1, keepdim=True)
     return tops
@@ -445,7 +448,7 @@ def _evaluate(
     f, phi = _term(problem, block, columns, theta)
     total, mass = _total(block, f), phi.sum(-1)
     if block.holes is not None:
-        total = torch.where(block.holes.any(-1) & (total > 1e10), torch.inf, total)
+        total = or_infinite.torch(total, columns.delta.amax(-1))
     pair = (logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
     empty = torch.zeros_like(block.present) if block.empty is None else block.empty
     result, split, (a, b, grad_y) = conclude(problem, block.rows, pair, block.present, empty, theta, total, mass)
@@ -453,7 +456,7 @@ def _evaluate(
     if problem.ce_weight:
         assert block.label is not None
         whole, _ = logits(student, block.rows, student.x.shape[2], loss.dtype)
-        ce_lse = whole.logsumexp(-1)
+        ce_lse = or_unknown(whole.logsumexp(-1))
         out = out + problem.ce_weight * (ce_lse - whole.gather(1, block.label).squeeze(-1))
     loss[block.rows] = out
     if stats is not None and about is not None:
@@ -464,8 +467,7 @@ def _evaluate(
         lses = [torch.where(empty, x, lse) for x, lse in zip(block.raw, lses, strict=True)]
         columns_of_stats = [result, *terms, *(torch.where(empty, 0.0, x) for x in entropies), *logprobs, *lses]
         stats[block.rows] = torch.stack(columns_of_stats, -1)
-    live = (~empty).to(out.dtype)
-    return columns.q, phi, (*at, live * a, live * b, live * grad_y, ce_lse, *extras)
+    return columns.q, phi, (*at, a, b, grad_y, ce_lse, *extras)
 
 
 def conclude(
@@ -478,11 +480,15 @@ def conclude(
     total: torch.Tensor,
     mass: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """Loss; L_T, L_N and their slopes at the target; the gradient's a, b, T: from the target's pair and the sums."""
+    """Loss; L_T, L_N and their slopes at the target; the gradient's a, b, T: from the target's pair and the sums.
+
+    Loss, a, b and T are 0 where a row is empty.
+    """
     weights = values_at(problem.weights, rows, total)
     numbers = (total, mass, pair, present, theta, *weights)
     result, *split, a, b, grad_y = by_row(settle, numbers, problem.definition.term, problem.decoupled)
-    return torch.where(empty, 0.0, result), split, (a, b, grad_y)
+    result, a, b, grad_y = (torch.where(empty, 0.0, x) for x in (result, a, b, grad_y))
+    return result, split, (a, b, grad_y)
 
 
 def by_row(formula: Any, numbers: tuple[Any, ...], *constants: Any) -> tuple[torch.Tensor, ...]:
@@ -518,7 +524,7 @@ def _statistics(
             logp_y, log_rest_p = -softplus.torch(-odds), -softplus.torch(odds)
     logs = [logq_y, logp_y]
     entropies = [_entropy(q, logq_y, log_rest_q), _entropy(p, logp_y, log_rest_p)]
-    logprobs = [torch.where(block.present & (x > ABSENT / 10), x, -torch.inf) for x in logs]
+    logprobs = [torch.where(block.present & ~(x <= ABSENT / 10), x, -torch.inf) for x in logs]
     if block.y is None:
         logprobs = [torch.full_like(logq_y, torch.nan)] * 2
     return entropies, logprobs, [block.lse[0] - log_rest_q, lse_t - log_rest_p]
@@ -551,11 +557,12 @@ def _write(
     g = torch.addcmul(g, q, b * scale, out=out[block.rows, :V] if direct else g)
     if block.y is not None:
         g.scatter_(1, block.y, torch.where(block.present.unsqueeze(-1), grad_y * scale, 0.0))
-    for row in block.confident.nonzero().flatten().tolist():
+    rows = block.confident.nonzero().flatten()
+    if len(rows):
         # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
-        top = _likeliest(q[row])
-        g[row, top] = 0.0
-        g[row, top] = -g[row].sum()
+        tops = _at_rows(_likeliest, q, rows)
+        g[rows, tops] = 0.0
+        g[rows, tops] = -_at_rows(_sums, g, rows)
     if block.holes is not None:
         g.masked_fill_(block.holes, 0.0)
     if block.empty is not None:
@@ -569,6 +576,8 @@ def _write(
             ce[:, :V] += g
             g = ce
         g.mul_(slope)
+    if upstream is not None and bool((up == 0).any()):
+        g.masked_fill_(up == 0, 0.0)  # also where the row is not finite
     if isinstance(block.rows, slice):
         if not direct:
             out[block.rows, : g.shape[1]] = g
@@ -577,12 +586,27 @@ def _write(
         out[block.rows] = torch.nn.functional.pad(g, (0, width - g.shape[1])).to(out.dtype)
 
 
-def _likeliest(q: torch.Tensor) -> int:
-    """Where q (V,) is largest: torch looks for a maximum's place one number at a time, for its size at many."""
-    piece = 512
-    largest = torch.nn.functional.pad(q, (0, -len(q) % piece)).view(-1, piece).amax(-1)
-    first = int(largest.argmax()) * piece
-    return first + int(q[first : first + piece].argmax())
+def _at_rows(reduce: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What `reduce` makes of some rows of x (n, V): of all, where so many are wanted that copying them takes longer."""
+    return reduce(x[rows]) if 4 * len(rows) < len(x) else reduce(x)[rows]
+
+
+def _sums(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1)
+
+
+def _likeliest(q: torch.Tensor) -> torch.Tensor:
+    """Where the rows of q (n, V) are largest: torch looks for a maximum's place one by one, for its size at many."""
+    width = q.shape[1]
+    if width <= _PIECE:
+        return q.argmax(-1)
+    whole = width - width % _PIECE
+    largest = q[:, :whole].unflatten(-1, (-1, _PIECE)).amax(-1)
+    if whole < width:
+        largest = torch.cat((largest, q[:, whole:].amax(-1, keepdim=True)), -1)
+    first = largest.argmax(-1, keepdim=True) * _PIECE
+    piece = torch.arange(_PIECE, device=q.device) + first
+    return q.gather(1, piece.clamp_(max=width - 1)).argmax(-1) + first.squeeze(-1)
 
 
 def values_at(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -139,7 +139,8 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
     s_y = t_y = zero + ABSENT
     present = zero > 0
     if y is not None and held is not None:
-        s_y, t_y, present = s.gather(1, y), t.gather(1, y), live.gather(1, y)
+        s_y, t_y = (cpu.or_unknown(x.gather(1, y)) for x in (s, t))
+        present = live.gather(1, y)
         live = live & ~held
     # What does not count has e^z = e^u = 0, and may then be called live (online.py).
     s, t = torch.where(live, s, ABSENT), torch.where(live, t, ABSENT)
@@ -167,10 +168,10 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         total, mass, target, present, theta, *numbers.weights, kind.definition.term.torch, kind.decoupled
     )
     *split, a, b, grad_y = settled
-    empty = state[1] == 0
+    empty = (state[1] == 0) & ~(s_y + t_y).isnan()
     loss, ce_lse = torch.where(empty, 0.0, split[0] * numbers.factor), zero
     if numbers.ce is not None and pair.label is not None:
-        ce_lse = full.logsumexp(-1, keepdim=True)
+        ce_lse = cpu.or_unknown(full.logsumexp(-1, keepdim=True))
         loss = loss + numbers.ce * (ce_lse - full.gather(1, pair.label))
     stats = zero
     if kind.with_stats:
@@ -224,7 +225,7 @@ def _gradient(
     offsets = (l_s, l_t, r)
     q, p, logq, logp, delta, _ = at_offsets.torch(s, t, tuple(centre), offsets, numbers.inv_tau, numbers.mix)
     _, phi = kind.definition.term.torch(q, p, logq, logp, delta, (*numbers.theta, *extras))
-    counts = live & (s > ABSENT)
+    counts = live & ~(s <= ABSENT)
     likeliest = counts & (q > 0.5)
     g = a * phi + b * q
     if held is not None:
@@ -244,10 +245,11 @@ def _gradient(
     if isinstance(slope, torch.Tensor):
         slope = slope.expand_as(full)
         g, entry = g * slope[:, :V], entry * slope.gather(1, at)
-    to[:, :V].copy_(g.to(to.dtype))
+    idle = upstream == 0  # whatever the row holds
+    to[:, :V].copy_(torch.where(idle, 0.0, g).to(to.dtype))
     if ce is not None and full.shape[1] > V:
-        to[:, V:].copy_((ce * slope)[:, V:].to(to.dtype))
-    return top, entry
+        to[:, V:].copy_(torch.where(idle, 0.0, (ce * slope)[:, V:]).to(to.dtype))
+    return top, torch.where(idle, 0.0, entry)
 
 
 def _graph(sweep: Callable[..., Any], problem: Problem, with_stats: bool, *tensors: torch.Tensor | None) -> Any:

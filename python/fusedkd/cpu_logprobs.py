@@ -2,7 +2,7 @@
 
 import torch
 
-from .cpu import logits, row_blocks
+from .cpu import logits, or_unknown, row_blocks
 from .kernels.maths import exp
 from .kernels.rows import Side
 from .kernels.split import about_side
@@ -16,7 +16,7 @@ def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: fl
         y = tokens[rows].unsqueeze(-1)
         s, _ = logits(side, rows, side.x.shape[2], saved.dtype)
         s = s.clamp(min=-1e30)
-        s_y = s.gather(1, y)
+        s_y = or_unknown(s.gather(1, y))
         s = s.scatter(1, y, -1e30)
         top = s.amax(-1, keepdim=True)
         alone = top <= -1e30
@@ -27,7 +27,7 @@ def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: fl
         rest = torch.where(alone, -1e30, total.clamp(min=tiny).log())
         warmth = e.mul_(z).sum(-1, keepdim=True)
         zy, never = (s_y - top) / temperature, torch.zeros_like(alone)
-        entropy, logprob, lse = about_side.torch(rest, warmth, zy, 0.0, zy, s_y > -1e30, never)
+        entropy, logprob, lse = about_side.torch(rest, warmth, zy, 0.0, zy, ~(s_y <= -1e30), never)
         saved[rows] = torch.cat((top, lse, logprob, entropy.clamp(min=0.0)), -1)
 
 
@@ -49,6 +49,8 @@ def gradient(
         q = exp.torch(log_q)
         g = q.mul_(log_q.add_(entropy).mul_(up_entropy).add_(up_logprob)).neg_().scatter_(1, y, 0.0)
         g.masked_fill_(s <= -1e30, 0.0)
-        # A row's gradient sums to 0: at the token nothing cancels this way.
-        g.scatter_(1, y, torch.where(s.gather(1, y) > -1e30, -g.sum(-1, keepdim=True), 0.0))
-        out[rows] = (g * slope).div_(temperature).to(out.dtype)
+        # A row's gradient sums to 0: at the token nothing cancels this way. It is NaN also without other tokens.
+        rest = 0.0 * lse - g.sum(-1, keepdim=True)
+        g.scatter_(1, y, torch.where(s.gather(1, y) <= -1e30, 0.0, rest))
+        idle = (up_logprob == 0) & (up_entropy == 0)  # whatever the row holds
+        out[rows] = (g * slope).div_(temperature).masked_fill_(idle, 0.0).to(out.dtype)

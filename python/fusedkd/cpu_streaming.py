@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .cpu import columnwise, logits, row_blocks
+from .cpu import columnwise, logits, or_unknown, row_blocks
 from .kernels.columns import centred, raise_maxima
 from .kernels.maths import exp
 from .kernels.online import cross_entropy_advance, entropies_advance
@@ -41,8 +41,8 @@ def absorb(
             at = label.clamp(0, problem.vocab_size - 1)
             seen = live.gather(1, at)
             picked = [
-                torch.where(here, s.gather(1, at), picked[0]),
-                torch.where(here, torch.where(seen, t.gather(1, at), -torch.inf), picked[1]),
+                torch.where(here, or_unknown(s.gather(1, at)), picked[0]),
+                torch.where(here, torch.where(seen, or_unknown(t.gather(1, at)), -torch.inf), picked[1]),
             ]
             live = live.scatter(1, at, seen & ~here)
         if problem.vocab_size:
@@ -91,6 +91,7 @@ def gradient(
     for rows, s, t, live, slope in _blocks(problem, student, teacher, labels, saved, out):
         a, b, grad_y, ce_lse = saved[rows, 7:11].unsqueeze(-1).unbind(1)
         up = upstream[rows].unsqueeze(-1)
+        idle = up == 0  # its gradient is 0, whatever the row holds
         label = _local(labels, rows, first)
         g = torch.zeros_like(s)
         likeliest = torch.zeros_like(s, dtype=torch.bool)
@@ -98,7 +99,7 @@ def gradient(
             q, _, _, phi = _terms(problem, rows, s[:, :V], t[:, :V], saved)
             live = live[:, :V]
             inner = torch.where(live, a * phi + b * q, 0.0)
-            hot = live & (q > 0.5)
+            hot = live & (q > 0.5) & ~idle
             if label is not None:
                 at = (torch.arange(V, device=s.device) == label) & live
                 inner, hot = torch.where(at, grad_y, inner), hot & ~at
@@ -115,7 +116,7 @@ def gradient(
         top = likeliest.to(torch.int8).argmax(-1, keepdim=True)
         numbers = torch.cat((top + float(first), s.gather(1, top), slope.gather(1, top)), -1)
         found[rows, 1:] = torch.where(has.unsqueeze(-1), numbers, found[rows, 1:])
-        out[rows] = (g * slope).masked_fill_(likeliest, 0.0).masked_fill_(up == 0, 0.0).to(out.dtype)
+        out[rows] = (g * slope).masked_fill_(likeliest, 0.0).masked_fill_(idle, 0.0).to(out.dtype)
 
 
 def _blocks(
@@ -136,7 +137,7 @@ def _blocks(
     for rows in row_blocks(width, labels, len(like), like.device, out):
         s, slope = logits(student, rows, width, like.dtype)
         t, _ = logits(teacher, rows, V, like.dtype)
-        live = t > -torch.inf
+        live = t != -torch.inf  # true of a NaN, which must show
         t = torch.nn.functional.pad(t.clamp(min=ABSENT), (0, width - V), value=ABSENT)
         live = torch.nn.functional.pad(live, (0, width - V), value=False)
         yield rows, s.clamp(min=ABSENT), t, live, slope

@@ -1,0 +1,120 @@
+"""No Python per row on a CPU: rows that need care take as many operations as there are kinds of care, not rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import ARGMAX, DEFAULTS, VALUE, Case, Rows, check_logits, each, unrelated
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedkd
+from fusedkd import cpu, cpu_logprobs
+from fusedkd.kernels.logprobs import SAVED as SAVED_LOGPROBS
+from fusedkd.kernels.rows import SAVED, STATS, Problem, Side
+
+FEW, MANY = 64, 512  # rows; more than those that Python calculates one by one (cpu.by_row), and fewer than a block
+WIDTHS = [10, 300]  # columns: the largest is looked for at once, or piece by piece
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(run: Callable[[], Any]) -> int:
+    with Operations() as operations:
+        run()
+    return operations.count
+
+
+def problem(case: Case, width: int) -> Problem:
+    name, params = case
+    chosen = fusedkd.divergence(name, **params)
+    form = chosen.form
+    argmax = chosen.target_token == "teacher_argmax"
+    weights = (form.target, form.nontarget)
+    return Problem(form.definition, form.decoupled, tuple(form.theta), weights, width, mix=form.mix, argmax=argmax)
+
+
+def confident(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same FEW rows again and again: the student and the teacher all but certain of a token beside the label."""
+    student, teacher = torch.randn(2, FEW, width)
+    labels = torch.randint(width, (FEW,))
+    top = (labels[:, None] + 1) % width
+    student.scatter_add_(1, top, torch.full((FEW, 1), 20.0))
+    teacher.scatter_add_(1, top, torch.full((FEW, 1), 18.0))
+    return tuple(x.repeat(rows // FEW, *[1] * (x.dim() - 1)) for x in (student, teacher, labels))  # type: ignore[return-value]
+
+
+@each("case", [*DEFAULTS, ("drkl", ARGMAX)])
+@each("width", WIDTHS)
+def test_operations(case: Case, width: int) -> None:
+    """Value, gradient and both at once."""
+    counts = []
+    for rows in (FEW, MANY):
+        torch.manual_seed(0)
+        student, teacher, labels = confident(rows, width)
+        sides = (problem(case, width), Side(student[None]), Side(teacher[None]), labels)
+        loss, out, upstream = torch.zeros(rows), torch.zeros(rows, width), torch.ones(rows)
+        saved, stats = torch.zeros(rows, SAVED), torch.zeros(rows, STATS)
+        counts.append(
+            (
+                count(lambda: cpu.value(*sides, loss, saved, stats)),
+                count(lambda: cpu.gradient(*sides, saved, upstream, out)),
+                count(lambda: cpu.value_and_gradient(*sides, upstream, out, loss, stats)),
+            )
+        )
+        assert out.any(-1).all()
+    assert counts[0] == counts[1]
+
+
+def test_log_probabilities() -> None:
+    """The same of `token_logprobs`."""
+    counts = []
+    for rows in (FEW, MANY):
+        student, _, labels = confident(rows, 300)
+        saved, out = torch.zeros(rows, SAVED_LOGPROBS), torch.zeros(rows, 300)
+        args = (Side(student[None]), labels, saved)
+        counts.append(
+            (
+                count(lambda: cpu_logprobs.value(*args, 1.0)),
+                count(lambda: cpu_logprobs.gradient(*args, torch.ones(rows, 2), out, 1.0)),
+            )
+        )
+    assert counts[0] == counts[1]
+
+
+@each("width", [2, 10, 128, 129, 384, 515])
+@each("share", [0.1, 0.6, 1.0])
+def test_rows_of_both_kinds(width: int, share: float) -> None:
+    """Some rows or most have a token likelier than 1/2, near either end or between; every row of the gradient is right.
+
+    The rows are close, so that such a token's own entry is what is left of a difference of equal numbers.
+    """
+    rows = unrelated(40, width, std=1.0, ignored=False)
+    assert rows.labels is not None
+    top = torch.randint(width, (40,))
+    top[:2] = torch.tensor([0, width - 1])
+    top = torch.where(top == rows.labels, (top + 1) % width, top)
+    sure = torch.arange(40) < 40 * share
+    student = rows.student.scatter_add(1, top[:, None], torch.where(sure, 12.0, 0.0).double()[:, None])
+    teacher = student + 0.1 * rows.teacher
+    check_logits(Rows.of(student, teacher, rows.labels), ("rkl", {}), "torch", per_row=VALUE)
+
+
+@pytest.mark.parametrize("width", [1, 5, 128, 129, 256, 300, 1003])
+def test_likeliest(width: int) -> None:
+    """The place of a row's maximum, the first of equal ones."""
+    q = torch.rand(200, width)
+    q[:50] = q[:50].mul(3).floor()
+    q[50:60, -1] = 2.0
+    assert torch.equal(cpu._likeliest(q), q.argmax(-1))

@@ -1,0 +1,126 @@
+"""Columns masked with a dtype's least number: probability 0 in the support, whatever the temperature makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEFAULTS, FEW, VALUE, Case, Rows, check_logits, each, expected, unrelated
+from close import assert_close
+from torch import Tensor
+
+import fusedkd
+from fusedkd import cpu_compiled
+
+COLUMNS = slice(34, None)  # of 40; the labels are others
+SIDES = ["student", "teacher", "both"]
+LEAST = -1e30  # what a logit counts as from there down
+
+
+def with_minimum(x: Tensor) -> Tensor:
+    """A dtype's least number where the oracle has LEAST or −inf."""
+    return torch.where(x <= LEAST / 2, torch.finfo(x.dtype).min, x)
+
+
+def masked(side: str, dtype: torch.dtype) -> Rows:
+    """As the oracle sees them: the student's zeros are −inf, which makes a KL infinite; where both are 0 no column is."""
+    rows = unrelated(5, 40, dtype=dtype, std=2.0)
+    assert rows.labels is not None
+    student, teacher, labels = rows.student, rows.teacher, rows.labels.clamp(max=33)
+    least = max(LEAST, torch.finfo(dtype).min)  # float16's is a number like any other
+    if side != "teacher":
+        student[:, COLUMNS] = least if dtype == torch.float16 else -torch.inf
+    if side != "student":
+        teacher[:, COLUMNS] = -torch.inf if side == "both" and dtype != torch.float16 else least
+    return Rows(student, teacher, labels, dtype)
+
+
+@each("case", DEFAULTS)
+@each("side", SIDES)
+@each("temperature", [0.1, 0.9, 3.0])
+def test_every_divergence(case: Case, side: str, temperature: float) -> None:
+    """Below 1 the temperature takes such a logit past the end of its dtype."""
+    check_logits(masked(side, torch.float32), case, "torch", temperature=temperature, prepare=with_minimum)
+
+
+@each("case", FEW)
+@each("side", SIDES)
+def test_in_kernels(case: Case, side: str) -> None:
+    """The same numbers from Triton."""
+    check_logits(masked(side, torch.float32), case, "triton", temperature=0.9, prepare=with_minimum)
+
+
+@each("case", [*FEW, ("amid", {"base": "ab"}), ("akl", {})])
+@each("side", SIDES)
+@each("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype(case: Case, side: str, dtype: torch.dtype) -> None:
+    """Each has a least number of its own."""
+    check_logits(masked(side, dtype), case, "torch", temperature=0.9, prepare=with_minimum)
+
+
+@each("case", [("fkl", {}), ("rkl", {}), ("tvd", {}), ("drkl", {})])
+@each("side", SIDES)
+def test_without_masks_beside_them(case: Case, side: str) -> None:
+    """Rows of other tokens keep their numbers beside a masked one."""
+    rows = masked(side, torch.float32)
+    student, teacher = unrelated(5, 40, std=2.0).student, unrelated(5, 40, std=2.0).teacher
+    student[1], teacher[1] = rows.student[1], rows.teacher[1]
+    check_logits(
+        Rows(student, teacher, rows.labels), case, "torch", temperature=0.9, prepare=with_minimum, per_row=VALUE
+    )
+
+
+@pytest.mark.xdist_group("compiled")
+@each("case", [("rkl", {}), ("hellinger", {})])
+@each("side", SIDES)
+def test_compiled(case: Case, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of FUSEDKD_COMPILE=1."""
+    monkeypatch.setenv(cpu_compiled.VARIABLE, "1")
+    check_logits(masked(side, torch.float32), case, "torch", temperature=0.1, prepare=with_minimum)
+
+
+@each("case", FEW)
+@each("side", SIDES)
+@each("temperature", [0.1, 3.0])
+def test_streaming(case: Case, side: str, temperature: float) -> None:
+    """A vocabulary chunk at a time: the teacher's mask comes as a bias."""
+    rows = masked(side, torch.float32)
+    name, params = case
+    options = {"reduction": "none", "temperature": temperature}
+    truth, value, weights = expected(rows.student, rows.teacher, rows.labels, case, options)
+    leaf = with_minimum(rows.student.float()).requires_grad_()
+    hidden, bias = rows.teacher.float(), torch.zeros(40)
+    if side != "student":
+        hidden[:, COLUMNS], bias[COLUMNS] = 0.0, torch.finfo(torch.float32).min
+    loss = fusedkd.kd_loss(
+        leaf, fusedkd.Head(hidden, torch.eye(40), bias), rows.labels, divergence=fusedkd.divergence(name, **params),
+        schedule="streaming", backend="torch", **options,
+    )  # fmt: skip
+    loss.sum().backward()
+    assert_close(loss, value, VALUE, what="loss")
+    assert_close(leaf.grad, truth.gradient(weights), VALUE, what="gradient")
+
+
+def test_nothing_but_masks(backend: str) -> None:
+    """A teacher's row of least numbers has nothing to say: 0, as one of −inf."""
+    student = torch.randn(2, 40).requires_grad_()
+    teacher = torch.randn(2, 40)
+    teacher[1] = torch.finfo(torch.float32).min
+    loss = fusedkd.kd_loss(student, teacher, torch.tensor([3, 4]), temperature=0.5, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert student.grad is not None
+    assert loss.tolist()[1] == 0
+    assert not student.grad[1].any()
+    assert student.grad[0].any()
+
+
+def test_minimum_at_the_label(backend: str) -> None:
+    """A label that the teacher holds impossible is infinitely far for the reverse KL, and counts for the forward one."""
+    student, teacher, labels = torch.randn(3, 40), torch.randn(3, 40), torch.tensor([1, 2, 3])
+    teacher[1, 2] = torch.finfo(torch.float32).min
+    args = (student, teacher, labels)
+    options = {"temperature": 0.9, "reduction": "none", "backend": backend}
+    reverse = fusedkd.kd_loss(*args, divergence="rkl", **options)
+    assert reverse.isinf().tolist() == [False, True, False]
+    logp, logq = ((x.double() / 0.9).log_softmax(-1) for x in (teacher, student))
+    truth = torch.nn.functional.kl_div(logq, logp.clamp(min=-1e30), reduction="none", log_target=True).sum(-1)
+    assert_close(fusedkd.kd_loss(*args, **options), truth, VALUE)
