@@ -362,6 +362,21 @@ def test_in_chunks(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.autograd.grad(found, p)[0], slope)
 
 
+@pytest.mark.unpoisoned
+@each("loss", [shim.liger_tvd, shim.liger_kl_div, shim.liger_jsd])
+def test_compiled(loss: Callable[..., Tensor]) -> None:
+    """One graph, and the same numbers but for another form of the mixture's logarithm."""
+    torch.compiler.reset()
+    p, q = torch.rand(2, 12, V).unbind()
+    p.requires_grad_()
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(p, q)
+        found.append((value.detach(), *torch.autograd.grad(value, p)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=VALUE, atol=0)
+
+
 def test_the_defaults_of_the_functions() -> None:
     """Means over every entry, where the classes have others."""
     p, q = torch.rand(2, 12, V).softmax(-1).unbind()

@@ -93,8 +93,10 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: Pointwise, summed: bool) -> Tensor:
         ctx.kind, ctx.summed = kind, summed
-        ctx.inference = teacher if teacher.is_inference() else None  # save_for_backward refuses such a tensor
-        ctx.save_for_backward(student, None if teacher.is_inference() else teacher)
+        # save_for_backward refuses tensors made under inference_mode, and torch.compile the question.
+        inference = not torch.compiler.is_compiling() and teacher.is_inference()
+        ctx.inference = teacher if inference else None
+        ctx.save_for_backward(student, None if inference else teacher)
         wide = accumulation_dtype(student, teacher)
         out = student.new_empty(student.shape[:1] if summed else student.shape, dtype=wide)
         for at in slices(student):
