@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HEAD, VALUE, each, random_labels, side, unrelated
+from cases import HEAD, VALUE, each, near, random_labels, side, unrelated
 from close import assert_close, rounding
 from originals import DTYPES, check, gkd_summands
 from test_memory import measure
@@ -216,6 +216,34 @@ def test_jsd_of_some_columns(lead: tuple[int, ...], beta: float, labelled: bool,
     check(lambda q, p: shim.liger_jsd(q, p, labels, beta, 5), formula, gathered(lead), ("q",), dtype)
 
 
+@each("distance", [1e-1, 1e-3])
+@each("beta", [0.3, 0.5])
+def test_jsd_of_models_that_agree(beta: float, distance: float) -> None:
+    """What the two halves have in common does not cancel, so the divergence from the mixture is accurate where tiny."""
+    rows = near(distance, 12, V)
+    q, p = (x.log_softmax(-1).float() for x in (rows.student, rows.teacher))
+    truth = gkd_summands(p.double(), q.double(), beta).sum() / 12
+    assert_close(shim.liger_jsd(q, p, beta=beta), truth, VALUE)
+
+
+@each("beta", BETAS)
+def test_jsd_without_some_columns(beta: float) -> None:
+    """A column that the teacher lacks is left out; one that only the student lacks is q = 0, infinite in KL(p‖q)."""
+    rows = unrelated(12, V)
+    q, p = (x.log_softmax(-1).float() for x in (rows.student, rows.teacher))
+    p[:, 5] = -torch.inf
+    leaf = q.clone().requires_grad_()
+    kept = torch.arange(V) != 5
+    shim.liger_jsd(leaf, p, beta=beta).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert not leaf.grad[:, 5].any()
+    assert_close(shim.liger_jsd(q, p, beta=beta), gkd_summands(p.double(), q.double(), beta)[:, kept].sum() / 12, VALUE)
+    q[:, 9] = -torch.inf
+    loss = shim.liger_jsd(q, p, beta=beta)
+    assert loss == torch.inf if beta == 0 else loss.isfinite()
+
+
 @each("beta", BETAS)
 def test_probabilities_that_underflow(beta: float) -> None:
     """A probability below float32 in both models, where the logarithm of their mixture was NaN (Liger's issue 1397)."""
@@ -360,6 +388,21 @@ def test_in_chunks(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch)
     found = loss(p, q)
     assert torch.equal(found, whole)
     assert torch.equal(torch.autograd.grad(found, p)[0], slope)
+
+
+@pytest.mark.unpoisoned
+@each("loss", [shim.liger_tvd, shim.liger_kl_div, shim.liger_jsd])
+def test_compiled(loss: Callable[..., Tensor]) -> None:
+    """One graph, and the same numbers but for another form of the mixture's logarithm."""
+    torch.compiler.reset()
+    p, q = torch.rand(2, 12, V).unbind()
+    p.requires_grad_()
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(p, q)
+        found.append((value.detach(), *torch.autograd.grad(value, p)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=VALUE, atol=0)
 
 
 def test_the_defaults_of_the_functions() -> None:

@@ -89,6 +89,16 @@ def test_nothing_of_the_logits_size_but_the_gradient() -> None:
     assert count[trl_jsd] > 4
 
 
+@each("distance", [1.0, 1e-2])
+@each("reduction", ["batchmean", "none"])
+def test_symmetry_at_one_half(reduction: str, distance: float) -> None:
+    """Both orders are as close to their common truth as any value is."""
+    rows = near(distance, *SHAPE)
+    sides = rows.student.float(), rows.teacher.float()
+    one, other = (shim.generalized_jsd_loss(*x, beta=0.5, reduction=reduction) for x in (sides, sides[::-1]))
+    assert_close(one, other.double(), 2 * VALUE)
+
+
 def test_two_dimensional_logits() -> None:
     check(shim.generalized_jsd_loss, trl_jsd, logits(7, 61), ("student_logits",), torch.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def test_the_same_training(
     assert relative(our_way, way) < FLOAT32
 
 
+def test_patch_after_a_reload() -> None:
+    """TRL's module as importlib.reload leaves it, and what unpatch gives back then."""
+    shim.patch("distillation")
+    importlib.reload(distillation_trainer)
+    original = distillation_trainer._chunked_divergence_loss
+    assert original is not shim.chunked_divergence_loss
+    shim.patch("distillation")
+    assert distillation_trainer._chunked_divergence_loss is shim.chunked_divergence_loss
+    shim.unpatch()
+    assert distillation_trainer._chunked_divergence_loss is original
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("utilities", [sdft, sdpo])
 def test_full_logit_self_distillation(utilities: Any, alpha: float) -> None:
@@ -182,6 +195,22 @@ def test_generalized_jsd_loss(beta: float, reduction: str, labelled: bool) -> No
     for ours, theirs in zip(found[1], found[0], strict=True):
         assert ours.shape == theirs.shape
         assert relative(ours, theirs.double()) < FLOAT32
+
+
+def test_a_float32_bias_beside_bfloat16() -> None:
+    """Both add it in float32: no rounding of the bias parts them, only that of dZ where it is stored."""
+    states = [torch.randn(2, 7, width).bfloat16() for width in (16, 24)]
+    weights = [torch.randn(301, width).bfloat16() for width in (16, 24)]
+    biases = list(3 * torch.randn(2, 301))
+    mask = torch.ones(2, 7, dtype=torch.int)
+    found = []
+    for function in (distillation_trainer._chunked_divergence_loss, shim.chunked_divergence_loss):
+        bias = biases[0].clone().requires_grad_()
+        loss, _, _ = function(*states, *weights, mask, 0.5, None, bias, biases[1])
+        loss.backward()
+        found.append((loss.detach(), bias.grad))
+    assert relative(found[1][0], found[0][0].double()) < FLOAT32
+    assert relative(found[1][1], found[0][1].double()) < 2**-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -50,6 +50,7 @@ def generalized_jsd_loss(
 
     Raises: ValueError for another reduction (TRL takes any other word as "none").
 
+    At β = 1/2 the value is the same with the sides swapped up to float32 rounding, not to the last bit.
     Cost: that of `kd_loss` on logits; "none" holds several float32 (..., V).
     Source: Agarwal et al., GKD, ICLR 2024, eq. 1.
     """
