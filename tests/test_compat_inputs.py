@@ -113,7 +113,7 @@ def named(loss: Any) -> str:
 def calls() -> dict[str, Call]:
     """Every drop-in, in each of its reductions that has code of its own."""
     table: dict[str, Call] = {}
-    logp = lambda x: x.student.log_softmax(-1)  # noqa: E731
+    logp = lambda x: x.student.log_softmax(-1)[..., : x.teacher_probs.shape[-1]]  # noqa: E731
 
     for reduction in trl.REDUCTIONS:
         table[f"trl.generalized_jsd_loss-{reduction}"] = lambda x, r=reduction: trl.generalized_jsd_loss(
@@ -132,7 +132,7 @@ def calls() -> dict[str, Call]:
             reduction=r, log_target=True
         )(logp(x), x.teacher_logprobs)
         table[f"liger.LigerTVDLoss-{reduction}"] = lambda x, r=reduction: liger.LigerTVDLoss(r)(
-            x.student.softmax(-1), x.teacher_probs, x.labels
+            logp(x).exp(), x.teacher_probs, x.labels
         )
         table[f"modelopt-{reduction}"] = lambda x, r=reduction: modelopt.LogitsDistillationLoss(2.0, r)(
             x.student, x.teacher
@@ -305,15 +305,14 @@ def test_a_count_of_zero(name: str, count: Any) -> None:
         assert not value.any()
 
 
-SUMS = {name.rsplit("sum", 1)[0]: name for name in CALLS if "-sum" in name and name.replace("-sum", "-none") in CALLS}
+SUMS = [name for name in CALLS if "-sum" in name and name.replace("-sum", "-none") in CALLS]
 
 
-@each("name", list(SUMS.values()))
+@each("name", SUMS)
 def test_none_sums_to_the_sum(name: str) -> None:
-    """Rows of log-probabilities and probabilities need not be whole for that."""
+    """Rows of log-probabilities and probabilities need not be whole for that: here some columns of them."""
     x = given()
-    part = torch.rand(B, T, 1)
-    x = x._replace(teacher_probs=x.teacher_probs * part, teacher_logprobs=x.teacher_logprobs + part.log())
+    x = x._replace(teacher_probs=x.teacher_probs[..., :9], teacher_logprobs=x.teacher_logprobs[..., :9])
     one, other = (run(CALLS[name.replace("-sum", kind)], x) for kind in ("-sum", "-none"))
     torch.testing.assert_close(other[0].sum(), one[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(other[1:], one[1:], rtol=1e-4, atol=1e-6)
