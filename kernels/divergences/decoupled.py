@@ -2,8 +2,8 @@
 
 b is the binary distribution (target, rest), hats are the rows renormalised without the target (derived in split.py).
 Gradient: dL/dz_y = T = target·[Q phi_y − q_y phi(P,Q)]; dL/dz_k = nontarget·[phi(p̂_k, q̂_k) − q̂_k Φ̂] − T q̂_k.
-With base fkl this is DKD with weights (target, nontarget) = (α, β), with base rkl and (1, γ) it is DRKL. Decoupled forms
-of the other divergences are derived here; we know of no publication that has them.
+With base fkl this is DKD with weights (target, nontarget) = (α, β), with base rkl and (1, γ) it is DRKL. The decoupled
+forms of the others are derived here; we know of no publication that has them.
 Edge cases: an empty non-target set gives 0; a label outside the teacher's support leaves the non-target part.
 Source: the structure is that of Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7.
 """

@@ -8,9 +8,9 @@ Gradient: dL/dz_y = B = q_y (1 − q_y)(a_q − a_p), a = log-odds of the target
 with d = u − z. RKL's push on the target logit by the non-target tokens, −q_y (1 − q_y) KL(q̂‖p̂), is gone exactly, and
 the tail keeps its gradient as q_y → 1.
 Edge cases: V = 2 leaves the binary part (= RKL); V = 1 gives 0.
-Source: Luong, Tran and Chen, arXiv 2604.00223. Only its abstract could be read, and there is no code of the authors: the
-formula is that of an independent implementation (novelty-distill), which cites eq. 9 of the paper and has the label as
-target and γ = 0.5, by its account inside the range that the paper calls stable. The authors' own default is not known.
+Source: Luong, Tran and Chen, arXiv 2604.00223. Only its abstract could be read, and we know of no code of the authors:
+the formula is that of an independent implementation (novelty-distill), which cites eq. 9 of the paper and has the label
+as target and γ = 0.5, by its account inside the range that the paper calls stable. The authors' default is not known.
 """
 
 from types import MappingProxyType
@@ -28,7 +28,7 @@ def form(gamma: Any) -> Form:
 def check(gamma: float) -> None:
     """γ > 0."""
     if not gamma > 0:
-        raise ValueError(f"gamma must be > 0 (a weight; 0.5 is the default; the authors' own is not known), got {gamma}")
+        raise ValueError(f"gamma must be > 0 (a weight; the default is 0.5, the authors' is not known), got {gamma}")
 
 
 DRKL = Derived("drkl", form, MappingProxyType({"gamma": 0.5}), check)
