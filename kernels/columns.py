@@ -248,7 +248,9 @@ def _moves(maxima, whole, centre, by, inv_tau, mix):
     if mix[0] is not None:
         centre = (centre[0], centre[1], centre[2], _excess(whole) * inv_tau)
         x = mix[0] * x + (_excess(whole) - _excess(maxima))
-        by_t = by_s - x
+        # At most 1/4, a step of the grid, but for rounding beside -1e20, the maximum of nothing, whose sums are 0: e to
+        # such a power would be infinite, and NaN times 0.
+        by_t = tl.where(by_s - x > 0.3, 0.3, by_s - x)
     return centre, (by_s * inv_tau, by_t * inv_tau, x * inv_tau), own_log_t
 
 
