@@ -3,6 +3,9 @@ VENV ?= .venv
 COMPAT ?= .venv-compat
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What make test-triton compiles with, beside the Triton that the test extra pins, in an environment of its own.
+TRITON ?= 3.9.0
+TRITON_VENV ?= .venv-triton-$(TRITON)
 BIN = $(VENV)/bin
 JOBS ?= 2
 
@@ -15,12 +18,13 @@ CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install demo test test-compat clib lint types docs bench gpu compile-all clean
+.PHONY: help install demo test test-compat test-triton clib lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
+	@echo "make test-triton  compile every kernel with another Triton (3.9.0, or TRITON=...), in an environment of its own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"
 	@echo "make lint types   ruff and basedpyright"
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
@@ -53,6 +57,18 @@ $(COMPAT)/installed: pyproject.toml setup.py
 
 test-compat: $(COMPAT)/installed
 	$(COMPAT)/bin/python -m pytest tests/compat
+
+# Without dependencies: the test extra pins the other Triton.
+$(TRITON_VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps "triton==$(TRITON)"
+	$(TRITON_VENV)/bin/python -m pip install --quiet "pytest>=8,<9.2" "hypothesis>=6.100" "numpy>=2"
+	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-triton: $(TRITON_VENV)/installed
+	$(TRITON_VENV)/bin/python -m pytest tests/test_compile.py tests/test_compiled_code.py tests/test_sass.py
 
 clib: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/clib -DPython3_EXECUTABLE="$(abspath $(BIN))/python" \
@@ -93,4 +109,4 @@ compile-all: install
 	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) tests/test_compile.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build
+	rm -rf $(VENV) $(COMPAT) .venv-triton-* build

@@ -22,13 +22,19 @@ FULL = os.environ.get("FUSEDKD_COMPILE") == "all"
 # One dtype per architecture in CI, chosen so that each dtype is compiled; the full product by `make compile-all`.
 SAMPLE = [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_100", "float32"), ("gfx942", "bfloat16")]
 PAIRS = [(arch, dtype) for arch in aot.ARCHITECTURES for dtype in aot.DTYPES] if FULL else SAMPLE
-# OVER BUDGET: what rkl takes today in each sweep in bfloat16 on sm_90, where bench/instructions.py allows less. These
-# are no goals: a sweep may not take more, and one that comes into its budget leaves this table.
+_SERIES = "the budget is that of remainders by short series, which are not exact (test_a_short_series_is_not_enough)"
+# OVER BUDGET, by Triton's version: what rkl takes today in each sweep in bfloat16 on sm_90, where bench/instructions.py
+# allows less. These are no goals: a sweep may not take more, and one that comes into its budget leaves this table.
 OVER_BUDGET = {
-    ("value_and_gradient", 0): (
-        42.0,
-        "the budget is that of remainders by short series, which are not exact (test_a_short_series_is_not_enough)",
-    ),
+    "3.7": {("value_and_gradient", 0): (42.0, _SERIES)},
+    "3.9": {
+        ("value", 0): (
+            42.6,
+            "of the 669 instructions that a thread takes for 16 pairs with 3.7, those of each pair stay; beside them 6 "
+            "products are no longer fused with their sums, and 7 more move numbers and count tiles",
+        ),
+        ("value_and_gradient", 0): (42.4, _SERIES),
+    },
 }
 
 
@@ -82,9 +88,10 @@ def test_any_strides() -> None:
 
 def within_budgets(instructions: dict[str, list[float]]) -> None:
     """rkl's sweeps keep their budgets, or those that do not stay where they are."""
+    over_budget = OVER_BUDGET.get(".".join(aot.triton.__version__.split(".")[:2]), {})
     for kernel, budgets in BUDGETS.items():
         for sweep, budget in budgets.items():
             found = instructions[kernel][sweep]
-            ceiling, reason = OVER_BUDGET.get((kernel, sweep), (budget, ""))
+            ceiling, reason = over_budget.get((kernel, sweep), (budget, ""))
             assert found <= ceiling, f"{kernel}, sweep {sweep}: {found} > {ceiling}, budget {budget}; {reason}"
             assert found > budget or not reason, f"{kernel}, sweep {sweep} is in its budget: take it out of OVER_BUDGET"

@@ -52,8 +52,8 @@ def test_no_race(check: str, order: list[str], bound: float, tmp_path: Path) -> 
 def test_taid_of_equals_is_zero(tmp_path: Path) -> None:
     """In loss and gradient, whichever product of a sum of two is fused."""
     found = emulated(tmp_path, "taid_of_equals")
-    assert found["races"] == []
     assert found["largest"] == 0
+    assert found["races"] == []
 
 
 @emulator

@@ -347,13 +347,13 @@ def test_an_architecture_may_differ() -> None:
     usual, own = TABLE[ANY, "light", 2], Tile(1024, 4, 128)
     TABLE["sm_90", "light", 2] = own
     assert tiles.fitting(("sm_90", "light", 2), 100_000) == own
-    assert tiles.fitting(("sm_80", "light", 2), 100_000) == usual
+    assert tiles.fitting(("sm_100", "light", 2), 100_000) == usual
     compiled = {
         name: {variant.name: variant.tile for kernel, variant in aot.variants(2, name) if kernel == "value"}
-        for name in ("sm_80", "sm_90")
+        for name in ("sm_100", "sm_90")
     }
     assert compiled["sm_90"]["fkl"] == compiled["sm_90"]["token_logprobs"] == own
-    assert compiled["sm_80"]["fkl"] == compiled["sm_80"]["token_logprobs"] == usual
+    assert compiled["sm_100"]["fkl"] == compiled["sm_100"]["token_logprobs"] == usual
 
 
 @pytest.mark.parametrize(
