@@ -59,38 +59,36 @@ def confident(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 @each("width", WIDTHS)
 def test_operations(case: Case, width: int) -> None:
     """Value, gradient and both at once."""
-    counts = []
-    for rows in (FEW, MANY):
-        torch.manual_seed(0)
-        student, teacher, labels = confident(rows, width)
-        sides = (problem(case, width), Side(student[None]), Side(teacher[None]), labels)
-        loss, out, upstream = torch.zeros(rows), torch.zeros(rows, width), torch.ones(rows)
-        saved, stats = torch.zeros(rows, SAVED), torch.zeros(rows, STATS)
-        counts.append(
-            (
-                count(lambda: cpu.value(*sides, loss, saved, stats)),
-                count(lambda: cpu.gradient(*sides, saved, upstream, out)),
-                count(lambda: cpu.value_and_gradient(*sides, upstream, out, loss, stats)),
-            )
-        )
-        assert out.any(-1).all()
-    assert counts[0] == counts[1]
+    few, many = (operations_of(rows, case, width) for rows in (FEW, MANY))
+    assert few == many
+
+
+def operations_of(rows: int, case: Case, width: int) -> list[int]:
+    torch.manual_seed(0)
+    student, teacher, labels = confident(rows, width)
+    sides = (problem(case, width), Side(student[None]), Side(teacher[None]), labels)
+    loss, out, upstream = torch.zeros(rows), torch.zeros(rows, width), torch.ones(rows)
+    saved, stats = torch.zeros(rows, SAVED), torch.zeros(rows, STATS)
+    return [
+        count(lambda: cpu.value(*sides, loss, saved, stats)),
+        count(lambda: cpu.gradient(*sides, saved, upstream, out)),
+        count(lambda: cpu.value_and_gradient(*sides, upstream, out, loss, stats)),
+    ]
 
 
 def test_log_probabilities() -> None:
     """The same of `token_logprobs`."""
-    counts = []
-    for rows in (FEW, MANY):
+
+    def operations(rows: int) -> list[int]:
         student, _, labels = confident(rows, 300)
         saved, out = torch.zeros(rows, SAVED_LOGPROBS), torch.zeros(rows, 300)
         args = (Side(student[None]), labels, saved)
-        counts.append(
-            (
-                count(lambda: cpu_logprobs.value(*args, 1.0)),
-                count(lambda: cpu_logprobs.gradient(*args, torch.ones(rows, 2), out, 1.0)),
-            )
-        )
-    assert counts[0] == counts[1]
+        return [
+            count(lambda: cpu_logprobs.value(*args, 1.0)),
+            count(lambda: cpu_logprobs.gradient(*args, torch.ones(rows, 2), out, 1.0)),
+        ]
+
+    assert operations(FEW) == operations(MANY)
 
 
 @each("width", [2, 10, 128, 129, 384, 515])

@@ -22,7 +22,7 @@ def with_minimum(x: Tensor) -> Tensor:
 
 
 def masked(side: str, dtype: torch.dtype) -> Rows:
-    """As the oracle sees them: the student's zeros are −inf, which makes a KL infinite; where both are 0 no column is."""
+    """As the oracle sees them: a column that the student excludes is −inf, and so is one that both do."""
     rows = unrelated(5, 40, dtype=dtype, std=2.0)
     assert rows.labels is not None
     student, teacher, labels = rows.student, rows.teacher, rows.labels.clamp(max=33)
@@ -114,7 +114,7 @@ def test_nothing_but_masks(backend: str) -> None:
 
 
 def test_minimum_at_the_label(backend: str) -> None:
-    """A label that the teacher holds impossible is infinitely far for the reverse KL, and counts for the forward one."""
+    """A label that the teacher holds impossible: the reverse KL is infinite, and the forward one counts it."""
     student, teacher, labels = torch.randn(3, 40), torch.randn(3, 40), torch.tensor([1, 2, 3])
     teacher[1, 2] = torch.finfo(torch.float32).min
     args = (student, teacher, labels)
