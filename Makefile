@@ -15,11 +15,12 @@ CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install demo test test-compat clib lint types docs bench gpu compile-all clean
+.PHONY: help install demo test mutants test-compat clib lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
+	@echo "make mutants      which tests notice a wrong formula: MUTANTS='fkl.term jsd' for some of them"
 	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"
 	@echo "make lint types   ruff and basedpyright"
@@ -42,6 +43,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+mutants: install
+	$(BIN)/python tests/mutate.py --jobs $(JOBS) $(MUTANTS)
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
 $(COMPAT)/installed: pyproject.toml setup.py

@@ -83,7 +83,9 @@ def test_the_result_file(quick: QuickRun) -> None:
 @pytest.mark.parametrize("section", ["rows", "heads", "memory", "step"])
 def test_cells(quick: QuickRun, section: str) -> None:
     """fusedkd and eager torch are timed as often as was asked, beside a floor, and agree with float64."""
-    for case in quick.result["sections"][section]["cases"]:
+    cases = quick.result["sections"][section]["cases"]
+    assert cases
+    for case in cases:
         assert case["reason"] is None
         assert len(case["floor"]["seconds"]) == quick.result["sections"][section]["rounds"]
         cells = {cell["implementation"]: cell for cell in case["cells"]}
