@@ -18,11 +18,12 @@ CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install demo test test-compat test-triton clib lint types docs bench gpu compile-all clean
+.PHONY: help install demo test mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
+	@echo "make mutants      which tests notice a wrong formula: MUTANTS='fkl.term jsd' for some of them"
 	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
 	@echo "make test-triton  compile every kernel with another Triton (3.9.0, or TRITON=...), in an environment of its own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"
@@ -46,6 +47,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+mutants: install
+	$(BIN)/python tests/mutate.py --jobs $(JOBS) $(MUTANTS)
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
 $(COMPAT)/installed: pyproject.toml setup.py

@@ -8,7 +8,6 @@ import multiprocessing
 import platform
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from ..timing import reason
 from . import rivals
 
 HERE = Path(__file__).parent
-SAMPLING = 0.002  # seconds between two looks at the resident size
 
 
 class Deadline:
@@ -40,7 +38,8 @@ class Deadline:
 def peak_bytes(work: Callable[[], Mapping[str, Tensor]], device: str) -> int:
     """Most bytes held at once during `work` beyond those held before it and the gradients that it returns.
 
-    On a GPU the allocator's own count. On a CPU the resident size of this process, which should be a fresh one.
+    On a GPU the allocator's own count. On a CPU the kernel's high-water mark of what this process, which should
+    be a fresh one, has resident (Linux).
     """
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -51,35 +50,18 @@ def peak_bytes(work: Callable[[], Mapping[str, Tensor]], device: str) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        before = _resident()
-        gradients, peak = _watched(work)
+        # 5 sets the high-water mark back to what is resident now: proc(5).
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        gradients = work()
+        peak = _status("VmHWM")
     return peak - before - sum(x.nbytes for x in gradients.values())
 
 
-def _watched(work: Callable[[], Mapping[str, Tensor]]) -> tuple[Mapping[str, Tensor], int]:
-    """The result of `work`, and the largest resident size that was seen meanwhile."""
-    peak = _resident()
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(SAMPLING):
-            peak = max(peak, _resident())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        result = work()
-        peak = max(peak, _resident())
-    finally:
-        done.set()
-        sampler.join()
-    return result, peak
-
-
-def _resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * 4096
+def _status(field: str) -> int:
+    """Bytes of a field of this process's status: VmRSS is what is resident, VmHWM its high-water mark."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:

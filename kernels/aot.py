@@ -124,7 +124,7 @@ def specialization(
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
         "scales": ("fp32", "fp32", "constexpr"),
-        "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32" if variant.mixed else "constexpr",)),
+        "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32",) * variant.mixed),
     }
     fixed: dict[str, Any] = {
         "stats_ptr": None,
@@ -166,8 +166,6 @@ def specialization(
             constexprs[at, 1] = None
         elif name == "scales":
             constexprs[at, 2] = None
-        elif name == "numbers" and not variant.mixed:
-            constexprs[at, 2, 0] = None
         elif (name == "V" and call.aligned != "none") or (str(types.get(name))[0] == "*" and call.aligned == "all"):
             aligned[at,] = _ALIGNED
     return signature, constexprs, aligned

@@ -5,7 +5,7 @@ Every sweep goes through here. Logits are centred as online.py wants them. A tea
 where the maxima of z and u' stand.
 
     centre   (c_s, c_t, k, m): what z and u are measured from
-    mix      the teacher's weight as a tuple of one, (None,) for the teacher itself
+    mix      the teacher's weight as a tuple of one, () for the teacher itself
     place    (row, where it begins at the student, at the teacher)
     view     (place, y, V, inv_tau, mix, centre): what a later sweep needs to know beside the two sides, which must not
              lie in a tuple made in a kernel: that would turn their compile-time 1 into a number
@@ -46,15 +46,6 @@ def load_numbers(ptr, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
         out = out + (tl.load(ptr + i),)
     return out
-
-
-@jit
-def row_mix(mix, row):
-    """The teacher's weight at `row`, as a tuple of one."""
-    if mix[0] is None:
-        return mix
-    else:
-        return row_values(mix, row)
 
 
 @jit
@@ -186,7 +177,7 @@ def centre_of(maxima, inv_tau, mix):
     c_s = _on_grid(top_s)
     c_t = _on_grid(top_t)
     m = 0.0
-    if mix[0] is not None:
+    if len(mix) == 1:
         m = _excess(maxima) * inv_tau
     return c_s, c_t, (top_t - c_t) - (top_s - c_s), m
 
@@ -199,7 +190,7 @@ def centred(s, t, centre, inv_tau, mix):
     z = x * inv_tau
     u = y * inv_tau
     d = gap * inv_tau
-    if mix[0] is not None:
+    if len(mix) == 1:
         u = mixed(z, u, d, mix) - m
         d = mix[0] * d - m
     return z, u, d
@@ -209,7 +200,7 @@ def centred(s, t, centre, inv_tau, mix):
 def beside_columns(centre, mix):
     """Each lane's centre beside its columns."""
     c_s, c_t, k, m = centre
-    if mix[0] is not None:
+    if len(mix) == 1:
         m = across(m)
     return across(c_s), across(c_t), across(k), m
 
@@ -218,13 +209,13 @@ def beside_columns(centre, mix):
 def target_terms(s_y, t_y, present, centre, inv_tau, mix, r):
     """z, u and d of the target, and u of the unmixed teacher; ABSENT and r where there is none."""
     c_s, c_t, k, m = centre
-    zy, uy, dy = centred(s_y, t_y, centre, inv_tau, (None,))
+    zy, uy, dy = centred(s_y, t_y, centre, inv_tau, ())
     # An unlikely target stands far from both centres: without a large offset its plain difference is the exact one.
     dy = tl.where(tl.abs(c_t - c_s) < 8.0, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
     zy = tl.where(present, zy, -1e30)
     own_uy = tl.where(present, uy, -1e30)
     uy = own_uy
-    if mix[0] is not None:
+    if len(mix) == 1:
         uy = tl.where(present, mixed(zy, uy, dy, mix) - m, -1e30)
         dy = mix[0] * dy - m
     return zy, uy, tl.where(present, dy, r), own_uy
@@ -233,8 +224,8 @@ def target_terms(s_y, t_y, present, centre, inv_tau, mix, r):
 @formula
 def _move(maxima, top_s, top_t):
     """The unmixed centre of new maxima, and how τ·z, τ·u and τ·d move to it from that of the old ones."""
-    old_s, old_t, old_k, _ = centre_of(maxima, 1.0, (None,))
-    c_s, c_t, k, _ = centre_of((top_s, top_t, 0.0), 1.0, (None,))
+    old_s, old_t, old_k, _ = centre_of(maxima, 1.0, ())
+    c_s, c_t, k, _ = centre_of((top_s, top_t, 0.0), 1.0, ())
     more = old_k - k  # added last: beside a large move its digits would be lost
     x = ((old_s - c_s) - (old_t - c_t)) - more
     return (c_s, c_t, k, 0.0), (old_s - c_s, (old_t - c_t) + more, x)
@@ -245,7 +236,7 @@ def _moves(maxima, whole, centre, by, inv_tau, mix):
     """The centre of the new maxima `whole`, how z, u and d move to it (online.py), and how the unmixed u does."""
     by_s, by_t, x = by
     own_log_t = by_t * inv_tau
-    if mix[0] is not None:
+    if len(mix) == 1:
         centre = (centre[0], centre[1], centre[2], _excess(whole) * inv_tau)
         x = mix[0] * x + (_excess(whole) - _excess(maxima))
         # At most 1/4, a step of the grid, but for rounding beside -1e20, the maximum of nothing, whose sums are 0: e to
@@ -261,8 +252,8 @@ def raise_maxima(maxima, s, t, live, inv_tau, mix):
     top_t = tl.maximum(maxima[1], lane_max(tl.where(live, t, -1e20)))
     top_m = maxima[2]
     centre, by = _move(maxima, top_s, top_t)
-    if mix[0] is not None:
-        x, u, d = above_centre(s, t, beside_columns(centre, (None,)))
+    if len(mix) == 1:
+        x, u, d = above_centre(s, t, beside_columns(centre, ()))
         top_m = tl.maximum(top_m + by[0] - mix[0] * by[2], lane_max(tl.where(live, mixed(x, u, d, mix), -1e20)))
     whole = (top_s, top_t, top_m)
     centre, move, own_log_t = _moves(maxima, whole, centre, by, inv_tau, mix)
@@ -276,7 +267,7 @@ def merge_maxima(maxima, inv_tau, mix):
     top_t = tl.max(maxima[1])
     top_m = tl.max(maxima[2])
     centre, by = _move(maxima, top_s, top_t)
-    if mix[0] is not None:
+    if len(mix) == 1:
         top_m = tl.max(maxima[2] + by[0] - mix[0] * by[2])
     whole = (top_s, top_t, top_m)
     _, move, own_log_t = _moves(maxima, whole, centre, by, inv_tau, mix)

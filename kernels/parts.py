@@ -36,7 +36,6 @@ from .columns import (
     load_pair,
     no_maxima,
     place_of,
-    row_mix,
     row_values,
 )
 from .language import interpreted, jit, tl, triton
@@ -232,7 +231,7 @@ def _deposit(
         columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         at = partial_ptr + (row * parts + part) * (10 + COUNT)
         _leave_statistics(
-            columns, label, scales, row_mix(numbers[2], row), stats_ptr, row_values(numbers[0], row), at,
+            columns, label, scales, row_values(numbers[2], row), stats_ptr, row_values(numbers[0], row), at,
             INIT, ADVANCE, COUNT,
         )  # fmt: skip
 
@@ -249,7 +248,7 @@ def _sums(
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers[0], row)
-        mix = row_mix(numbers[2], row)
+        mix = row_values(numbers[2], row)
         gathered, extras = _met(
             partial_ptr, row, parts, scales, mix, None, theta, ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES
         )
@@ -271,7 +270,7 @@ def _conclude(
     if counted:
         theta = row_values(numbers[0], row)
         gathered, extras = _met(
-            partial_ptr, row, parts, scales, row_mix(numbers[2], row), stats_ptr, theta,
+            partial_ptr, row, parts, scales, row_values(numbers[2], row), stats_ptr, theta,
             ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES,
         )  # fmt: skip
         scalars = _concluded(
@@ -299,7 +298,7 @@ def _gradient(
         theta = row_values(numbers[0], row)
         theta = theta + load_numbers(saved_ptr + row * 14 + 12, EXTRAS)
         _write(
-            columns, student, row, part, parts, label, scales, row_mix(numbers[2], row), grad,
+            columns, student, row, part, parts, label, scales, row_values(numbers[2], row), grad,
             load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr + 1 + row * 3,
             TERM, LANES, BLOCK,
         )  # fmt: skip
@@ -336,7 +335,7 @@ def _one_read(
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers[0], row)
-        mix = row_mix(numbers[2], row)
+        mix = row_values(numbers[2], row)
         columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         if PHASE == 0 or PHASE == 1:
             at = partial_ptr + (row * parts + part) * (10 + COUNT)

@@ -38,7 +38,6 @@ from .columns import (
     no_maxima,
     place_of,
     raise_maxima,
-    row_mix,
     row_start,
     row_values,
     spread,
@@ -94,7 +93,7 @@ def take_tile(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
     ez = exp(z)
     eu = exp(u)
     if stats_ptr is not None:
-        _, own, _ = centred(s, t, centre, inv_tau, (None,))
+        _, own, _ = centred(s, t, centre, inv_tau, ())
         warmth = entropies_advance(warmth, state[0], move[0], own_log_t, z, own, live)
     state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
     return maxima, state, warmth
@@ -291,7 +290,7 @@ def _row_scalars(
     inv_tau, factor, ce = scales
     theta = row_values(numbers[0], row)
     target, nontarget = row_values(numbers[1], row)
-    mix = row_mix(numbers[2], row)
+    mix = row_values(numbers[2], row)
     y = label
     if ARGMAX:
         y = tl.full((), -1, tl.int32)
@@ -555,7 +554,7 @@ def _gradient(
         scalars = load_numbers(at, 11)
         theta = row_values(numbers[0], row)
         theta = theta + load_numbers(at + 12, EXTRAS)
-        mix = row_mix(numbers[2], row)
+        mix = row_values(numbers[2], row)
         y = label
         if ARGMAX:
             y = tl.load(at + 11).to(tl.int32)
@@ -600,7 +599,7 @@ def arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
         "teacher": pack(teacher),
         "V": problem.vocab_size,
         "scales": (1.0 / problem.temperature, float(problem.factor), ce),
-        "numbers": (problem.parameters, problem.weights, (problem.mix,)),
+        "numbers": (problem.parameters, problem.weights, () if problem.mix is None else (problem.mix,)),
         "TERM": problem.definition.term,
         "ARGMAX": problem.argmax,
     }

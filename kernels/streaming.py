@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .columns import load_numbers, load_pair, place_of, row_mix, row_values
+from .columns import load_numbers, load_pair, place_of, row_values
 from .divergence import Online
 from .language import jit, tl
 from .rows import Problem, Side, arguments, gradient_sweep, label_of, statistics, store_zeros, term_sums, tile
@@ -37,7 +37,7 @@ def _absorb(
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers[0], row)
-        mix = row_mix(numbers[2], row)
+        mix = row_values(numbers[2], row)
         at = carry_ptr + row * (10 + COUNT)
         carry = load_numbers(at, 8)
         state = load_numbers(at + 10, COUNT)
@@ -75,7 +75,7 @@ def _add_sums(
             label - first,
             V,
             scales[0],
-            row_mix(numbers[2], row),
+            row_values(numbers[2], row),
             load_numbers(saved, 4),
         )
         at = load_numbers(saved + 4, 3)
@@ -100,7 +100,7 @@ def _gradient(
         theta = theta + load_numbers(at + 12, EXTRAS)
         y = label - first
         top, rest, s_top, slope_top = gradient_sweep(
-            student, teacher, row, y, y, V, scales, row_mix(numbers[2], row), grad, scalars, upstream, theta, TERM,
+            student, teacher, row, y, y, V, scales, row_values(numbers[2], row), grad, scalars, upstream, theta, TERM,
             BLOCK, THREADS,
         )  # fmt: skip
         found = found_ptr + row * 4

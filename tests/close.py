@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
-    """‖ours − truth‖ / ‖truth‖ over all entries that are finite in the truth."""
+    """‖ours − truth‖ / ‖truth‖ over all entries that are finite in the truth; infinite beside a truth of 0."""
     seen = truth.isfinite()
-    size = truth[seen].norm()
-    return float((ours.double()[seen] - truth[seen]).norm() / size) if size > 0 else 0.0
+    gap, size = (ours.double()[seen] - truth[seen]).norm(), truth[seen].norm()
+    return float(gap / size) if size > 0 else 0.0 if gap == 0 else torch.inf
 
 
 def rounding(truth: Tensor, dtype: torch.dtype, *, cut: bool = False) -> float:

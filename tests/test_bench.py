@@ -52,7 +52,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
     hide = "import runpy, sys\nfor name in ('liger_kernel', 'trl', 'fla'): sys.modules[name] = None\n"
     start = f"{hide}runpy.run_module('fusedkd', run_name='__main__')"
     command = [sys.executable, "-c", start, "bench", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return QuickRun(folder, done.stdout, json.loads((folder / "cpu-quick.json").read_text()))
 
@@ -83,7 +83,9 @@ def test_the_result_file(quick: QuickRun) -> None:
 @pytest.mark.parametrize("section", ["rows", "heads", "memory", "step"])
 def test_cells(quick: QuickRun, section: str) -> None:
     """fusedkd and eager torch are timed as often as was asked, beside a floor, and agree with float64."""
-    for case in quick.result["sections"][section]["cases"]:
+    cases = quick.result["sections"][section]["cases"]
+    assert cases
+    for case in cases:
         assert case["reason"] is None
         assert len(case["floor"]["seconds"]) == quick.result["sections"][section]["rounds"]
         cells = {cell["implementation"]: cell for cell in case["cells"]}
@@ -377,6 +379,7 @@ def test_rounds_are_interleaved() -> None:
 
 
 def _held(size: int) -> int:
+    torch.ones(size // 10) + torch.ones(size // 10)  # code is loaded and threads start here
     return measure.peak_bytes(lambda: {"gradient": torch.ones(size) + torch.ones(size)}, "cpu")
 
 
@@ -384,7 +387,7 @@ def test_peak_memory_of_a_fresh_process() -> None:
     """Two temporaries of 40 MB, and not the gradient that is handed back."""
     size = 10_000_000
     peak = measure.in_fresh_process(_held, size)
-    assert 0.6 * 2 * size * 4 < peak < 1.2 * 2 * size * 4  # it is sampled, so it may be missed in part
+    assert 0.98 * 2 * size * 4 < peak < 1.02 * 2 * size * 4
 
 
 def test_a_process_that_dies_is_reported() -> None:

@@ -45,7 +45,7 @@ def fusedkd_command(
     hide = f"import runpy, sys; sys.modules['{hidden}'] = None; runpy.run_module('fusedkd', run_name='__main__')"
     start = ["-c", hide] if hidden else ["-m", "fusedkd"]
     command = [sys.executable, *start, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def numbers(value: Any) -> Iterator[float]:

@@ -159,6 +159,18 @@ def test_saturated_beside_cross_entropy(case: Case, backend: str) -> None:
     check_logits(rows, case, backend, per_row=ROW, ce_weight=0.5)
 
 
+@each("case", [("jsd", {}), ("jsd", {"beta": 0.9}), ("skl", {}), ("srkl", {}), ("tvd", {}), ("hellinger", {})])
+def test_near_and_far(case: Case, backend: str) -> None:
+    """Both kinds in one call: what far rows leave out of phi stays in where the student is nearly its teacher."""
+    rows = unrelated(4, ODD, std=2.0, ignored=False)
+    rows = peak(rows, rows.labels, 15.0, sides="student")
+    rows = peak(rows, (rows.labels + 7) % ODD, 15.0, sides="teacher")
+    close = near(1.4e-3, 4, ODD)
+    sides = [torch.stack((x, y), 1).view(8, ODD) for (_, x), (_, y) in zip(vars_of(rows), vars_of(close), strict=True)]
+    labels = torch.stack((rows.labels, close.labels), 1).view(8)
+    check_logits(Rows.of(*sides, labels), case, backend, per_row=ROW)
+
+
 @each("case", DISTINCT)
 @each("gap", [15.0, 60.0])
 def test_peaked_apart(case: Case, gap: float, backend: str) -> None:

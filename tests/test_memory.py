@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import IGNORE, each, named
+from close import relative
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -491,4 +492,5 @@ def test_chunk_loop_of_triton(student: str, ce_weight: float, monkeypatch: pytes
         allocations.append(len([size for size in memory.sizes if size > 0]))
     assert allocations[0] > 0
     assert len(set(allocations)) == 1, allocations
-    assert all(torch.allclose(result.x, results[0].x, atol=1e-6) for result in results)
+    assert results[0].x.any()
+    assert all(relative(result.x, results[0].x.double()) < 1e-5 for result in results)

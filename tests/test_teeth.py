@@ -86,10 +86,18 @@ def test_shape_dtype_and_zeros() -> None:
     """Wrong shape, wrong dtype, dust where the truth is zero, and a missing infinity are rejected."""
     truth = torch.tensor([1.0, 0.0, torch.inf], dtype=torch.float64)
     assert_close(truth.float(), truth, 1e-7)
-    for wrong in (truth[None], truth, truth + 1e-30, truth.clamp(max=1e30), 0 * truth.nan_to_num()):
-        dtype = torch.float64 if wrong is truth else torch.float32
-        with pytest.raises(AssertionError):
-            assert_close(wrong.to(dtype), truth, 1e-7)
+    for wrong, why in (
+        (truth[None].float(), "shape"),
+        (truth, "dtype"),
+        ((truth + 1e-30).float(), "where the truth is 0"),
+        (truth.clamp(max=1e30).float(), r"expected tensor\(\[inf\]"),
+        (torch.tensor([torch.nan, 0.0, torch.inf]), "1 entries are not finite"),
+        (torch.tensor([0.0, 0.0, torch.inf]), "relative error"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            assert_close(wrong, truth, 1e-7)
+    assert relative(torch.full((3,), 1e-38), torch.zeros(3, dtype=torch.float64)) == torch.inf
+    assert relative(torch.zeros(3), torch.zeros(3, dtype=torch.float64)) == 0
     with pytest.raises(AssertionError, match="where the truth is 0"):
         assert_close(torch.full((3,), 1e-38), torch.zeros(3, dtype=torch.float64), 1.0)
 

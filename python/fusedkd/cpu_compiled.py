@@ -124,8 +124,8 @@ def _centre(s: torch.Tensor, t: torch.Tensor, inv_tau: torch.Tensor, mix: tuple[
     """The maxima of whole rows and what logits are measured from, as columns.raise_maxima finds them tile by tile."""
     top_s, top_t = (lane_max.torch(x).clamp(min=no_maxima.torch()[0]) for x in (s, t))
     maxima = (top_s, top_t, 0.0)
-    centre = centre_of.torch(maxima, inv_tau, (None,))
-    if mix[0] is None:
+    centre = centre_of.torch(maxima, inv_tau, ())
+    if not mix:
         return maxima, centre
     maxima = (top_s, top_t, lane_max.torch(mixed.torch(*above_centre.torch(s, t, centre), mix)))
     return maxima, centre_of.torch(maxima, inv_tau, mix)
@@ -175,7 +175,7 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         loss = loss + numbers.ce * (ce_lse - full.gather(1, pair.label))
     stats = zero
     if kind.with_stats:
-        _, plain, _ = centred.torch(s, t, centre, inv_tau, (None,))
+        _, plain, _ = centred.torch(s, t, centre, inv_tau, ())
         warmth = entropies_advance.torch((0.0, 0.0, 0.0), 0.0, 0.0, 0.0, z, plain, live)
         sides = _about_sides(warmth, own, centre, inv_tau, (s_y, t_y), present, empty)
         terms = [torch.where(empty, 0.0, x) for x in split]
@@ -310,7 +310,7 @@ def _blocks(
             _Numbers(
                 columnwise(problem.parameters, rows, zero),
                 columnwise(problem.weights, rows, zero),
-                (None,) if problem.mix is None else columnwise((problem.mix,), rows, zero),
+                () if problem.mix is None else columnwise((problem.mix,), rows, zero),
                 inv_tau,
                 factor,
                 ce if problem.ce_weight else None,

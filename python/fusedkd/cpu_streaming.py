@@ -50,7 +50,7 @@ def absorb(
             maxima, centre, move, own_log_t = raise_maxima.torch(maxima, s, t, live, inv_tau, mix)
             z, u, d = centred.torch(s, t, centre, inv_tau, mix)
             if with_stats:
-                _, plain, _ = centred.torch(s, t, centre, inv_tau, (None,))
+                _, plain, _ = centred.torch(s, t, centre, inv_tau, ())
                 warmth = entropies_advance.torch(warmth, state[0], move[0], own_log_t, z, plain, live)
             state = advance(state, move, z, u, d, exp.torch(z), exp.torch(u), live, _theta(problem, rows, carry))
         carry[rows] = torch.cat((*maxima, *warmth, *ce, *picked, *state), -1)
@@ -173,4 +173,4 @@ def _theta(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> 
 
 
 def _mix(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[Any, ...]:
-    return (None,) if problem.mix is None else columnwise((problem.mix,), rows, like)
+    return () if problem.mix is None else columnwise((problem.mix,), rows, like)

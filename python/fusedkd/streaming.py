@@ -139,7 +139,7 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     """The rows' normalisers, as `_row_scalars` of kernels/rows.py has them."""
     maxima, state = carry[:, :3].unbind(-1), carry[:, CARRY:].unbind(-1)
     inv_tau = 1.0 / problem.temperature
-    mix: tuple[Any, ...] = (None,) if problem.mix is None else values_at((problem.mix,), slice(None), carry)
+    mix: tuple[Any, ...] = () if problem.mix is None else values_at((problem.mix,), slice(None), carry)
     s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
     present = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~(t_y <= ABSENT)
     t_y = t_y.clamp(min=ABSENT)
