@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEFAULTS, FEW, IGNORE, Case, device, each
+from cases import DEFAULTS, FEW, IGNORE, VALUE, Case, device, each
+from close import assert_close
 from torch import Tensor
 
 import fusedkd
@@ -150,8 +151,9 @@ def test_weight_zero(kind: str, schedule: str, labelled: bool, backend: str) -> 
         leaves = [x.clone().requires_grad_() for x in given]
         loss = fusedkd.kd_loss(*as_sides(kind, leaves), labels, **options)
         outs.append([loss.detach(), *torch.autograd.grad(loss, leaves[:first])])
-    for ours, theirs in zip(*outs, strict=True):
-        assert torch.equal(ours, theirs)
+    for plain, beside_nan in zip(*outs, strict=True):
+        # A CPU chooses between two ways to form a number by what it sees in a block of rows.
+        assert_close(beside_nan, plain.double().cpu(), VALUE)
     assert outs[0][0] > 0
     assert not outs[0][1][list(PADDING)].any()
 

@@ -112,12 +112,13 @@ def kd_loss(
         schedule: for Heads: "chunked" takes some tokens at a time over the whole vocabulary: four matrix products, a
             float32 weight gradient. "streaming" takes some of the vocabulary at a time over all tokens: six products
             (eight without a one-sweep form), the least memory, independent of V. "auto" is "chunked"; "streaming" where
-            only that keeps `memory_budget`, and on a GPU for reduction="none". `fusedkd.plan` tells.
+            only that keeps `memory_budget`, and on a GPU for reduction="none" with a one-sweep divergence.
+            `fusedkd.plan` tells.
         memory_budget: for Heads: bytes the call may hold beyond inputs, loss and gradients, the float32 weight gradient
             included; chunks shrink to keep it.
         drop_ignored: for Heads: leave ignored rows out of the matrix products. "auto": on the CPU; True costs a GPU one
             synchronisation.
-        logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 is faster and makes
+        logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 halves them and makes
             the gradient several per cent wrong where teacher and student are close (bfloat16 operands only).
         backend: "auto": Triton for GPU tensors, torch for CPU tensors. "triton" on CPU tensors needs
             TRITON_INTERPRET=1; "torch" runs anywhere, on a CPU compiled if FUSEDKD_COMPILE=1.
@@ -140,11 +141,12 @@ def kd_loss(
             AD, for which there are no derivatives.
         RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
-    Cost: logits: one read of each logit forward (two for divergences without a one-sweep form or with per-token
-        parameters), one more and one write backward. Heads: four matrix products, six or eight
-        with schedule="streaming"; reduction="none" repeats the forward products in its backward. At most
-        `memory_budget` bytes. With `weight_grad` the backward makes no weight gradient: "chunked" adds the float32 one
-        of the forward in one pass, "streaming" has each chunk's product added where it belongs and makes none at all.
+    Cost: logits: one read of each logit forward for divergences with a one-sweep form, two for the others and for
+        exponents of `ab` and `alpha` per token, more for `amid` and `akl`; one more and one write backward. Heads: four
+        matrix products, six or eight with schedule="streaming"; reduction="none" repeats the forward products in its
+        backward. At most `memory_budget` bytes. With `weight_grad` the backward makes no weight gradient: "chunked"
+        adds the float32 one of the forward in one pass, "streaming" has each chunk's product added where it belongs and
+        makes none at all.
     """
     _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
     call = _prepare(
@@ -185,10 +187,10 @@ def kd_value_and_grad(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Any:
-    """Loss and its gradient with respect to the student's logits in one launch, without autograd.
+    """Loss and its gradient with respect to the student's logits in one call, without autograd.
 
     The value sweep and the gradient sweep of a row run back to back, so the second one meets the tiles still in cache:
-    the least memory traffic there is. Arguments and errors as `kd_loss`, logits only.
+    less memory traffic than two calls. Arguments and errors as `kd_loss`, logits only.
 
     Returns:
         (loss, grad): grad has the student's shape and dtype and is the gradient of the reduced loss, or of each token's

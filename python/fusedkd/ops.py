@@ -4,7 +4,7 @@ Those of schedule="streaming" are in streaming.py, those of `token_logprobs` in 
 
 fusedkd::rows               logits on both sides -> per-row loss; its backward is one gradient sweep
 fusedkd::rows_gradient      that sweep, for any upstream weight per row
-fusedkd::rows_both          per-row loss and weighted gradient in one launch, no autograd
+fusedkd::rows_both          per-row loss and weighted gradient in one call, no autograd
 fusedkd::heads              a Head on at least one side -> Σ weight·loss with the gradient formed beside it; its
                             backward multiplies by the upstream scalar
 fusedkd::heads_rows         the same sides -> per-row loss; its backward runs `heads` with the upstream as row weights

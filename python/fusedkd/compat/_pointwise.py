@@ -107,7 +107,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator's
         student, teacher = ctx.saved_tensors
         teacher = ctx.inference if teacher is None else teacher
         upstream = grads[0].unsqueeze(-1) if ctx.summed else grads[0]

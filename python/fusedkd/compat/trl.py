@@ -57,8 +57,8 @@ def generalized_jsd_loss(
     _check_reduction(reduction)
     counted = None if labels is None else labels != IGNORED
     if reduction == "none" and num_items_in_batch is None:
-        rows = [x if counted is None else x[counted] for x in (student_logits, teacher_logits)]
-        return _pointwise.summands(_pointwise.generalized_jsd(beta), *_logprobs(*rows, temperature))
+        student, teacher = (x if counted is None else x[counted] for x in (student_logits, teacher_logits))
+        return _pointwise.summands(_pointwise.generalized_jsd(beta), *_logprobs(student, teacher, temperature))
     total = kd_loss(
         student_logits, teacher_logits, None if counted is None else as_labels(counted),
         divergence=generalized_jsd(beta), temperature=temperature, reduction="sum",
