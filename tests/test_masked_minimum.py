@@ -96,6 +96,7 @@ def test_streaming(case: Case, side: str, temperature: float) -> None:
         schedule="streaming", backend="torch", **options,
     )  # fmt: skip
     loss.sum().backward()
+    assert leaf.grad is not None
     assert_close(loss, value, VALUE, what="loss")
     assert_close(leaf.grad, truth.gradient(weights), VALUE, what="gradient")
 
