@@ -91,12 +91,12 @@ def test_log_probabilities() -> None:
     assert operations(FEW) == operations(MANY)
 
 
-@each("width", [2, 10, 128, 129, 384, 515])
+@each("width", [3, 10, 128, 129, 384, 515])
 @each("share", [0.1, 0.6, 1.0])
 def test_rows_of_both_kinds(width: int, share: float) -> None:
     """Some rows or most have a token likelier than 1/2, near either end or between; every row of the gradient is right.
 
-    The rows are close, so that such a token's own entry is what is left of a difference of equal numbers.
+    The teacher knows nothing of it, so that the token's own entry is what is left of a difference of equal numbers.
     """
     rows = unrelated(40, width, std=1.0, ignored=False)
     assert rows.labels is not None
@@ -104,9 +104,8 @@ def test_rows_of_both_kinds(width: int, share: float) -> None:
     top[:2] = torch.tensor([0, width - 1])
     top = torch.where(top == rows.labels, (top + 1) % width, top)
     sure = torch.arange(40) < 40 * share
-    student = rows.student.scatter_add(1, top[:, None], torch.where(sure, 12.0, 0.0).double()[:, None])
-    teacher = student + 0.1 * rows.teacher
-    check_logits(Rows.of(student, teacher, rows.labels), ("rkl", {}), "torch", per_row=VALUE)
+    student = rows.student.scatter_add(1, top[:, None], torch.where(sure, 20.0, 0.0).double()[:, None])
+    check_logits(Rows.of(student, rows.teacher, rows.labels), ("rkl", {}), "torch", per_row=VALUE)
 
 
 @pytest.mark.parametrize("width", [1, 5, 128, 129, 256, 300, 1003])

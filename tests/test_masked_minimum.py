@@ -96,16 +96,19 @@ def test_streaming(case: Case, side: str, temperature: float) -> None:
         schedule="streaming", backend="torch", **options,
     )  # fmt: skip
     loss.sum().backward()
+    assert leaf.grad is not None
     assert_close(loss, value, VALUE, what="loss")
     assert_close(leaf.grad, truth.gradient(weights), VALUE, what="gradient")
 
 
-def test_nothing_but_masks(backend: str) -> None:
+@each("labelled", [True, False])
+def test_nothing_but_masks(labelled: bool, backend: str) -> None:
     """A teacher's row of least numbers has nothing to say: 0, as one of −inf."""
     student = torch.randn(2, 40).requires_grad_()
     teacher = torch.randn(2, 40)
     teacher[1] = torch.finfo(torch.float32).min
-    loss = fusedkd.kd_loss(student, teacher, torch.tensor([3, 4]), temperature=0.5, reduction="none", backend=backend)
+    labels = torch.tensor([3, 4]) if labelled else None
+    loss = fusedkd.kd_loss(student, teacher, labels, temperature=0.5, reduction="none", backend=backend)
     loss.sum().backward()
     assert student.grad is not None
     assert loss.tolist()[1] == 0
