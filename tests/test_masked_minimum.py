@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from cases import DEFAULTS, FEW, VALUE, Case, Rows, check_logits, each, expected, unrelated
@@ -127,3 +128,22 @@ def test_minimum_at_the_label(backend: str) -> None:
     logp, logq = ((x.double() / 0.9).log_softmax(-1) for x in (teacher, student))
     truth = torch.nn.functional.kl_div(logq, logp.clamp(min=-1e30), reduction="none", log_target=True).sum(-1)
     assert_close(fusedkd.kd_loss(*args, **options), truth, VALUE)
+
+
+@each("name", ["fkl", "rkl", "drkl", "jsd"])
+@each("schedule", ["chunked", "streaming"])
+def test_minimum_at_the_label_of_a_head(name: str, schedule: str, backend: str) -> None:
+    """Both schedules agree that such a label is in the support: the teacher's logit comes as a bias."""
+    labels, bias = torch.tensor([2, 2, 2]), torch.zeros(40)
+    bias[2] = torch.finfo(torch.float32).min
+    student, hidden = torch.randn(3, 40), torch.randn(3, 40)
+    hidden[:, 2] = 0.0
+    given = {"divergence": name, "reduction": "none", "temperature": 0.9, "backend": backend}
+    teacher = fusedkd.Head(hidden, torch.eye(40), bias)
+    loss = fusedkd.kd_loss(fusedkd.Head(student, torch.eye(40)), teacher, labels, schedule=schedule, **given)
+    truth = oracle.distill(
+        student.double(), (hidden + bias.clamp(min=LEAST)).double(), labels, oracle.meaning(name), temperature=0.9
+    )
+    far = torch.where(truth.loss > 1e20, torch.inf, truth.loss)  # log q − log p of about 1e30 is infinite here
+    assert_close(loss, far, VALUE)
+    assert bool(far.isinf().any()) == (name in ("rkl", "drkl"))

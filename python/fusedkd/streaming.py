@@ -141,7 +141,7 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     inv_tau = 1.0 / problem.temperature
     mix: tuple[Any, ...] = () if problem.mix is None else values_at((problem.mix,), slice(None), carry)
     s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
-    present = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~(t_y <= ABSENT)
+    present = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~torch.isneginf(t_y)
     t_y = t_y.clamp(min=ABSENT)
     (c_s, c_t, k, m), at, pair, (log_zs, zy, own_uy) = meet.torch(
         tuple(maxima), state, s_y, t_y, present, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
