@@ -118,8 +118,8 @@ def kd_loss(
             included; chunks shrink to keep it.
         drop_ignored: for Heads: leave ignored rows out of the matrix products. "auto": on the CPU; True costs a GPU one
             synchronisation.
-        logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 halves them and makes
-            the gradient several per cent wrong where teacher and student are close (bfloat16 operands only).
+        logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 halves them and
+            makes the gradient several per cent wrong where teacher and student are close (bfloat16 operands only).
         backend: "auto": Triton for GPU tensors, torch for CPU tensors. "triton" on CPU tensors needs
             TRITON_INTERPRET=1; "torch" runs anywhere, on a CPU compiled if FUSEDKD_COMPILE=1.
         return_stats: also return `KDStats`.

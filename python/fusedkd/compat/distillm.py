@@ -7,7 +7,7 @@ Each takes (logits, teacher_logits, no_model_batch) as there: logits (B, T, V), 
 their number, a float32 scalar, in nats, at temperature 1. p is the teacher, q the student. `forward_kl` and
 `skewed_forward_kl` are cross-entropies: the divergence plus the teacher's entropy H(p), as there.
 
-Better: row kernels that never holds a (B, T, V) temporary; either side may be a `fusedkd.Head` (hidden states and output
+Better: no (B, T, V) temporary; either side may be a `fusedkd.Head` (hidden states and output
 weights), and then no logits are made at all, which is the way to take wherever the model allows it. Further keyword
 arguments are options of `fusedkd.kd_loss` such as backend, memory_budget or vocab_size; NotImplementedError names any
 other.

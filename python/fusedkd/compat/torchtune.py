@@ -71,7 +71,7 @@ class ReverseKLLoss(_KLLoss):
 
 
 class SymmetricKLLoss(_KLLoss):
-    """sym_kd_ratio·ForwardKLLoss + (1 − sym_kd_ratio)·ReverseKLLoss in one call: each logit is read once for the value."""
+    """sym_kd_ratio·ForwardKLLoss + (1 − sym_kd_ratio)·ReverseKLLoss ; each logit is read once for the value."""
 
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
         if not 0 <= sym_kd_ratio <= 1:
