@@ -7,7 +7,7 @@
 parse.py reads PTX, translate.py makes numpy of it, machine.py is the GPU, driver.py stands between Triton and that.
 """
 
-from .driver import CAPABILITIES, clear, edited, executed, findings, install, launched, settings, unwritten
+from .driver import CAPABILITIES, clear, edited, executed, findings, install, launch, launched, settings, unwritten
 from .machine import BENIGN, ORDERS, Fault, Finding, Grid, Program, Region
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "executed",
     "findings",
     "install",
+    "launch",
     "launched",
     "settings",
     "unwritten",

@@ -126,6 +126,21 @@ def _parameter(signature: str, value: Any) -> Any:
     raise NotImplementedError(f"a launch argument of type {signature}")
 
 
+def launch(program: Program, size: int, given: list[tuple[str, Any]], **options: Any) -> Grid:
+    """Runs `size` blocks of a kernel on arguments (Triton's type, value); Fault where a launch cannot go on."""
+    names = [name for _, name in program.kernel.params]
+    given = given + [("i64", 0)] * (len(names) - len(given))  # two pointers to scratch memory
+    params = {name: _parameter(*one) for name, one in zip(names, given, strict=True)}
+    tensors = [(name, value) for name, (_, value) in zip(names, given, strict=True) if isinstance(value, torch.Tensor)]
+    settings.seed += 1
+    usual = {"order": settings.order, "races": settings.races, "resident": PLACES, "seed": settings.seed}
+    grid = Grid(program, size, params, regions(tensors), _found, **(usual | options))
+    launched[program.kernel.name] += 1
+    grid.run()
+    executed[program.kernel.name] += sum(n * len(program.kernel.blocks[at].code) for at, n in grid.counts.items())
+    return grid
+
+
 class Launcher:
     """What Triton calls for a launch."""
 
@@ -140,20 +155,7 @@ class Launcher:
         key = (text, settings.ulps, settings.fuse)
         if key not in _programs:
             _programs[key] = Program(text, self.metadata.shared, ulps=settings.ulps, fuse=settings.fuse)
-        program = _programs[key]
-        given = list(_flat(self.signature, rest[4:]))
-        names = [name for _, name in program.kernel.params]
-        given += [("i64", 0)] * (len(names) - len(given))  # two pointers to scratch memory
-        params = {name: _parameter(*one) for name, one in zip(names, given, strict=True)}
-        tensors = [(name, v) for name, (_, v) in zip(names, given, strict=True) if isinstance(v, torch.Tensor)]
-        settings.seed += 1
-        grid = Grid(
-            program, x, params, regions(tensors), _found,
-            order=settings.order, races=settings.races, resident=PLACES, seed=settings.seed,
-        )  # fmt: skip
-        launched[program.kernel.name] += 1
-        grid.run()
-        executed[program.kernel.name] += sum(n * len(program.kernel.blocks[at].code) for at, n in grid.counts.items())
+        launch(_programs[key], x, list(_flat(self.signature, rest[4:])))
 
 
 class _Utils:

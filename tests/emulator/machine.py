@@ -39,6 +39,7 @@ LANES, WARP_RACE, BLOCK_RACE = "unsynchronised lanes", "race between warps", "ra
 RACES = ("", LANES, WARP_RACE, BLOCK_RACE)
 ROUNDING, REPLICAS = "replicas differ by rounding", "replicas differ"
 BENIGN = (LANES, ROUNDING)
+_NORESERVE = 0x4000  # of Linux; named in mmap since Python 3.13
 _NUMBER, _EPOCH, _SYNC = 44, 24, 10  # where a stamp holds block, barriers so far, warp barriers; below them the thread
 
 
@@ -59,10 +60,10 @@ class Fault(Exception):
         self.finding = finding
 
 
-def _sparse(units: int, dtype: str) -> Array:
+def sparse(units: int, dtype: str) -> Array:
     """Zeros that take memory only where they are touched, however many they are."""
     size = max(units, 1) * np.dtype(dtype).itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype)
 
 
@@ -71,9 +72,9 @@ class Shadow:
 
     def __init__(self, units: int) -> None:
         self.writer, self.reader, self.other = (
-            _sparse(units, "i8") for _ in range(3)
+            sparse(units, "i8") for _ in range(3)
         )  # other: a reader of another warp
-        self.lines = tuple(_sparse(units, "i4") for _ in range(3))  # of the PTX, of these three
+        self.lines = tuple(sparse(units, "i4") for _ in range(3))  # of the PTX, of these three
 
     def load(self, c: Threads, units: Array, threads: Array, line: int) -> tuple[int, int, int]:
         """The worst access that is not ordered before this one: place in RACES, its PTX line and stamp."""
@@ -116,7 +117,7 @@ class Region:
         self.views = {width: raw[: len(raw) // width * width].view(f"u{width}") for width in (1, 2, 4, 8)}
         self.unit = min(item, 2)  # bytes that share a stamp
         self.shadow: Shadow | None = None
-        self.seen = None if whole else _sparse(self.size, "?")  # the bytes of the views that the kernel was given
+        self.seen = None if whole else sparse(self.size, "?")  # the bytes of the views that the kernel was given
         self.written: Array = None  # of shared memory
 
     @classmethod
@@ -171,6 +172,7 @@ class Threads:
         zeros = dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), 0)
         self.special = {k: np.broadcast_to(np.asarray(v, "u4"), (self.size,)) for k, v in (number | zeros).items()}
         self.warp_barriers = np.zeros(cta.size // 32, np.int64)
+        self.paused = False
         self.together: int | None = 0  # the block of instructions at which all are, or None and each thread's own
         self.places, self.parked = np.zeros(self.size, np.int64), np.zeros(self.size, bool)
         self.end = len(program.kernel.blocks)
@@ -214,7 +216,8 @@ class Threads:
             self.places[:], self.together = self.together, None
 
     def _state(self, kind: str) -> str:
-        going = "pause" if kind == "pause" else "run"
+        self.paused = kind == "pause"
+        going = "pause" if self.paused else "run"
         if self.together is not None:
             return "wait" if kind == "bar" else "done" if self.together >= self.end else going
         if ((self.places < self.end) & ~self.parked).any():
@@ -226,6 +229,8 @@ class Threads:
         blocks = self.cta.grid.program.kernel.blocks
         live = (self.places < self.end) & ~self.parked
         at = int(self.places[live].min())
+        if self.paused:  # those at the earliest may be waiting for the others
+            at = int(self.cta.grid.dice.choice(self.places[live]))
         m = live & (self.places == at)
         if m.all():
             self.together = at
@@ -389,9 +394,9 @@ class Threads:
                 region.written[(some - region.base)[:, None] + np.arange(size * n)] = True
             for j in range(n):
                 if (view[index + j] != values[j][who]).any():
-                    self._replicas(values[j][who], view[index + j], line, who)
+                    self._replicas(values[j][who], view[index + j], line, who, some)
 
-    def _replicas(self, ours: Array, kept: Array, line: int, who: Array) -> None:
+    def _replicas(self, ours: Array, kept: Array, line: int, who: Array, some: Array) -> None:
         """Threads of one instruction stored different bits to one address: rounding, or more than that."""
         kind, what = REPLICAS, "not numbers"
         if ours.dtype.itemsize == 4:
@@ -400,6 +405,10 @@ class Threads:
             worst = float(np.where(np.isfinite(gap), gap, np.where(one == two, 0, np.inf)).max())
             kind, what = (ROUNDING if worst < 1e-4 else REPLICAS), f"by {worst:.1e} of their size"
         self.cta.note(kind, what, line, self.lanes[who[ours != kept]])
+        winners = dict(zip(some.tolist(), (self.lanes[who] >> 5).tolist(), strict=True))
+        lost = (ours != kept).nonzero()[0]
+        if self.cta.grid.races and any(winners[int(some[i])] != self.lanes[who[i]] >> 5 for i in lost):
+            self.cta.note(WARP_RACE, "two warps store at once", line, self.lanes[who[lost]])
 
     def _race(self, region: Region, some: Array, who: Array, nbytes: int, line: int, same: Array | None) -> None:
         if region.shadow is None:
@@ -630,7 +639,8 @@ class Grid:
         some = ", ".join(str(int(thread)) for thread in list(dict.fromkeys(int(x) for x in threads))[:4])
         where = f"{what}; thread {some} of block {block}; PTX line {line}: {kernel.lines[line - 1].strip()}"
         finding = Finding(kind, kernel.name, kernel.instructions[line].source, where)
-        return self.findings.setdefault(finding[:3], finding)
+        self.findings.setdefault(finding[:3], finding)
+        return finding
 
     def paused(self, cta: Cta, turn: int) -> None:
         """Where threads may wait for others: whether anything has changed since, for all who run."""

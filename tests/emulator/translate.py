@@ -142,7 +142,7 @@ class Translator:
     def _register_kinds(self) -> dict[str, str]:
         """PTX's 32-bit registers have no type: float or signed where most instructions that name one say so."""
         votes: dict[str, list[str]] = {}
-        for instruction in self.kernel.instructions.values():
+        for instruction in (instruction for block in self.kernel.blocks for instruction in block.code):
             for register in re.findall(r"%[a-z]+\d+\b", " ".join((*instruction.operands, instruction.guard or ""))):
                 votes.setdefault(register, []).append(instruction.op.split(".")[-1])
         out = {}
