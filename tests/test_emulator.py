@@ -88,8 +88,7 @@ def calculate(instruction: str, out: str, *inputs: tuple[str, Sequence[Any]], **
 
 
 M = 2**32 - 1
-F = {"ulp": 1 + 2.0**-23}
-BITS = {"one": 0x3F80, "nan": 0x7FFF, "tie_even": 0x3F80, "up": 0x3F82}
+ULP = 1 + 2.0**-23
 CALCULATIONS: dict[str, tuple[Any, ...]] = {
     # integers: wrapping, signs, widths
     "add.s32 {d}, {a}, {b};": ("s4", [-(2**31), 2], ("s4", [2**31 - 1, 5]), ("s4", [1, -3])),
@@ -132,13 +131,15 @@ CALCULATIONS: dict[str, tuple[Any, ...]] = {
     "prmt.b32 {d}, {a}, {b}, 21520;": ("u4", [0xEEFF3344], ("u4", [0x11223344]), ("u4", [0xCCDDEEFF])),
     "prmt.b32 {d}, {a}, {b}, 37008;": ("u4", [0xFF44FF44], ("u4", [0x11228044]), ("u4", [0])),
     # floats: rounding, flushing, NaN
-    "add.f32 {d}, {a}, {b};": ("f4", [1.0, 1 + 2.0**-22, TINY], ("f4", [1.0, F["ulp"], TINY]), ("f4", [2.0**-24] * 2 + [0.0])),
-    "add.ftz.f32 {d}, {a}, {b};": ("f4", [0.0, -0.0], ("f4", [TINY, 2.0**-126]), ("f4", [0.0, -(2.0**-126) * F["ulp"]])),
-    "sub.f32 {d}, {a}, {b};": ("f4", [-INF, 2.0**-23], ("f4", [1.0, F["ulp"]]), ("f4", [INF, 1.0])),
-    "sub.rn.f32.bf16 {d}, {a}, {b};": ("f4", [-0.5], ("u2", [BITS["one"]]), ("f4", [1.5])),
-    "mul.f32 {d}, {a}, {b};": ("f4", [F["ulp"] ** 2 - 2.0**-46, NAN], ("f4", [F["ulp"], 0.0]), ("f4", [F["ulp"], INF])),
-    "fma.rn.f32 {d}, {a}, {b}, {c};": ("f4", [2.0**-46], ("f4", [F["ulp"]]), ("f4", [F["ulp"]]), ("f4", [-1 - 2.0**-22])),
-    "fma.rn.ftz.f32 {d}, {a}, {b}, {c};": ("f4", [1.0, -0.0], ("f4", [TINY, -TINY]), ("f4", [4.0, 1.0]), ("f4", [1.0, -TINY])),
+    "add.f32 {d}, {a}, {b};": ("f4", [1.0, 1 + 2.0**-22], ("f4", [1.0, ULP]), ("f4", [2.0**-24] * 2)),
+    "add.ftz.f32 {d}, {a}, {b};": ("f4", [0.0, -0.0], ("f4", [TINY, 2.0**-126]), ("f4", [0.0, -(2.0**-126) * ULP])),
+    "sub.f32 {d}, {a}, {b};": ("f4", [-INF, 2.0**-23], ("f4", [1.0, ULP]), ("f4", [INF, 1.0])),
+    "sub.rn.f32.bf16 {d}, {a}, {b};": ("f4", [-0.5], ("u2", [0x3F80]), ("f4", [1.5])),
+    "mul.f32 {d}, {a}, {b};": ("f4", [ULP ** 2 - 2.0**-46, NAN], ("f4", [ULP, 0.0]), ("f4", [ULP, INF])),
+    "fma.rn.f32 {d}, {a}, {b}, {c};": ("f4", [2.0**-46], ("f4", [ULP]), ("f4", [ULP]), ("f4", [-1 - 2.0**-22])),
+    "fma.rn.ftz.f32 {d}, {a}, {b}, {c};": (
+        "f4", [1.0, -0.0], ("f4", [TINY, -TINY]), ("f4", [4.0, 1.0]), ("f4", [1.0, -TINY]),
+    ),
     "div.rn.f32 {d}, {a}, {b};": ("f4", [np.float32(1) / np.float32(3), INF], ("f4", [1.0, 1.0]), ("f4", [3.0, 0.0])),
     "div.full.f32 {d}, {a}, {b};": ("f4", [2.5], ("f4", [5.0]), ("f4", [2.0])),
     "neg.f32 {d}, {a};": ("f4", [-0.0, 2.0], ("f4", [0.0, -2.0])),
@@ -156,7 +157,9 @@ CALCULATIONS: dict[str, tuple[Any, ...]] = {
     "rsqrt.approx.ftz.f32 {d}, {a};": ("f4", [0.5], ("f4", [4.0])),
     "add.f64 {d}, {a}, {b};": ("f8", [1 + 2.0**-50], ("f8", [1.0]), ("f8", [2.0**-50])),
     # conversions
-    "cvt.rn.bf16.f32 {d}, {a};": ("u2", [BITS["tie_even"], BITS["up"], BITS["nan"], 0x7F80], ("f4", [1 + 2.0**-8, 1 + 3 * 2.0**-8, NAN, 3.4e38])),
+    "cvt.rn.bf16.f32 {d}, {a};": (
+        "u2", [0x3F80, 0x3F82, 0x7FFF, 0x7F80], ("f4", [1 + 2.0**-8, 1 + 3 * 2.0**-8, NAN, 3.4e38]),
+    ),
     "cvt.rn.bf16x2.f32 {d}, {a}, {b};": ("u4", [0x40003F80], ("f4", [2.0]), ("f4", [1.0])),
     "cvt.f32.bf16 {d}, {a};": ("f4", [1.0], ("u2", [0x3F80])),
     "cvt.rn.f16.f32 {d}, {a};": ("f2", [1.0, INF, 2.0**-24], ("f4", [1 + 2.0**-11, 70000.0, 2.0**-24])),
@@ -256,7 +259,7 @@ FIND = indexed("%rd0", 4, 9)
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
 def test_divergence_and_loops(order: str) -> None:
-    """Each thread adds 1 as often as its number says, those below 40 as a branch of their own; the guard keeps others."""
+    """Each thread below 40 adds 1 as often as its number says, the others go elsewhere, and a guard picks one."""
     out = torch.zeros(64, dtype=torch.int32)
     body = f"""{FIND} mov.b32 %r1, 0; mov.b32 %r2, 0;
     setp.lt.u32 %p1, %r0, 40;
@@ -451,7 +454,7 @@ def test_messages_between_blocks(scope: str, release: str, wait: tuple[str, str]
 
 
 def test_a_release_covers_the_block_behind_a_barrier() -> None:
-    """All threads write, one releases; all read after the barrier behind one thread's acquire. Without barriers: races."""
+    """All threads write, one releases; one acquires, all read. Without a barrier on either side: races."""
     body = """setp.eq.s32 %p2, %r59, 1;
     mad.wide.u32 %rd9, %r0, 4, %rd0;
     setp.ne.s32 %p1, %r0, 0;

@@ -38,7 +38,7 @@ class Settings:
 
 
 settings = Settings()
-launched = Counter[str]()  # kernels
+launched = Counter[str]()  # file:kernel
 executed = Counter[str]()  # warp instructions
 _found: dict[Any, Finding] = {}
 _programs: dict[Any, Program] = {}
@@ -135,9 +135,9 @@ def launch(program: Program, size: int, given: list[tuple[str, Any]], **options:
     settings.seed += 1
     usual = {"order": settings.order, "races": settings.races, "resident": PLACES, "seed": settings.seed}
     grid = Grid(program, size, params, regions(tensors), _found, **(usual | options))
-    launched[program.kernel.name] += 1
+    launched[program.kernel.title] += 1
     grid.run()
-    executed[program.kernel.name] += sum(n * len(program.kernel.blocks[at].code) for at, n in grid.counts.items())
+    executed[program.kernel.title] += sum(n * len(program.kernel.blocks[at].code) for at, n in grid.counts.items())
     return grid
 
 
@@ -236,7 +236,7 @@ def install(
     """From now on `backend="triton"` on CPU tensors compiles for sm_`capability` and runs the PTX.
 
     order: in which a block's warps run: "greedy", "lockstep" or "warps" (machine.py). races: whether to look for them.
-    fuse: a product and the sum behind it become one fma, as ptxas may make it. ulps: by how much approximations are off.
+    fuse: a product and the sum behind it become one fma, as ptxas may make it. ulps: how far approximations are off.
     ValueError for what is none of these; RuntimeError where Triton was imported with its interpreter.
     """
     check(capability, order, ulps, races=races, fuse=fuse)

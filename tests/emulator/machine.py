@@ -4,8 +4,8 @@ A launch's blocks take turns at random; within one, threads run in one of three 
 
     lockstep    all warps together, those behind first: fast
     warps       warps in random turns
-    greedy      one warp as far as it gets, until a barrier or an access that may wait for others: makes wrong numbers of
-                races
+    greedy      one warp as far as it gets, until a barrier or an access that may wait for others: makes races show in
+                the numbers
 
 Threads of a warp that part run the earliest instruction first, and wait for each other where an instruction needs the
 whole warp (reconvergence).
@@ -24,7 +24,7 @@ import ctypes
 import mmap
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -39,6 +39,10 @@ LANES, WARP_RACE, BLOCK_RACE = "unsynchronised lanes", "race between warps", "ra
 RACES = ("", LANES, WARP_RACE, BLOCK_RACE)
 ROUNDING, REPLICAS = "replicas differ by rounding", "replicas differ"
 BENIGN = (LANES, ROUNDING)
+ATOMIC: dict[str, Callable[..., Any]] = {
+    "add": lambda old, x: old + x, "exch": lambda old, x: x, "max": max, "min": min, "or": lambda old, x: old | x,
+    "and": lambda old, x: old & x, "cas": lambda old, wanted, x: x if old == wanted else old,
+}  # fmt: skip
 _NORESERVE = 0x4000  # of Linux; named in mmap since Python 3.13
 _NUMBER, _EPOCH, _SYNC = 44, 24, 10  # where a stamp holds block, barriers so far, warp barriers; below them the thread
 
@@ -476,10 +480,8 @@ class Threads:
                     self.cta.acquire(int(self.lanes[thread]), place, scope)
                 if order in ("acq_rel", "release"):
                     self.cta.publish(int(self.lanes[thread]), place, scope)
-                old, given = view[i], [v[thread] for v in values]
-                new = {"add": lambda: old + given[0], "exch": lambda: given[0], "max": lambda: max(old, given[0]),
-                       "min": lambda: min(old, given[0]), "or": lambda: old | given[0], "and": lambda: old & given[0],
-                       "cas": lambda: given[1] if old == given[0] else old}[how]()  # fmt: skip
+                old = view[i]
+                new = ATOMIC[how](old, *(v[thread] for v in values))
                 self.cta.grid.changes += bool(new != old)
                 view[i], out[thread] = new, old
         return out
@@ -618,8 +620,9 @@ class Grid:
     """One launch."""
 
     def __init__(
-        self, program: Program, size: int, params: dict[str, Any], regions: Sequence[Region], findings: dict[Any, Finding],
-        *, order: str = "greedy", races: bool = True, resident: int = 132, seed: int = 0, step_limit: int = 2_000_000,
+        self, program: Program, size: int, params: dict[str, Any], regions: Sequence[Region],
+        findings: dict[Any, Finding], *, order: str = "greedy", races: bool = True, resident: int = 132,
+        seed: int = 0, step_limit: int = 2_000_000,
     ) -> None:  # fmt: skip
         if size >= 1 << 63 - _NUMBER or program.kernel.threads > 1 << _SYNC or program.kernel.threads % 32:
             raise NotImplementedError(f"{size} blocks of {program.kernel.threads} threads")

@@ -58,6 +58,11 @@ class Kernel:
         self.instructions: dict[int, Instruction] = {}
         self._read(start, set(re.findall(r"\bbra(?:\.uni)?\s+(\$?\w+)", text)))
 
+    @property
+    def title(self) -> str:
+        """file:kernel."""
+        return f"{self.blocks[0].code[0].source.split(':')[0]}:{self.name}"
+
     def _read(self, start: int, targets: set[str]) -> None:
         source = None
         for number, raw in enumerate(self.lines[start + 1 :], start + 2):

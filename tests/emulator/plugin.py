@@ -15,9 +15,9 @@ class Plugin:
     """The hooks of a session.
 
     Two kinds of finding fail no test. "replicas differ by rounding": threads that hold copies of one sum got there by
-    multiplications and additions that contraction paired differently; which copy is used changes the last bits.
-    "unsynchronised lanes": two accesses of one warp's threads in the order of the program, which a warp that is together
-    keeps.
+    multiplications and additions that contraction paired differently; the last bits depend on which copy is used.
+    "unsynchronised lanes": two accesses by threads of one warp, in the order of the program, which a warp that is
+    together keeps.
     """
 
     def __init__(self, capability: int) -> None:

@@ -1,11 +1,11 @@
 """A basic block of PTX as one Python function over all threads that run together: a register is a numpy array.
 
-`block(R, m, c)`: R are the registers, m the mask of threads that run (None: all), c the threads (machine.Threads), which
-reach memory and each other. It returns the condition of the branch, return or exit that the block ends in, else None.
+`block(R, m, c)`: R are the registers, m the mask of threads that run (None: all), c the threads, which reach memory and
+each other (machine.Threads). It returns the condition of the branch, return or exit that the block ends in, else None.
 
-Where fidelity ends. `fma` is computed in float64 and rounded twice (wrong by one bit once in 2^29). Approximations (ex2,
-lg2, rcp.approx, div.full ...) are correctly rounded, or off by up to `ulps` units; as on a GPU their error is a function
-of the argument. `fuse` makes one fma of a product and the sum behind it in the same block, as ptxas may. Registers that
+Where fidelity ends. `fma` is computed in float64 and rounded twice (wrong by one bit once in 2^29). Approximations
+(ex2, lg2, rcp.approx, div.full ...) are correctly rounded, or off by up to `ulps` units; as on a GPU their error is a
+function of the argument. `fuse` makes one fma of a product and the sum behind it in the same block, as ptxas may. Registers that
 nobody wrote hold garbage. Machine code (SASS), caches and timing are not modelled.
 """
 
@@ -495,7 +495,8 @@ class Translator:
             x, y = (self._flushed(self.value(o, NUMPY[kind])) for o in (a, b))
         text = self._compare(how, x, y)
         if other:
-            text = f"{text} {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[self.mods[1]]} {self._predicate(other[0])}"
+            symbol = {"and": "&", "or": "|", "xor": "^"}[self.mods[1]]
+            text = f"{text} {symbol} {self._predicate(other[0])}"
         if "|" in d:
             raise NotImplementedError("setp with two results")
         self.assign(d, text, "?")
