@@ -33,7 +33,8 @@ class Settings:
     races: bool = True
     fuse: bool = False
     ulps: int = 0
-    edit: Callable[[str], str] | None = None  # on the PTX of each launch
+    edit: Callable[[str], str] | None = None  # of the PTX of each launch
+    narrow: Callable[[str, str, torch.Tensor], torch.Tensor] | None = None  # of kernel, argument: what may be touched
     seed: int = 0
 
 
@@ -55,13 +56,15 @@ def clear() -> None:
 
 
 @contextlib.contextmanager
-def edited(change: Callable[[str], str]) -> Iterator[None]:
-    """Within: every launch runs `change` of its PTX."""
-    settings.edit = change
+def edited(
+    change: Callable[[str], str] | None = None, narrow: Callable[[str, str, torch.Tensor], torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Within: every launch runs `change` of its PTX, and may touch `narrow` of each tensor."""
+    settings.edit, settings.narrow = change, narrow
     try:
         yield
     finally:
-        settings.edit = None
+        settings.edit = settings.narrow = None
 
 
 def unwritten(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,6 +135,8 @@ def launch(program: Program, size: int, given: list[tuple[str, Any]], **options:
     given = given + [("i64", 0)] * (len(names) - len(given))  # two pointers to scratch memory
     params = {name: _parameter(*one) for name, one in zip(names, given, strict=True)}
     tensors = [(name, value) for name, (_, value) in zip(names, given, strict=True) if isinstance(value, torch.Tensor)]
+    if settings.narrow is not None:
+        tensors = [(name, settings.narrow(program.kernel.title, name, tensor)) for name, tensor in tensors]
     settings.seed += 1
     usual = {"order": settings.order, "races": settings.races, "resident": PLACES, "seed": settings.seed}
     grid = Grid(program, size, params, regions(tensors), _found, **(usual | options))

@@ -5,8 +5,8 @@ each other (machine.Threads). It returns the condition of the branch, return or 
 
 Where fidelity ends. `fma` is computed in float64 and rounded twice (wrong by one bit once in 2^29). Approximations
 (ex2, lg2, rcp.approx, div.full ...) are correctly rounded, or off by up to `ulps` units; as on a GPU their error is a
-function of the argument. `fuse` makes one fma of a product and the sum behind it in the same block, as ptxas may. Registers that
-nobody wrote hold garbage. Machine code (SASS), caches and timing are not modelled.
+function of the argument. `fuse` makes one fma of a product and the sum behind it in the same block, as ptxas may.
+Registers that nobody wrote hold garbage. Machine code (SASS), caches and timing are not modelled.
 """
 
 from __future__ import annotations
