@@ -47,7 +47,7 @@ test: install
 # As compiled for each of these architectures; an emulator with a sanitizer runs the PTX (tests/emulator).
 EMULATE ?= 80 90
 EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options parts streaming token_logprobs hard_rows \
-	identities properties autograd uncounted surroundings traps weight_grad toys definition sync))
+	identities properties autograd uncounted surroundings traps weight_grad toys definition recipes))
 
 test-emulated: install
 	for capability in $(EMULATE); do \

@@ -11,7 +11,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from emulator import driver
+from emulator import driver, plugin
 from emulator.machine import sparse
 from emulator.translate import SHARED_BASE
 
@@ -700,3 +700,35 @@ def test_large_memory_costs_what_is_touched() -> None:
     assert run(body, storage, out) == []
     assert out.tolist() == list(range(32))
     assert fault(body.replace(str(4 * (width + 64)), str(4 * rows * width - 64)), storage, out).kind == "out of bounds"
+
+
+def test_a_finding_fails_a_test() -> None:
+    """Under --emulate: a race does, copies of a sum that differ by rounding do not; a failing test says it too."""
+    said: list[str] = []
+
+    class Item:
+        """What the plugin tells."""
+
+        def add_report_section(self, when: str, key: str, content: str) -> None:
+            said.append(content)
+
+    hooks = plugin.Plugin.__new__(plugin.Plugin)
+    x = torch.zeros(1)
+    hook = hooks.pytest_runtest_call(Item())  # type: ignore[arg-type]
+    next(hook)
+    run("mad.lo.s32 %r1, %r0, 1, 1065353216; st.global.b32 [%rd0], %r1;", x)
+    with pytest.raises(StopIteration):
+        hook.send(None)
+    assert not said
+    hook = hooks.pytest_runtest_call(Item())  # type: ignore[arg-type]
+    next(hook)
+    run("st.global.b32 [%rd0], %r59;", x, blocks=2)
+    with pytest.raises(pytest.fail.Exception):
+        hook.send(None)
+    assert "race between blocks: k" in said[0]
+    hook = hooks.pytest_runtest_call(Item())  # type: ignore[arg-type]
+    next(hook)
+    run("st.global.b32 [%rd0], %r59;", x, blocks=2)
+    with pytest.raises(AssertionError, match="of its own"):
+        hook.throw(AssertionError("of its own"))
+    assert len(said) == 2
