@@ -18,12 +18,13 @@ CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install demo test mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
+.PHONY: help install demo test test-emulated mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make mutants      which tests notice a wrong formula: MUTANTS='fkl.term jsd' for some of them"
+	@echo "make test-emulated  the Triton half of the tests as compiled for GPUs, emulated (hours)"
 	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
 	@echo "make test-triton  compile every kernel with another Triton (3.9.0, or TRITON=...), in an environment of its own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"
@@ -50,6 +51,15 @@ test: install
 
 mutants: install
 	$(BIN)/python tests/mutate.py --jobs $(JOBS) $(MUTANTS)
+
+# As compiled for each of these architectures; an emulator with a sanitizer runs the PTX (tests/emulator).
+EMULATE ?= 80 90
+EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options parts streaming token_logprobs hard_rows \
+	identities properties autograd uncounted surroundings traps weight_grad toys definition recipes))
+
+test-emulated: install
+	for capability in $(EMULATE); do \
+		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATED) || exit 1; done
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
 $(COMPAT)/installed: pyproject.toml setup.py

@@ -1,4 +1,7 @@
-"""Session set-up: Triton's interpreter where there is no GPU, one seed, and NaN in memory nobody wrote."""
+"""Session set-up: Triton's interpreter where there is no GPU, one seed, and NaN in memory nobody wrote.
+
+`--emulate 90` runs what Triton compiles for sm_90 instead (emulator/).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fusedkd, and with it Triton, is first imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two processes that wait for each other's cores cost several times
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that tests start
@@ -25,8 +26,21 @@ settings.register_profile(
 settings.load_profile("fusedkd")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--emulate 90: kernels as compiled for sm_90, run on the CPU with a sanitizer."""
+    text = "run kernels as Triton compiles them for this compute capability, emulated: 80, 90 or 100"
+    parser.addoption("--emulate", type=int, metavar="CAPABILITY", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the suite's markers, and save the interpreter repeated work."""
+    """Choose how kernels run, register the suite's markers, and save the interpreter repeated work."""
+    # TRITON_INTERPRET is read when fusedkd, and with it Triton, is first imported.
+    if (capability := config.getoption("--emulate")) is not None:
+        os.environ["TRITON_INTERPRET"] = "0"
+        config.pluginmanager.register(importlib.import_module("emulator.plugin").Plugin(capability))
+    elif not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    config.addinivalue_line("markers", "interpreter(reason): needs Triton's interpreter itself; --emulate skips it")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone in this test")
     config.addinivalue_line("markers", "xdist_group: tests that one process runs (pytest-xdist)")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -127,11 +141,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def wide_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, whose time goes by operations: long rows in tiles of 8192 columns, which is still several."""
     with contextlib.suppress(ImportError):
         tiles = importlib.import_module("fusedkd.kernels.tiles")
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and request.config.getoption("--emulate") is None:
             table = {line: dataclasses.replace(tile, block=8192) for line, tile in tiles.TABLE.items()}
             monkeypatch.setattr(tiles, "TABLE", table)
 
@@ -145,12 +159,14 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill what torch.empty and its relatives return with NaN, so that an output nobody wrote is seen."""
+    emulated = request.config.getoption("--emulate") is not None
+    fill = importlib.import_module("emulator").unwritten if emulated else lambda x: x.fill_(torch.nan)
 
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
             made = make(*args, **kwargs)
             with torch.no_grad():
-                return made.fill_(torch.nan) if made.is_floating_point() else made
+                return fill(made) if made.is_floating_point() else made
 
         return filled
 

@@ -1,29 +1,24 @@
-"""Compiled kernels run by an emulator, for test_compiled_code.py: `python emulated.py FOLDER CHECK [greedy]`.
+"""Compiled kernels run by the emulator, for test_compiled_code.py: `python emulated.py CHECK [ORDER]`.
 
-FOLDER is the emulator's: its module `device` becomes Triton's driver, executes PTX on CPU tensors and notes in
-`FINDINGS` which accesses no barrier orders. In a process of its own, because that cannot be undone. With `greedy` one
-warp runs as far as it gets, so that what no barrier orders comes out in the wrong order.
+In a process of its own, because Triton's interpreter and its compiler exclude each other. In "greedy" order one warp
+runs as far as it gets, so that what no barrier orders comes out in the wrong order.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import emulator
 import torch
 
 import fusedkd
 from fusedkd.kernels import logprobs, parts, rows, streaming
 
-sys.dont_write_bytecode = True
-sys.path.insert(0, sys.argv[1])
-device: Any = importlib.import_module("device")
-device.install(90)
-parts.interpreted = lambda: False  # type: ignore[assignment]
+emulator.install(90, order=sys.argv[2] if len(sys.argv) > 2 else "lockstep")
 WAYS = {"rows": rows.value_and_gradient, "parts": parts.value_and_gradient, "one_read": parts.one_read}
 ANY_V = 1003  # no multiple of anything
 NAN = torch.nan
@@ -39,7 +34,7 @@ def problem(name: str, vocabulary: int, temperature: float = 1.0, ce_weight: flo
 
 
 def races() -> list[str]:
-    return sorted({" ".join(map(str, key[:2])) for key in device.FINDINGS if "rounding" not in key[0]})
+    return [" ".join(map(str, finding)) for finding in emulator.findings() if finding.kind not in emulator.BENIGN]
 
 
 def token_logprobs() -> dict[str, Any]:
@@ -105,7 +100,7 @@ def taid_of_equals() -> dict[str, Any]:
     ):
         student = (5 * torch.randn(2, vocabulary)).to(dtype)
         asked, labels = problem("taid", vocabulary, temperature, base=base, t=t), torch.tensor([3, vocabulary - 1])
-        for way, device.OPTIONS["fuse"] in itertools.product(ways, (False, True)):
+        for way, emulator.settings.fuse in itertools.product(ways, (False, True)):
             grad, loss = torch.full_like(student, NAN), torch.full((2,), NAN)
             sides = rows.Side(student[None]), rows.Side(student.clone()[None])
             WAYS[way](asked, *sides, labels, torch.ones(2), grad, loss, None)
@@ -137,6 +132,4 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    if "greedy" in sys.argv[3:]:
-        device.OPTIONS["order"] = "greedy"
-    print(json.dumps({**CHECKS[sys.argv[2]](), "races": races()}))
+    print(json.dumps({**CHECKS[sys.argv[1]](), "races": races()}))
