@@ -145,6 +145,8 @@ DIVERGENCES: dict[str, tuple[tuple[str, dict[str, Any]], Any, tuple[str, ...]]] 
     "base decoupled already": (("decoupled", {"base": "drkl"}), ValueError, ("base", "drkl")),
     "base a number": (("decoupled", {"base": 1}), (TypeError, ValueError), ("base", "1", "rkl")),
     "parameter text": (("ab", {"alpha": "0.2"}), TypeError, ("alpha", "str")),
+    "alpha of ab": (("ab", {"alpha": 17.0}), ValueError, ("alpha", "16", "17")),
+    "beta of ab": (("ab", {"beta": -17.0}), ValueError, ("beta", "-16", "-17")),
     "parameter NaN": (("ab", {"alpha": float("nan")}), ValueError, ("alpha", "nan")),
     "parameter with grad": (("drkl", {"gamma": torch.tensor(0.5, requires_grad=True)}), ValueError, ("gamma", "grad")),
     "beta of jsd": (("jsd", {"beta": 1.5}), ValueError, ("beta", "[0, 1]", "1.5")),
