@@ -220,9 +220,9 @@ def test_one_sweep_form(definition: Definition, theta: tuple[float, ...], spread
     centre, live = (zero,) * 4, torch.ones(6, 20, dtype=torch.bool)
     for s, t in zip(student.split(20, -1), teacher.split(20, -1), strict=True):
         before = maxima[0]
-        maxima, centre, move, _ = raise_maxima.torch(maxima, s, t, live, 1.0, (None,))
+        maxima, centre, move, _ = raise_maxima.torch(maxima, s, t, live, 1.0, ())
         assert (maxima[0] > before).all()
-        z, u, d = centred.torch(s, t, centre, 1.0, (None,))
+        z, u, d = centred.torch(s, t, centre, 1.0, ())
         state = definition.online.advance.torch(state, move, z, u, d, z.exp(), u.exp(), live, numbers)
     c_s, c_t, k, _ = centre
     lse_s, lse_t = (x.logsumexp(-1, keepdim=True) - c for x, c in ((student, c_s), (teacher, c_t + k)))

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_definition import DEFINITIONS, SERIES, SPREADS, error, evaluate, pair
+from test_definition import SERIES, SPREADS, error, evaluate, pair
 
 import fusedkd
 from fusedkd.kernels.divergence import Definition
+from fusedkd.kernels.divergences import ALL
 
+DEFINITIONS = [member for member in ALL if isinstance(member, Definition)]
 DOCS = Path(__file__).parent.parent / "docs"
 EXAMPLES = {page: re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) for page in DOCS.glob("*.md")}
 

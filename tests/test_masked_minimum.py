@@ -147,3 +147,27 @@ def test_minimum_at_the_label_of_a_head(name: str, schedule: str, backend: str) 
     far = torch.where(truth.loss > 1e20, torch.inf, truth.loss)  # log q − log p of about 1e30 is infinite here
     assert_close(loss, far, VALUE)
     assert bool(far.isinf().any()) == (name in ("rkl", "drkl"))
+
+
+@each("name", ["fkl", "rkl", "jsd", "tvd", "hellinger", "ab"])
+@each("fill", [-torch.inf, torch.finfo(torch.float32).min, -5e30])
+def test_a_student_that_excludes_everything(name: str, fill: float) -> None:
+    """A row with q = 0 in every column: what the backends say is the same, infinite or the bound."""
+    student, teacher, labels = torch.randn(3, 40), torch.randn(3, 40), torch.tensor([1, 2, 3])
+    student[1] = fill
+    losses = [
+        fusedkd.kd_loss(student, teacher, labels, divergence=name, reduction="none", backend=backend)
+        for backend in ("torch", "triton")
+    ]
+    assert_close(losses[0], losses[1].double(), VALUE)
+    if name in ("fkl", "rkl", "tvd"):
+        assert losses[0][1].item() == pytest.approx({"fkl": torch.inf, "rkl": 1.0, "tvd": 0.5}[name], rel=1e-6)
+
+
+def test_large_numbers_of_float64_are_no_masks() -> None:
+    """Where float32 would overflow, they are logits like others."""
+    student = -1e90 * (1 + torch.rand(3, 40, dtype=torch.float64))
+    teacher = torch.randn(3, 40, dtype=torch.float64)
+    loss = fusedkd.kd_loss(student, teacher, reduction="none", backend="torch")
+    logq, logp = student.log_softmax(-1), teacher.log_softmax(-1)
+    torch.testing.assert_close(loss, (logp.exp() * (logp - logq)).sum(-1), rtol=1e-12, atol=0)

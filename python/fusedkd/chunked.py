@@ -109,6 +109,8 @@ def run(
         grad_x.zero_()
         picked = grad_x.new_empty((inner, student.width))
     bias_buffer = None if not (is_head and needs[2]) else student.x.new_empty(width, dtype=own)
+    uncounted = uncounted_rows(part.labels, part.weights) if is_head and needs[1] else None
+    hidden_buffer = None if uncounted is None else student.x.new_empty((outer, student.x.shape[1]))
 
     for start in range(0, n, outer):
         stop = min(start + outer, n)
@@ -142,11 +144,9 @@ def run(
         if needs[0]:
             gemm.hidden_gradient(chunk, student.weight[:width], grad_x[rows])
         if needs[1]:
-            hidden = only_counted(
-                student.x[rows],
-                None if part.labels is None else part.labels[rows],
-                None if part.weights is None else part.weights[rows],
-            )
+            hidden = student.x[rows]
+            if uncounted is not None and hidden_buffer is not None:
+                hidden = only_counted(hidden, uncounted[rows], hidden_buffer[: stop - start])
             gemm.weight_gradient(chunk, hidden, grad_weight[:width], accumulate=start > 0)
         if bias_buffer is not None:
             torch.sum(chunk, 0, dtype=own, out=bias_buffer)
@@ -164,18 +164,24 @@ def run(
     return Result(loss, stats, grad_x, grad_weight, grad_bias)
 
 
-def only_counted(hidden: torch.Tensor, labels: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
-    """Hidden states (n, D) for a product that sums over rows, 0 where a row has no label or the weight 0.
-
-    The row's dZ is 0 there, but 0 times what padding may hold, NaN or infinity, is NaN.
-    """
-    counted = None if labels is None else labels >= 0
+def uncounted_rows(labels: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor | None:
+    """(n, 1), True in rows without a label or of weight 0; None if there is none, as far as the host knows."""
+    found = None if labels is None else labels < 0
     if weights is not None:
-        weighted = weights != 0
-        counted = weighted if counted is None else counted & weighted
-    if counted is None or (hidden.is_cpu and bool(counted.all())):
+        found = weights == 0 if found is None else found | (weights == 0)
+    if found is None or (found.is_cpu and not bool(found.any())):
+        return None
+    return found.unsqueeze(-1)
+
+
+def only_counted(hidden: torch.Tensor, uncounted: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states (n, D) for a product that sums over rows, 0 in the uncounted ones.
+
+    dZ is 0 there, but 0 times what padding may hold, NaN or infinity, is NaN.
+    """
+    if uncounted is None:
         return hidden
-    return torch.where(counted.unsqueeze(-1), hidden, 0.0)
+    return hidden.masked_fill(uncounted, 0) if out is None else out.copy_(hidden).masked_fill_(uncounted, 0)
 
 
 def _spread(values: torch.Tensor, kept: torch.Tensor, total: int) -> torch.Tensor:

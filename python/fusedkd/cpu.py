@@ -19,7 +19,9 @@ from .kernels.split import ABSENT, binary, offsets, or_infinite, settle
 BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
 _FEW = 16  # rows whose scalars Python calculates faster than torch does
 _NEAR = 0.1  # KL(q‖p) below which the quotient of the normalisers is not exact enough for r
-_MASK = -1e15  # logits from here down are masks of some kind: no sum of a row may meet their size unprepared
+# Logits from here down are masks of some kind: no sum of a row may meet their size unprepared.
+_MASK = {torch.float32: -1e15, torch.float64: -1e300}
+_NOTHING = -1e20  # the maximum of a row without a column, as in the kernels
 _PIECE = 128  # columns of which torch finds the largest in less time than where it is
 
 
@@ -224,7 +226,8 @@ def _open(
     s, _ = logits(student, rows, V, like.dtype)
     t, _ = logits(teacher, rows, V, like.dtype)
     dead = holes = None
-    special = teacher.floor is not None or not bool(torch.minimum(s.amin(), t.amin()) > _MASK)  # NaN hides the least
+    least = torch.minimum(s.amin(), t.amin())  # or NaN
+    special = teacher.floor is not None or not bool(least > _MASK[like.dtype])
     if special:
         s, t, dead, holes = _bounded(s, t, teacher, rows)
     n = len(s)
@@ -239,6 +242,8 @@ def _open(
         if dead is not None or V == 1:
             empty = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1) & ~(s_y + t_y).isnan().squeeze(-1)
     tops = (_tops(s, y, s_y), _tops(t, y, t_y))
+    if special:
+        tops = (tops[0].clamp(min=_NOTHING), tops[1].clamp(min=_NOTHING))
     into_q, into_p, d, z, u = (room[i % len(room), :n] for i in range(5))
     for to, x, top in ((z, s, tops[0]), (u, t, tops[1])):
         torch.sub(x, top, out=to)
@@ -282,7 +287,7 @@ def _open(
         d, k = difference(s, t, True, d), torch.zeros_like(k)
     if y is not None:
         d.scatter_(1, y, 0.0)
-    r = (z_t / z_s).log()
+    r = torch.where(z_s > tiny, (z_t / z_s).log(), log_zt - log_zs)  # the quotient of an empty sum may be infinite
     near = r - (row_dots(q, d) / z_s - k.squeeze(-1)) < _NEAR
     if near.any():
         if bool((shift.abs() > 0.125).any()):

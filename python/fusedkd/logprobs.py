@@ -180,7 +180,7 @@ def logprob_rows_gradient(
         if needs[0]:
             gemm.hidden_gradient(out, weight, grad_x[start:stop])
         if needs[1]:
-            hidden = chunked.only_counted(x[start:stop], ids[start:stop], None)
+            hidden = chunked.only_counted(x[start:stop], chunked.uncounted_rows(ids[start:stop], None))
             gemm.weight_gradient(out, hidden, grad_weight, accumulate=not first)
         if needs[2]:
             grad_bias += out.sum(0, dtype=grad_bias.dtype)

@@ -211,7 +211,9 @@ def _backward_pass(
     x, weight, n = student.x, student.weight, student.rows
     wide = accumulation_dtype(x)
     saved, upstream = saved.to(wide), counted_upstream(upstream.to(wide), labels)
-    hidden = chunked.only_counted(x, labels, upstream) if weight is not None and needs[1] else x
+    hidden = x
+    if weight is not None and needs[1]:
+        hidden = chunked.only_counted(x, chunked.uncounted_rows(labels, upstream))
     total = student.width if problem.ce_weight else problem.vocab_size
     grad_x, grad_weight, grad_bias = gradients(student, needs, weight_grad)
     if weight is None:
