@@ -135,7 +135,7 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float) -> torch.Tensor
     """The author's rule by sorting, weights detached."""
     p, q = logp.exp(), logq.detach().exp()
     order = torch.sort(p, dim=-1, descending=True, stable=True).indices
-    inside = p.gather(-1, order).cumsum(-1) <= mu
+    inside = (p.gather(-1, order).cumsum(-1) <= mu) | (mu >= 1)  # a sum of all may round above 1
     inside[..., 0] = True
     gap = (p - q).abs().gather(-1, order)
     head, tail = torch.where(inside, gap, 0.0).sum(-1), torch.where(inside, 0.0, gap).sum(-1)

@@ -252,6 +252,7 @@ def install(
     if knobs.runtime.interpret:
         raise RuntimeError("Triton was imported with its interpreter: set TRITON_INTERPRET=0 before that")
     settings.order, settings.races, settings.fuse, settings.ulps = order, races, fuse, ulps
+    knobs.compilation.disable_line_info = False  # findings and kernels are named by their source
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
     triton.runtime.driver.set_active(_driver(capability))
 
