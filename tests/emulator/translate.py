@@ -250,7 +250,7 @@ class Translator:
         return scope["block"]
 
     def _instruction(self, ins: Instruction) -> None:
-        head, *self.mods = ins.op.split(".")
+        head, *self.mods = ins.op.replace("shared::cta", "shared").split(".")  # two names of the same, as PTX has it
         if head not in MODIFIERS:
             raise NotImplementedError("unknown instruction")
         self.types = [x for x in self.mods if x in NUMPY]
