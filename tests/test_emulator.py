@@ -479,8 +479,9 @@ def test_a_release_covers_the_block_behind_a_barrier() -> None:
                             ("bar.sync 0;", "", ["race between blocks"])):  # fmt: skip
         emulator.clear()
         data, flag = torch.zeros(128, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        assert run(body.replace("{one}", one).replace("{two}", two), data, flag, blocks=2, threads=64) == kinds
-        if two:
+        found = run(body.replace("{one}", one).replace("{two}", two), data, flag, blocks=2, threads=64)
+        assert sorted(set(found)) == kinds  # the order of blocks decides which accesses a race is seen at, and wins
+        if not kinds:
             assert data[64:].tolist() == list(range(64))
 
 
