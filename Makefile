@@ -24,7 +24,7 @@ help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make mutants      which tests notice a wrong formula: MUTANTS='fkl.term jsd' for some of them"
-	@echo "make test-emulated  the Triton half of the tests as compiled for GPUs, emulated (hours)"
+	@echo "make test-emulated  the Triton half of the tests as compiled for GPUs, emulated (long)"
 	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
 	@echo "make test-triton  compile every kernel with another Triton (3.9.0, or TRITON=...), in an environment of its own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"

@@ -126,16 +126,20 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+
+
 def integer(name: str, value: Any) -> None:
     """An int that is no bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+    if not _is_integer(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def budget(value: Any) -> None:
     """A memory budget."""
     if value is not None:
-        if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        if not _is_integer(value):
             raise TypeError(f"memory_budget must be an int (bytes) or None, got {type(value).__name__}")
         positive("memory_budget", value)
 
@@ -183,7 +187,7 @@ def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor |
     common = min(width(student), width(teacher))
     if value is None:
         return common
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+    if not _is_integer(value):
         raise TypeError(f"vocab_size must be an int or None, got {type(value).__name__}")
     if not 1 <= int(value) <= common:
         raise ValueError(f"vocab_size must be between 1 and {common}, the smaller of the two vocabularies, got {value}")

@@ -345,8 +345,9 @@ def _from_heads(
     live = torch.is_grad_enabled()
     wanted = [live and part is not None and part.requires_grad for part in (x, weight, bias)]
     drop = x.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
-    looked_at = call.counted is not None and (torch.compiler.is_compiling() or checks.has_data(call.counted))
-    drop = drop and looked_at
+    drop = drop and call.counted is not None
+    if call.counted is not None and not torch.compiler.is_compiling():
+        drop = drop and checks.has_data(call.counted)  # how many rows are left is not known without
     words = ops.Names.of(call.names)
     needs_rows = whole_rows(call.form, words.target == "teacher_argmax", words.support == "floor")
     beside_logits = drop and (call.operands[1] is None or call.operands[4] is None)

@@ -177,9 +177,8 @@ def _close(
     out = result * problem.factor
     if problem.ce_weight:
         out = out + problem.ce_weight * (met.saved[:, 10] - carry[:, 8])
-    live = (~met.empty).to(out.dtype)
     for i, column in enumerate(slopes):
-        met.saved[:, 7 + i] = live * column
+        met.saved[:, 7 + i] = column
     counted = None if labels is None else labels >= 0
     stats = out.new_empty((0, STATS))
     if met.stats is not None:
