@@ -16,32 +16,42 @@ from typing import Any
 
 import emulator
 import torch
+from emulator.machine import sparse
+
+import fusedkd
 
 CAPABILITY = 90
-ALIGNED, STRIDED = "aligned", "strided"
+ALIGNED, STRIDED, FAR_ROWS, FAR_COLUMNS = "aligned", "strided", "far rows", "far columns"
 # More than one tile of most classes; multiples of 16 columns, or rows that begin anywhere with columns apart.
-COLUMNS = {ALIGNED: 5008, STRIDED: 1003}
+COLUMNS = {ALIGNED: 5008, STRIDED: 1003, FAR_ROWS: 5008, FAR_COLUMNS: 1003}
+GAP = 8192  # columns, of more than the widest tile
+# Elements between rows and between columns where offsets need 64 bits: the second row begins beyond 2³¹ elements, the
+# third beyond 2³²; the last column lies beyond 2³¹ elements from its row, and any row's bytes pass 2³².
+FAR = {FAR_ROWS: ((1 << 31) + 16, 1), FAR_COLUMNS: ((1 << 32) + 1, (1 << 22) + 1)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WIDE = [("bf16", ALIGNED), ("bf16", STRIDED), ("fp32", ALIGNED), ("fp32", STRIDED)]
 CROSSED = [("bf16", ALIGNED), ("fp32", STRIDED)]
+APART = [("bf16", FAR_ROWS), ("fp32", FAR_COLUMNS)]
 # ways through the kernels: divergences, each with the classes of dtype and layout that it is run with
 WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "autograd": [
-        ("rkl", {}, WIDE),  # one sweep, few sums
+        ("rkl", {}, WIDE + APART),  # one sweep, few sums
         ("ab", {}, CROSSED),  # one sweep, many sums
         ("jsd", {}, CROSSED),  # two sweeps
         ("akl", {}, CROSSED),  # a search over the row
         ("amid", {}, CROSSED),  # gathered parameters
         ("taid", {}, CROSSED),  # a mixed teacher
-        ("drkl", {"target_token": "teacher_argmax"}, CROSSED),
+        ("drkl", {"target_token": "teacher_argmax"}, CROSSED + APART),
     ],
+    "defaults": [(name, {}, [("bf16", ALIGNED)]) for name in fusedkd.divergences()],
     "fused": [("rkl", {}, WIDE), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
-    "over logits": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],  # the gradient takes their place
-    "parts": [("rkl", {}, WIDE), ("jsd", {}, CROSSED)],
-    "one read": [("rkl", {}, WIDE), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
+    "over logits": [("rkl", {}, CROSSED + APART), ("jsd", {}, CROSSED + APART)],  # the gradient takes their place
+    "parts": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
+    "one read": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
     "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
-    "log-probabilities": [("", {}, WIDE)],
-    "floor": [("rkl", {}, CROSSED)],
+    "log-probabilities": [("", {}, WIDE + APART)],
+    "floor": [("rkl", {}, CROSSED + APART)],
+    "many rows": [("rkl", {}, [("bf16", STRIDED)])],
 }
 CASES = {
     "-".join(filter(None, (way, name, *params.values(), dtype, layout))): (way, (name, params), dtype, layout)
@@ -51,9 +61,37 @@ CASES = {
 }
 
 
+class Far(torch.autograd.Function):
+    """A copy in memory that is taken only where it is touched, its rows and columns far apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, strides: tuple[int, int]) -> torch.Tensor:
+        (rows, columns), (by_row, by_column) = x.shape, strides
+        span = (rows - 1) * by_row + (columns - 1) * by_column + 1
+        memory = torch.from_numpy(sparse(span * x.element_size(), "u1")).view(x.dtype)
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return upstream, None
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """Rows with a gap of more than a tile that is not the kernel's to touch; each begins at a multiple of 16 bytes."""
+    return torch.nn.functional.pad(x, (0, GAP))[..., : x.shape[-1]]
+
+
 def every_second(x: torch.Tensor) -> torch.Tensor:
-    """Columns apart, in rows that no multiple of 16 bytes separates."""
-    return torch.cat((torch.stack((x, -x), -1).flatten(-2), x[..., :1]), -1)[..., : 2 * x.shape[-1] : 2]
+    """Columns apart, in rows that no multiple of 16 bytes separates, and gaps that are not the kernel's to touch."""
+    pairs = torch.stack((x, -x), -1).flatten(-2)
+    return torch.nn.functional.pad(pairs, (0, GAP + 1))[..., : 2 * x.shape[-1] : 2]
+
+
+def laid_out(layout: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How a layout's logits are made of rows that lie side by side."""
+    if layout in FAR:
+        return lambda x: Far.apply(x, FAR[layout])
+    return {ALIGNED: apart, STRIDED: every_second}[layout]
 
 
 def problem_rows(dtype: torch.dtype, layout: str) -> Any:
@@ -69,7 +107,6 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
     from cases import VALUE, expected
     from close import assert_close, rounding
 
-    import fusedkd
     from fusedkd.kernels import rows
 
     data = problem_rows(dtype, layout)
@@ -79,11 +116,9 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
         form.definition, form.decoupled, tuple(map(float, form.theta)), weights, COLUMNS[layout], ce_weight=0.25,
         mix=form.mix,
     )  # fmt: skip
-    student, teacher = data.student.to(dtype), data.teacher.to(dtype)
-    if layout == STRIDED:
-        student, teacher = every_second(student), every_second(teacher)
+    student, teacher = (laid_out(layout)(x.to(dtype)) for x in (data.student, data.teacher))
     labels = data.labels.where(data.labels >= 0, -1)
-    out = student if over else emulator.unwritten(torch.empty_like(student))
+    out = student if over else laid_out(layout)(emulator.unwritten(torch.empty(student.shape, dtype=dtype)))
     loss, upstream = emulator.unwritten(torch.empty(3)), torch.tensor([1.0, 2.0, -0.5])
     way(problem, rows.Side(student[None]), rows.Side(teacher[None]), labels, upstream, out, loss, None)
     truth, value, _ = expected(data.student, data.teacher, data.labels, case, {"reduction": "none", "ce_weight": 0.25})
@@ -97,12 +132,8 @@ def _fused(case: Any, dtype: torch.dtype, layout: str) -> None:
     from cases import VALUE, expected
     from close import assert_close, rounding
 
-    import fusedkd
-
     data = problem_rows(dtype, layout)
-    student, teacher = data.student.to(dtype), data.teacher.to(dtype)
-    if layout == STRIDED:
-        student, teacher = every_second(student), every_second(teacher)
+    student, teacher = (laid_out(layout)(x.to(dtype)) for x in (data.student, data.teacher))
     divergence = fusedkd.divergence(case[0], **case[1])
     options = {"reduction": "none", "temperature": 2.0}
     given = {"divergence": divergence, "backend": "triton", **options}
@@ -113,6 +144,27 @@ def _fused(case: Any, dtype: torch.dtype, layout: str) -> None:
     assert_close(gradient, wanted, VALUE + rounding(wanted, dtype), dtype=dtype, what="gradient")
 
 
+def _many_rows(case: Any, dtype: torch.dtype) -> None:
+    """More than a grid's second dimension could count, of which the last three are not ignored."""
+    from cases import IGNORE, VALUE, expected, unrelated
+    from close import assert_close, rounding
+
+    few, count = unrelated(3, 129, dtype=dtype), (1 << 16) + 3
+    student, teacher = (x.to(dtype).repeat(count // 3 + 1, 1)[-count:] for x in (few.student, few.teacher))
+    labels = torch.full((count,), IGNORE)
+    few = dataclasses.replace(few, labels=torch.tensor([5, 128, 64]))
+    labels[-3:] = few.labels
+    options = {"reduction": "none"}
+    loss, gradient = fusedkd.kd_value_and_grad(
+        student, teacher, labels, divergence=fusedkd.divergence(case[0], **case[1]), backend="triton", **options
+    )
+    truth, value, weights = expected(few.student, few.teacher, few.labels, case, options)
+    wanted = truth.gradient(torch.ones_like(value) * weights)
+    assert not loss[:-3].any() and not gradient[:-3].any()
+    assert_close(loss[-3:], value, VALUE, what="loss")
+    assert_close(gradient[-3:], wanted, VALUE + rounding(wanted, dtype), dtype=dtype, what="gradient")
+
+
 def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     """Raises where a number is wrong."""
     import test_token_logprobs
@@ -121,10 +173,10 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     from fusedkd import backends
     from fusedkd.kernels import parts, rows
 
-    prepare = every_second if layout == STRIDED else torch.Tensor.contiguous
+    prepare = laid_out(layout)
     backends.splits_rows = lambda problem, x: way == "parts" and parts.serves(problem)
     torch.manual_seed(0)
-    if way in ("autograd", "parts", "floor"):
+    if way in ("autograd", "defaults", "parts", "floor"):
         options = {"support": "floor"} if way == "floor" else {"ce_weight": 0.5} if layout == STRIDED else {}
         check_logits(problem_rows(dtype, layout), case, "triton", prepare=prepare, **options)
     elif way == "fused":
@@ -132,15 +184,16 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     elif way == "over logits":
         _whole(rows.value_and_gradient, case, dtype, layout, over=True)
     elif way == "one read":
-        _whole(parts.one_read, case, dtype, layout, over=layout == STRIDED)
+        _whole(parts.one_read, case, dtype, layout, over=layout in (STRIDED, FAR_COLUMNS))
     elif way == "streaming":
         heads = (side((3,), COLUMNS[layout] // 4, width) for width in (16, 24))
         labels = random_labels((3,), COLUMNS[layout] // 4).roll(1)
         check_heads(*heads, labels, case, "triton", dtype=dtype, schedule="streaming", reduction="mean")
+    elif way == "many rows":
+        _many_rows(case, dtype)
     else:
-        test_token_logprobs.check(
-            unrelated(3, COLUMNS[layout], dtype=dtype).student, random_labels((3,), 900).roll(1), "triton", dtype
-        )
+        logits = unrelated(3, COLUMNS[layout], dtype=dtype).student
+        test_token_logprobs.check(logits, random_labels((3,), 900).roll(1), "triton", dtype, prepare=prepare)
 
 
 def main(names: list[str]) -> None:

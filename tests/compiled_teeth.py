@@ -3,20 +3,22 @@
 For every kernel of the cases of compiled_cases.py (those whose names have one of the words):
 
     barriers    each bar.sync is deleted in turn
+    swaps       the stores that stand before and behind a barrier change places, around each in turn
     buffers     each tensor is one element shorter than the kernel believes
     masks       each guarded access of global memory loses its guard
 
-A fault is noticed if a number is wrong or there is a finding that the unchanged kernel does not give. What is not, is
-listed with where it stands and what is known about it:
+A fault is noticed if a number is wrong or there is a finding that the unchanged kernel does not give. Each that is not
+is listed with where it stands and a reason, which for masks is found by running the kernel once more:
 
-    no thread was masked    the guard holds for all threads at this size: nothing is lost without it
-    harmless                threads that the guard keeps away do what others do too: the same value to the same address,
-                            or a load whose number nobody uses, of memory that may be read
-    shared                  the element belongs to another tensor of the same launch too
-    not touched             no access of this launch reaches the tensor's last element
-    not needed              of a barrier: the next one, or other data in between, orders the same accesses at this size
+    no thread masked    made a trap, the other side of the guard stops nobody: nothing is lost at this size
+    unused              garbage in the place of what the masked threads load changes nothing, and the memory is theirs
+    replicas            the masked threads alone, instead of the others, store the same numbers at the same addresses
+    not needed          of a barrier or a swap: other barriers order the same accesses of the warps at this size
+    shared              of a buffer: the element belongs to another tensor of the same launch too
+    not touched         of a buffer: no access of this launch reaches the tensor's last element
+    unexplained         none of these
 
-Each takes a second or two; --most N tries N of each kernel's barriers and masks, evenly spread. Not part of CI.
+Each takes a second or two; --most N tries N of each kind for each kernel, evenly spread. Not part of CI.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -33,7 +35,24 @@ import compiled_cases
 import emulator
 import torch
 
-GUARDED = re.compile(r"^\s*@!?%p\d+ ((ld|st)\.global\S*.*)$")
+GUARDED = re.compile(r"^\s*@(!?)(%p\d+) ((ld|st)\.global\S*\s+(.*))$")
+REGISTER = re.compile(r"%[a-z]+\d+")
+# What a register of a load is filled with, by its size in PTX: a NaN, or an integer that is no index.
+GARBAGE = {"b16": "0x7fed", "b32": "0x7feddead", "b64": "0x7feddead7feddead"}
+
+
+class Fault(NamedTuple):
+    """Lines of a kernel's PTX, and what stands there instead."""
+
+    at: int  # the line that is reported
+    lines: dict[int, str]
+
+    def edit(self, text: str) -> Callable[[str], str]:
+        """What makes this fault of one kernel and leaves all others."""
+        lines = text.splitlines()
+        for at, replacement in self.lines.items():
+            lines[at] = replacement
+        return lambda given: "\n".join(lines) if given == text else given
 
 
 def observe(case: str) -> set[str]:
@@ -55,30 +74,59 @@ def source(lines: list[str], at: int) -> str:
     return next(said, "?")[:90]
 
 
-def without(text: str, at: int, replacement: str) -> Callable[[str], str]:
-    """An edit of one kernel."""
+def barriers(lines: list[str]) -> Iterator[Fault]:
+    """Each is deleted."""
+    return (Fault(i, {i: ""}) for i, line in enumerate(lines) if line.strip().startswith("bar.sync"))
+
+
+def swaps(lines: list[str]) -> Iterator[Fault]:
+    """The last store before a barrier and the first behind it, up to the next barriers."""
+    for fault in barriers(lines):
+        pair = [_next_store(lines, fault.at, step) for step in (-1, 1)]
+        if None not in pair:
+            one, other = pair
+            yield Fault(fault.at, {one: lines[other], other: lines[one]})
+
+
+def _next_store(lines: list[str], at: int, step: int) -> Any:
+    while 0 <= (at := at + step) < len(lines):
+        line = lines[at].strip()
+        if " st." in f" {line}":
+            return at
+        if "bar.sync" in line:
+            return None
+    return None
+
+
+def masks(lines: list[str]) -> Iterator[Fault]:
+    """Each guarded access is done by all threads."""
+    found = ((i, GUARDED.match(line)) for i, line in enumerate(lines))
+    return (Fault(i, {i: match.group(3)}) for i, match in found if match)
+
+
+KINDS = {"barriers": barriers, "swaps": swaps, "masks": masks}
+
+
+def why_not(kind: str, case: str, text: str, fault: Fault, usual: set[str]) -> str:
+    """Why a fault was not noticed."""
+    if kind != "masks":
+        return "not needed"
     lines = text.splitlines()
-    lines[at] = replacement
-    return lambda given: "\n".join(lines) if given == text else given
+    negated, predicate, access, what, operands = GUARDED.match(lines[fault.at]).groups()
+    others = f"@{'' if negated else '!'}{predicate}"  # the threads that the guard keeps away
 
+    def unchanged(replacement: str) -> bool:
+        with emulator.edited(Fault(fault.at, {fault.at: replacement}).edit(text)):
+            return not observe(case) - usual
 
-def barriers(text: str) -> Iterator[tuple[int, str]]:
-    """Line numbers, and what stands there instead."""
-    return ((i, "") for i, line in enumerate(text.splitlines()) if line.strip().startswith("bar.sync"))
-
-
-def masks(text: str) -> Iterator[tuple[int, str]]:
-    """The same, of guarded accesses."""
-    found = ((i, GUARDED.match(line)) for i, line in enumerate(text.splitlines()))
-    return ((i, match.group(1)) for i, match in found if match)
-
-
-def flipped(text: str, at: int) -> Callable[[str], str]:
-    """The guard turned round and its access made a trap: whether any thread is masked here."""
-    line = text.splitlines()[at].strip()
-    guard = line.split()[0]
-    turned = "@" + guard[2:] if guard.startswith("@!") else "@!" + guard[1:]
-    return without(text, at, f"{line}\n{turned} ld.shared.b32 %r0, [0];")
+    if unchanged(f"{lines[fault.at]}\n{others} ld.shared.b32 %r0, [0];"):
+        return "no thread masked"
+    if what == "st":
+        return "replicas" if unchanged(f"{others} {access}") else "unexplained"
+    size = re.search(r"\.(b16|b32|b64)\b", access).group(1)
+    registers = REGISTER.findall(operands.split("[")[0])
+    spoilt = (f"{others} mov.{size} {register}, {GARBAGE[size]};" for register in registers)
+    return "unused" if unchanged("\n".join([lines[fault.at], *spoilt])) else "unexplained"
 
 
 def shorter(x: torch.Tensor) -> torch.Tensor:
@@ -108,25 +156,19 @@ def every(case: str, most: int) -> None:
     with emulator.edited(lambda t: texts.setdefault(t, t), lambda k, name, x: given.setdefault((k, name), x)):
         usual = observe(case)
     for text in texts:
-        title = emulator.Program(text).kernel.title
-        for kind, places in (("barriers", list(barriers(text))), ("masks", list(masks(text)))):
+        lines, title = text.splitlines(), emulator.Program(text).kernel.title
+        for kind, faults in KINDS.items():
+            places = list(faults(lines))
             chosen = places[:: -(-len(places) // most)] if places else []
             silent = []
-            for at, replacement in chosen:
-                with emulator.edited(without(text, at, replacement)):
+            for fault in chosen:
+                with emulator.edited(fault.edit(text)):
                     if observe(case) - usual:
                         continue
-                reason = "not needed"
-                if kind == "masks":
-                    with emulator.edited(flipped(text, at)):
-                        reason = "harmless" if "Fault" in observe(case) - usual else "no thread was masked"
-                silent.append(f"    {reason}: {text.splitlines()[at].strip()[:60]} of {source(text.splitlines(), at)}")
-            print(
-                f"{case} {title} {kind}: {len(chosen) - len(silent)} of {len(chosen)} noticed",
-                *silent,
-                sep="\n",
-                flush=True,
-            )
+                reason = why_not(kind, case, text, fault, usual)
+                silent.append(f"    {reason}: {lines[fault.at].strip()[:60]} of {source(lines, fault.at)}")
+            count = f"{len(chosen) - len(silent)} of {len(chosen)} noticed"
+            print(f"{case} {title} {kind}: {count}", *silent, sep="\n", flush=True)
             emulator.driver._programs.clear()
     addresses = [x.untyped_storage().data_ptr() for x in given.values()]
     for key, x in given.items():

@@ -392,12 +392,18 @@ def exact_rem2_product(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
 # numbers near 1, whose rounding is 1.5e-5 of it at the edge of the torch series (1/8), 1e-6 at the Triton one's (1/2).
 Formula = tuple[Callable[[], tuple[Tensor, ...]], Callable[..., Tensor], dict[str, float]]
 EXACT = {"torch": 1e-6, "triton": 1e-6}
-# exp rounds x·log2(e) once, and the constant: half a unit of 115 and of 1.44, at x = 80.
+# exp rounds x·log2(e) once, and the constant: half a unit of 115 and of 1.44, at x = 80. Compiled, so does tl.exp, from
+# which expm1 and softplus are made; the interpreter's is exact.
+EXP = 4e-6
 FORMULAS: dict[str, Formula] = {
-    "exp": (lambda: (torch.cat((X, FAR)),), torch.exp, {"torch": 4e-6, "triton": 4e-6}),
-    "expm1": (lambda: (torch.cat((X, FAR)),), torch.expm1, EXACT),
+    "exp": (lambda: (torch.cat((X, FAR)),), torch.exp, {"torch": EXP, "triton": EXP}),
+    "expm1": (lambda: (torch.cat((X, FAR)),), torch.expm1, EXACT | {"triton": EXP}),
     "log1p": (lambda: (torch.cat((X[X > -1], X.new_tensor([-0.999999, 1e30]))),), torch.log1p, EXACT),
-    "softplus": (lambda: (torch.cat((X, FAR)),), lambda x: torch.logaddexp(x, torch.zeros_like(x)), EXACT),
+    "softplus": (
+        lambda: (torch.cat((X, FAR)),),
+        lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+        EXACT | {"triton": EXP},
+    ),
     "tanh": (lambda: (torch.cat((X, FAR)),), torch.tanh, EXACT),
     "expm1_ratio": (lambda: (X[X.abs() < 0.5],), exact_expm1_ratio, EXACT),
     "expm1_product": (weighted, exact_expm1_product, EXACT),
@@ -465,7 +471,7 @@ def test_scalar_formula(name: str) -> None:
     truth = float32_range(exact(*(x.double() for x in arguments)))
     rows = zip(*(x.tolist() for x in arguments), strict=True)
     ours = torch.tensor([getattr(maths, name).scalar(*row) for row in rows], dtype=torch.float64)
-    assert entries(float32_range(ours), truth).max() <= bounds["triton"]
+    assert entries(float32_range(ours), truth).max() <= min(bounds.values())
 
 
 @every_definition

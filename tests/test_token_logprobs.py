@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -40,14 +41,19 @@ def truth(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tens
 
 
 def check(
-    logits: Tensor, ids: Tensor, backend: str, dtype: torch.dtype = torch.float32, temperature: float = 1.0
+    logits: Tensor,
+    ids: Tensor,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    prepare: Callable[[Tensor], Tensor] = Tensor.contiguous,
 ) -> None:
     """Logits: both outputs and the gradient of a random combination."""
     place = device(backend)
     exact = logits.to(dtype).double().requires_grad_()
     ours = exact.detach().to(place, dtype).requires_grad_()
     wanted = truth(exact, ids, temperature)
-    found = fusedkd.token_logprobs(ours, ids.to(place), temperature, return_entropy=True, backend=backend)
+    found = fusedkd.token_logprobs(prepare(ours), ids.to(place), temperature, return_entropy=True, backend=backend)
     ups = torch.randn(2, *ids.shape, dtype=torch.float64)
     (wanted[0] * ups[0] + wanted[1] * ups[1]).sum().backward()
     up = ups.to(place, found[0].dtype)
