@@ -58,6 +58,7 @@ EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options parts st
 	identities properties autograd uncounted surroundings traps weight_grad toys definition recipes))
 
 test-emulated: install
+	TRITON_INTERPRET=0 $(BIN)/python tests/compiled_cases.py "many rows"
 	for capability in $(EMULATE); do \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATED) || exit 1; done
 
