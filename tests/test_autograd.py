@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fusedkd
 from fusedkd import ops
-from fusedkd.kernels.language import interpreted
+from fusedkd.backends import interpreted
 
 N, V, D, K = 4, 12, 4, 3
 KINDS = ("logits", "heads", "rows of heads")

@@ -16,8 +16,8 @@ from close import relative
 
 import fusedkd
 from fusedkd import backends, ops
+from fusedkd.backends import interpreted
 from fusedkd.kernels import parts, rows
-from fusedkd.kernels.language import interpreted
 from fusedkd.kernels.tiles import Tile
 
 if not interpreted():
@@ -136,6 +136,7 @@ def test_in_place(way: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.interpreter("it shuffles the programs of Triton's interpreter; the emulator's blocks take turns anyway")
 @each("case", [ONE_SWEEP, TWO_SWEEPS, ("ab", {}), MIXED])
 @each("way", ["value_and_gradient", "one_read"])
 def test_any_order(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
