@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .parse import Kernel
-from .translate import SHARED_BASE, SPECIAL, Translator
+from .translate import SHARED_BASE, SPECIAL, Access, Array, Translator
 
-Array = Any
 ORDERS = ("greedy", "lockstep", "warps")
 UNWRITTEN = 0x7FED  # twice a NaN that no instruction makes: what unwritten() fills memory with
 LANES, WARP_RACE, BLOCK_RACE = "unsynchronised lanes", "race between warps", "race between blocks"
@@ -47,7 +46,7 @@ REDUX = {"max": np.fmax, "min": np.fmin, "NaN max": np.maximum, "NaN min": np.mi
          "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}  # fmt: skip
 EVERYONE, SHIFT, STEPS = slice(None), {1: 0, 2: 1, 4: 2, 8: 3}, np.arange(32)[:, None]
 _NORESERVE = 0x4000  # of Linux; named in mmap since Python 3.13
-# A stamp says who accessed memory and when: block, its barriers so far, those of the warp, and thread, from these bits.
+# A stamp is who accessed memory and when: block, its barriers so far, those of the warp, and thread, from these bits
 _NUMBER, _EPOCH, _SYNC, _THREAD = 44, 24, 10, (1 << 10) - 1
 
 
@@ -94,12 +93,8 @@ class Region:
 
     def describe(self, place: int) -> str:
         """A byte in words."""
-        between = (
-            ", between the rows of the views"
-            if self.seen is not None and not self.seen[place : place + 1].all()
-            else ""
-        )
-        return f"byte {place} of {self.name} with {self.size} bytes{between}"
+        between = self.seen is not None and 0 <= place < self.size and not self.seen[place]
+        return f"byte {place} of {self.name} with {self.size} bytes{', between the rows of the views' * between}"
 
     def units(self, at: Array, nbytes: int) -> Array:
         """Those of accesses: (units, threads)."""
@@ -155,24 +150,19 @@ class Threads:
     """Threads that one call of a block's function serves: one warp, or all of a block in lockstep."""
 
     def __init__(self, cta: Cta, lanes: Array) -> None:
-        program = cta.grid.program
-        self.cta, self.lanes, self.size, self.program = cta, lanes, len(lanes), program
-        self.registers, self.params = list(program.garbage), cta.grid.params
+        self.cta, self.lanes, self.size, self.program = cta, lanes, len(lanes), cta.grid.program
+        self.registers, self.params = list(self.program.garbage), cta.grid.params
         self.special = {**cta.special, "%tid.x": lanes.astype("u4"), "%laneid": (lanes % 32).astype("u4")}
         self.when = lanes.copy()  # the lower part of stamps: barriers of the warp, and the thread
         self.state = "run"  # or pause (others may go on), wait (for a barrier), done
         # The block of instructions at which each is: `end` is behind the last, and `behind` more a barrier before it.
-        self.end, self.behind = len(program.kernel.blocks), len(program.kernel.blocks) + 1
+        self.end, self.behind = len(self.program.kernel.blocks), len(self.program.kernel.blocks) + 1
         self.together: int | None = 0  # at which all are, or None and
         self.places = np.zeros(self.size, np.int64)
 
     def full(self, x: Array) -> Array:
         """One number per thread."""
         return x if x.ndim else np.full(self.size, x)
-
-    def pairs(self, x: Array) -> Array:
-        """64-bit registers as two floats each."""
-        return np.ascontiguousarray(self.full(x)).view("f4")
 
     # Control
 
@@ -182,9 +172,10 @@ class Threads:
         self.cta.grid.counts[at] += self.size // 32 if m is None else int(m.reshape(-1, 32).any(1).sum())
         taken = self.program.functions[at](self.registers, m, self)
         kind, label = self.program.ends[at]
-        target = {"bra": self.program.kernel.labels.get(label), "ret": self.end, "bar": at + 1 + self.behind}.get(
-            kind, at + 1
-        )
+        if kind == "bra":
+            target = self.program.kernel.labels[label]
+        else:
+            target = {"ret": self.end, "bar": at + 1 + self.behind}.get(kind, at + 1)
         if taken is not None and not taken.all():
             target = np.where(self.full(taken), target, at + 1) if taken.any() else at + 1
         if m is None and isinstance(target, int):
@@ -205,7 +196,7 @@ class Threads:
             at = int(self.cta.grid.dice.choice(self.places[live]))
         m = self.places == at
         first = blocks[at].whole_warps
-        if m.all() or first is None:
+        if first is None or m.all():
             return at, None if m.all() else m
         for at in np.unique(self.places[live]).tolist():
             m = self.places == at
@@ -231,32 +222,27 @@ class Threads:
 
     # Warps
 
-    def converged(self, m: Array, meant: Array, line: int) -> None:
-        """Faults unless all threads of a warp are here; refuses an instruction that is not for all of them."""
-        if m is not None and (partly := m.reshape(-1, 32).any(1) & ~m.reshape(-1, 32).all(1)).any():
-            what = "some threads of the warp are elsewhere"
-            raise Fault(self.cta.note("diverged warp", what, line, self.lanes[[int(partly.argmax()) * 32]]))
-        if not np.all(meant):
-            raise NotImplementedError(f"{self.cta.grid.program.kernel.instructions[line].text} for a part of a warp")
+    def all_meant(self, mask: Array, line: int) -> None:
+        """Refuses an instruction for some threads of a warp."""
+        if (mask != -1).any():
+            raise NotImplementedError(f"{self.program.kernel.instructions[line].text} for a part of a warp")
 
     def shfl(self, how: str, x: Array, b: Array, clamp: Array) -> Array:
-        """shfl.sync."""
-        if not x.ndim:
-            return x
+        """Of each thread the number of another."""
         lane = self.lanes & 31
         segment = (clamp >> 8) & 31
         top, low = (lane & segment) | (clamp & 31 & ~segment), lane & segment
         source = {"bfly": lane ^ b, "idx": low | (b & ~segment & 31), "up": lane - b, "down": lane + b}[how]
         fits = source >= top if how == "up" else source <= top
-        return x[(np.arange(self.size) & ~31) + np.where(fits, source, lane)]
+        return self.full(x)[(np.arange(self.size) & ~31) + np.where(fits, source, lane)]
 
     def redux(self, how: str, x: Array) -> Array:
-        """redux.sync."""
+        """Of all threads of a warp one number."""
         x = self.full(x).reshape(-1, 32)
         return np.repeat(REDUX[how].reduce(x, axis=1, dtype=x.dtype), 32)
 
     def vote(self, how: str, p: Array) -> Array:
-        """vote.sync."""
+        """Of all their conditions one, or a bit each."""
         rows = self.full(p).reshape(-1, 32)
         if how == "ballot":
             return np.repeat(np.packbits(rows, axis=1, bitorder="little").view(np.uint32), 32)
@@ -271,77 +257,129 @@ class Threads:
 
     # Memory
 
-    def _access(
-        self, space: str, address: Array, offset: int, nbytes: int, mask: Array, line: int
-    ) -> Iterator[tuple[Region, Any, Array]]:
+    def _reached(self, access: Access, address: Array, mask: Array) -> list[tuple[Region, Any, Array]]:
         """The regions that an access touches, its threads (an index within the group), and bytes within the region."""
         who: Any = EVERYONE if mask is None else self.full(mask).nonzero()[0]
-        address = self.full(address)[who].astype(np.int64) + offset
-        if not len(address):
-            return
-        if np.bitwise_or.reduce(address) & (nbytes - 1):
-            wrong = address & (nbytes - 1) != 0
-            what = f"{space} access of {nbytes} bytes at {int(address[wrong][0]):#x}"
-            raise Fault(self.cta.note("misaligned access", what, line, self.lanes[who][wrong]))
-        memory = self.cta.memory[space]
-        region = memory.regions[bisect_right(memory.bases, int(address[0])) - 1]  # of all, most likely
-        at = address - region.base
-        if region.seen is None and int(at.view(np.uint64).max()) <= region.size - nbytes:
-            yield region, who, at
-        else:
-            yield from self._scattered(memory, np.arange(self.size)[who], address, nbytes, line)
-
-    def _scattered(
-        self, memory: Memory, who: Array, address: Array, nbytes: int, line: int
-    ) -> Iterator[tuple[Region, Array, Array]]:
-        places = np.searchsorted(memory.bases, address, "right") - 1
-        for i in np.unique(places).tolist():
-            region, mine = memory.regions[i], who[places == i]
-            at = address[places == i] - region.base
-            inside = at <= region.size - nbytes
+        address = self.full(address)[who].astype(np.int64) + access.offset
+        what = f"{access.space} access of {access.nbytes} bytes at"
+        if len(address) and np.bitwise_or.reduce(address) & (access.nbytes - 1):
+            wrong = address & (access.nbytes - 1) != 0
+            what = f"{what} {int(address[wrong][0]):#x}"
+            raise Fault(self.cta.note("misaligned access", what, access.line, self.lanes[who][wrong]))
+        memory, found = self.cta.memory[access.space], []
+        while len(address):
+            region = memory.regions[bisect_right(memory.bases, int(address[0])) - 1]  # of all, most likely
+            at, last = address - region.base, region.size - access.nbytes
+            if region.seen is None and int(at.view(np.uint64).max()) <= last:
+                return [*found, (region, who, at)]
+            inside = (at >= 0) & (at <= last)
             if region.seen is not None:
-                inside[inside] = region.seen[at[inside] + STEPS[:nbytes]].all(0)
-            if not inside.all():
-                what = f"{nbytes} bytes at {memory.describe(region.base + int(at[~inside][0]))}"
-                raise Fault(self.cta.note("out of bounds", what, line, self.lanes[mine[~inside]]))
-            yield region, mine, at
+                inside[inside] = region.seen[at[inside] + STEPS[: access.nbytes]].all(0)
+            who = np.arange(self.size)[who]
+            if not inside[0]:
+                what = f"{what} {memory.describe(int(address[0]))}"
+                raise Fault(self.cta.note("out of bounds", what, access.line, self.lanes[who[:1]]))
+            found.append((region, who[inside], at[inside]))
+            address, who = address[~inside], who[~inside]
+        return found
 
-    def load(
-        self, space: str, address: Array, offset: int, size: int, n: int, mask: Array, line: int, mode: str, scope: str
-    ) -> Array:
-        """n numbers of `size` bytes from each address: (n, threads)."""
-        out = np.zeros((n, self.size), f"u{size}")
-        for region, who, at in self._access(space, address, offset, size * n, mask, line):
-            got = region.views[size][(at >> SHIFT[size]) + STEPS[:n]]
-            units = region.units(at, size * n)
+    def load(self, access: Access, address: Array, mask: Array) -> Array:
+        """Some numbers from each address: (numbers, threads)."""
+        out = np.zeros((access.count, self.size), f"u{access.size}")
+        for region, who, at in self._reached(access, address, mask):
+            got = region.views[access.size][(at >> SHIFT[access.size]) + STEPS[: access.count]]
+            units = region.units(at, access.nbytes)
             if (unwritten := region.unwritten(got, units)) is not None:
                 what = region.describe(at[unwritten][0])
-                self.cta.note("read of unwritten memory", what, line, self.lanes[who][unwritten])
-            if mode == "weak":
-                self._race(region, units, who, line)
-            self.cta.synchronise(mode, scope, self.lanes[who], at + region.base)
+                self.cta.note("read of unwritten memory", what, access.line, self.lanes[who][unwritten])
+            self._order(access, region, units, who, None)
+            self.cta.synchronise(access, self.lanes[who], at + region.base)
             out[:, who] = got
         return out
 
-    def store(
-        self, space: str, address: Array, offset: int, size: int, values: tuple[Array, ...], mask: Array, line: int,
-        mode: str, scope: str,
-    ) -> None:  # fmt: skip
-        """Some numbers of `size` bytes to each address."""
+    def store(self, access: Access, address: Array, mask: Array, values: Sequence[Array]) -> None:
+        """Some numbers to each address."""
         rows = np.stack([self.full(x) for x in values])
-        for region, who, at in self._access(space, address, offset, size * len(rows), mask, line):
-            view, index, new = region.views[size], (at >> SHIFT[size]) + STEPS[: len(rows)], rows[:, who]
-            units = region.units(at, size * len(rows))
+        for region, who, at in self._reached(access, address, mask):
+            view, new = region.views[access.size], rows[:, who]
+            index, units = (at >> SHIFT[access.size]) + STEPS[: access.count], region.units(at, access.nbytes)
             same = (view[index] == new).all(0)
-            if mode == "weak":
-                self._race(region, units, who, line, same & (region.written is None))
-            self.cta.synchronise(mode, scope, self.lanes[who], at + region.base)
+            self._order(access, region, units, who, same & (region.written is None))
+            self.cta.synchronise(access, self.lanes[who], at + region.base)
             self.cta.grid.changes += not same.all()
             view[index] = new
             if region.written is not None:
                 region.written[units] = True
             if (lost := view[index] != new).any():
-                self._replicas(new, view[index], lost.any(0), line, self.lanes[who], at)
+                self._replicas(new, view[index], lost.any(0), access.line, self.lanes[who], at)
+
+    def atomic(
+        self, access: Access, address: Array, mask: Array, kind: Any, how: str, values: Sequence[Array]
+    ) -> Array:
+        """One thread after the other; what was there before."""
+        out, given = np.zeros(self.size, kind), [self.full(x) for x in values]
+        for region, who, at in self._reached(access, address, mask):
+            view = region.views[access.size].view(kind)
+            self.cta.synchronise(access, self.lanes[who], at + region.base)
+            for i, place in zip(np.arange(self.size)[who].tolist(), (at // access.size).tolist(), strict=True):
+                old = out[i] = view[place]
+                new = view[place] = ATOMIC[how](old, *(x[i] for x in given))
+                self.cta.grid.changes += bool(new != old)
+        return out
+
+    def load_matrices(self, access: Access, address: Array, mask: Array, n: int, transposed: bool) -> Array:
+        """ldmatrix: thread 8i + r of a warp gives the address of row r (16 bytes) of its i-th matrix of 8 x 8 halves;
+        thread l gets elements 2(l % 4) and the next of row l / 4, or those of the transposed matrix."""
+        words = _turned(self.load(access, address, self._rows(n, mask)).T, transposed)
+        return words.reshape(-1, 4, 32).swapaxes(0, 1).reshape(4, -1)[:n]
+
+    def store_matrices(
+        self, access: Access, address: Array, mask: Array, values: Sequence[Array], transposed: bool
+    ) -> None:
+        """stmatrix: the other way round."""
+        words = np.zeros((self.size // 32, 4, 32), np.uint32)
+        for i, x in enumerate(values):
+            words[:, i] = self.full(x).reshape(-1, 32)
+        self.store(access, address, self._rows(len(values), mask), _turned(words, transposed).reshape(-1, 4).T)
+
+    def _rows(self, n: int, mask: Array) -> Array:
+        """The threads that address rows of n matrices."""
+        rows = (self.lanes & 31) < 8 * n
+        return rows if mask is None else mask & rows
+
+    # Sanitizer
+
+    def _order(self, access: Access, region: Region, units: Array, who: Any, same: Array | None) -> None:
+        """Enters an access, and notes the worst that is not ordered before it. Of a store `same` says where it changes
+        nothing: another store of the same is no race."""
+        if access.mode != "weak" or not self.cta.grid.races:
+            return
+        if region.shadow is None:
+            region.shadow = sparse((region.size // region.unit + 1) * 6, "i8").reshape(-1, 3, 2)
+        rows, stamps = region.shadow[units], (self.cta.now + self.when)[who]
+        past = rows[..., :1, 0] if same is None else rows[..., 0]
+        # not before this block's last barrier
+        late = (past ^ self.cta.number << _NUMBER >= self.cta.epoch << _EPOCH) & (past != 0)
+        if same is not None:
+            late[..., 0] &= ~same
+        if late.any():
+            places = late.nonzero()
+            bad = self.cta.unordered(past[places], stamps[places[1]])
+            worst = int(bad.argmax())
+            if bad[worst]:
+                stamp, line = rows[places][worst].tolist()
+                before = self.program.kernel.instructions[line]
+                them = f"{before.op} of {before.source} by thread {stamp & _THREAD} of block {stamp >> _NUMBER}"
+                what = f"{'load' if same is None else 'store'} in {region.name} after {them}"
+                self.cta.note(RACES[bad[worst]], what, access.line, stamps & _THREAD)
+        if same is None:
+            apart = rows[..., 1, 0] >> 5 != stamps >> 5
+            rows[apart, 2] = rows[apart, 1]
+            rows[..., 1, 0], rows[..., 1, 1] = stamps, access.line
+        else:
+            rows[...] = 0
+            rows[..., 0, 0], rows[..., 0, 1] = stamps, access.line
+        region.shadow[units] = rows
 
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
         """Threads of one instruction stored different bits to one address: rounding, or more than that."""
@@ -355,77 +393,6 @@ class Threads:
         winners = dict(zip(at.tolist(), (threads >> 5).tolist(), strict=True))
         if self.cta.grid.races and any(winners[at[i]] != threads[i] >> 5 for i in lost.nonzero()[0]):
             self.cta.note(WARP_RACE, "two warps store at once", line, threads[lost])
-
-    def _race(self, region: Region, units: Array, who: Any, line: int, same: Array | None = None) -> None:
-        """Enters an access, and notes the worst that is not ordered before it; `same`: for a store, where it changes
-        nothing, which makes another store of the same no race."""
-        if not self.cta.grid.races:
-            return
-        if region.shadow is None:
-            region.shadow = sparse((region.size // region.unit + 1) * 6, "i8").reshape(-1, 3, 2)
-        rows, stamps = region.shadow[units], (self.cta.now + self.when)[who]
-        past = rows[..., :1, 0] if same is None else rows[..., 0]
-        late = ((past ^ self.cta.number << _NUMBER) >= self.cta.epoch << _EPOCH) & (
-            past != 0
-        )  # not before this block's last barrier
-        if same is not None:
-            late[..., 0] &= ~same
-        if late.any():
-            places = late.nonzero()
-            bad = self.cta.unordered(past[places], stamps[places[1]])
-            worst = int(bad.argmax())
-            if bad[worst]:
-                stamp, line_ = rows[places][worst].tolist()
-                before = self.cta.grid.program.kernel.instructions[line_]
-                what = "load" if same is None else "store"
-                them = f"{before.op} of {before.source} by thread {stamp & _THREAD} of block {stamp >> _NUMBER}"
-                self.cta.note(RACES[bad[worst]], f"{what} in {region.name} after {them}", line, stamps & _THREAD)
-        if same is None:
-            apart = rows[..., 1, 0] >> 5 != stamps >> 5
-            rows[apart, 2] = rows[apart, 1]
-        else:
-            rows[..., 1:, :] = 0
-        rows[..., int(same is None), 0], rows[..., int(same is None), 1] = stamps, line
-        region.shadow[units] = rows
-
-    def load_matrices(
-        self, space: str, address: Array, offset: int, n: int, transposed: bool, mask: Array, *about: Any
-    ) -> Array:
-        """ldmatrix: thread 8i + r of a warp gives the address of row r (16 bytes) of its i-th matrix of 8 x 8 halves;
-        thread l gets elements 2(l % 4) and the next of row l / 4, or those of the transposed matrix."""
-        raw = self.load(space, address, offset, 4, 4, self._rows(n, mask), *about)
-        return _turned(raw.T, transposed).reshape(-1, 4, 32).swapaxes(0, 1).reshape(4, -1)[:n]
-
-    def store_matrices(
-        self, space: str, address: Array, offset: int, values: tuple[Array, ...], transposed: bool, mask: Array,
-        *about: Any,
-    ) -> None:  # fmt: skip
-        """stmatrix: the other way round."""
-        words = np.zeros((self.size // 32, 4, 32), np.uint32)
-        for i, x in enumerate(values):
-            words[:, i] = self.full(x).reshape(-1, 32)
-        rows = _turned(words, transposed).reshape(-1, 4)
-        self.store(space, address, offset, 4, tuple(rows.T), self._rows(len(values), mask), *about)
-
-    def _rows(self, n: int, mask: Array) -> Array:
-        """The threads that address rows of n matrices."""
-        rows = (self.lanes & 31) < 8 * n
-        return rows if mask is None else mask & rows
-
-    def atomic(
-        self, space: str, address: Array, offset: int, kind: Any, how: str, values: tuple[Array, ...], mask: Array,
-        line: int, mode: str, scope: str,
-    ) -> Array:  # fmt: skip
-        """One thread after the other; what was there before."""
-        out, given = np.zeros(self.size, kind), [self.full(x) for x in values]
-        for region, who, at in self._access(space, address, offset, kind.itemsize, mask, line):
-            view = region.views[kind.itemsize].view(kind)
-            self.cta.synchronise(mode, scope, self.lanes[who], at + region.base)
-            for i, place in zip(np.arange(self.size)[who].tolist(), (at // kind.itemsize).tolist(), strict=True):
-                old = out[i] = view[place]
-                new = view[place] = ATOMIC[how](old, *(x[i] for x in given))
-                self.cta.grid.changes += bool(new != old)
-        return out
 
 
 def _turned(words: Array, transposed: bool) -> Array:
@@ -442,7 +409,7 @@ class Cta:
         self.grid, self.number, self.size = grid, number, program.kernel.threads
         self.epoch = 1  # barriers so far, from 1 so that no stamp is 0
         self.clock, self.acquired = Clock(), dict[int, Clock]()  # of all threads; of single ones until the next barrier
-        shared = Region(SHARED_BASE, np.zeros(program.shared + 15, np.uint8)[: program.shared], "shared memory")
+        shared = Region(SHARED_BASE, np.zeros(program.shared, np.uint8), "shared memory")
         shared.written = np.zeros(program.shared, bool)
         self.memory = {"global": grid.memory, "shared": Memory([shared], program.unit["shared"])}
         numbers = {"%ntid.x": self.size, "%ctaid.x": number, "%nctaid.x": grid.size}
@@ -451,8 +418,13 @@ class Cta:
         self.groups = [Threads(self, np.arange(i, i + width)) for i in range(0, self.size, width)]
 
     def note(self, kind: str, what: str, line: int, threads: Array) -> Finding:
-        """A finding."""
-        return self.grid.note(kind, what, line, threads, self.number)
+        """Keeps the first finding of each kind and source line; returns it."""
+        kernel = self.grid.program.kernel
+        some = ", ".join(map(str, list(dict.fromkeys(threads.tolist()))[:4]))
+        where = f"{what}; thread {some} of block {self.number}; PTX line {line}: {kernel.lines[line - 1].strip()}"
+        finding = Finding(kind, kernel.name, kernel.instructions[line].source, where)
+        self.grid.findings.setdefault(finding[:3], finding)
+        return finding
 
     # What is ordered before what
 
@@ -472,18 +444,18 @@ class Cta:
                 bad[i] = 0
         return bad
 
-    def synchronise(self, mode: str, scope: str, threads: Array, addresses: Array) -> None:
+    def synchronise(self, access: Access, threads: Array, addresses: Array) -> None:
         """A release at an address covers what its thread has done and, of all others, what lay before the last barrier;
         an acquire of it knows that."""
-        if mode not in ("acquire", "release", "acq_rel"):
+        if access.mode not in ("acquire", "release", "acq_rel"):
             return
+        among = self.number if access.scope == "cta" else -1  # an acquire elsewhere does not see what is for one block
         for thread, address in zip(threads.tolist(), addresses.tolist(), strict=True):
-            # of a release to one block an acquire elsewhere sees nothing
-            released = self.grid.released.setdefault((address, self.number if scope == "cta" else -1), Clock())
+            released = self.grid.released.setdefault((address, among), Clock())
             acquired = self.acquired.setdefault(thread, Clock())
-            if mode != "release":
+            if access.mode != "release":
                 acquired.merge(released)
-            if mode != "acquire":
+            if access.mode != "acquire":
                 released.merge(self.clock)
                 released.merge(acquired)
                 released.bounds[self.number] = max(self.epoch, released.bounds.get(self.number, 0))
@@ -500,14 +472,14 @@ class Cta:
 
     def _barrier(self) -> None:
         waiting = [group for group in self.groups if group.state == "wait"]
-        places = np.concatenate([group.each() for group in waiting])
+        places, first = np.concatenate([group.each() for group in waiting]), waiting[0]
         blocks = self.grid.program.kernel.blocks
-        code = [blocks[at - waiting[0].behind - 1].code[-1] for at in np.unique(places[places > waiting[0].end])]
+        code = [blocks[at - first.behind - 1].code[-1] for at in np.unique(places[places > first.end])]
         if len(code) > 1:
             what = f"threads wait at {' and '.join(f'{i.source} (PTX line {i.line})' for i in code)}"
-            raise Fault(self.note("divergent barrier", what, code[0].line, waiting[0].lanes[:1]))
+            raise Fault(self.note("divergent barrier", what, code[0].line, first.lanes[:1]))
         if any([group.release() for group in waiting]) or len(waiting) < len(self.groups):
-            self.note("barrier after threads have left", "others wait", code[0].line, waiting[0].lanes[:1])
+            self.note("barrier after threads have left", "others wait", code[0].line, first.lanes[:1])
         self.next_epoch()
         self.grid.changes += 1
 
@@ -526,8 +498,7 @@ class Cta:
                 group.step()
                 steps += 1
                 if steps > grid.step_limit:
-                    what = f"{steps} basic blocks were run"
-                    raise Fault(self.note("no end", what, group.line(), group.lanes[:1]))
+                    raise Fault(self.note("no end", f"{steps} basic blocks were run", group.line(), group.lanes[:1]))
                 going = group.state == "run" and grid.order != "warps"
             if group.state == "pause":
                 grid.paused(self, group)
@@ -548,19 +519,10 @@ class Grid:
         self.memory = Memory(regions, program.unit["global"])
         self.order, self.races, self.resident, self.step_limit = order, races, resident, step_limit
         self.dice = np.random.default_rng(seed)
-        self.released: dict[tuple[int, int], Clock] = {}
+        self.released: dict[tuple[int, int], Clock] = {}  # by address, and the block that may acquire it (-1: all)
         self.counts = Counter[int]()  # by basic block: warps that ran it
         self.changes = self.fruitless = self._seen = 0
         self.active: list[Iterator[None]] = []
-
-    def note(self, kind: str, what: str, line: int, threads: Array, block: int) -> Finding:
-        """Keeps the first finding of each kind and source line; returns it."""
-        kernel = self.program.kernel
-        some = ", ".join(map(str, list(dict.fromkeys(threads.tolist()))[:4]))
-        where = f"{what}; thread {some} of block {block}; PTX line {line}: {kernel.lines[line - 1].strip()}"
-        finding = Finding(kind, kernel.name, kernel.instructions[line].source, where)
-        self.findings.setdefault(finding[:3], finding)
-        return finding
 
     def paused(self, cta: Cta, group: Threads) -> None:
         """Where threads may wait for others: whether anything has changed since, for all who run."""
@@ -590,8 +552,7 @@ class Program:
 
     def __init__(self, text: str, shared: int = 0, *, ulps: int = 0, fuse: bool = False) -> None:
         self.kernel, self.shared = Kernel(text), shared
-        translator = Translator(self.kernel, ulps=ulps, fuse=fuse)
-        self.functions, self.ends, self.fused = translator.functions, translator.ends, translator.fused
-        self.unit = translator.unit
-        kinds = map(translator.own, translator.places)
+        made = Translator(self.kernel, ulps=ulps, fuse=fuse)
+        self.functions, self.ends, self.fused, self.unit = made.functions, made.ends, made.fused, made.unit
+        kinds = map(made.own, made.places)
         self.garbage = [np.bool_(False) if x == "b1" else np.array([UNWRITTEN] * 4, "u2").view(x)[0] for x in kinds]

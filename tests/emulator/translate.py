@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,14 +123,14 @@ def shift(x: Array, by: Array, left: bool) -> Array:
     return np.where(by < bits, moved, x.dtype.type(0))
 
 
-def pack(kind: Any, *parts: Array) -> Array:
-    """A register of its parts, the lowest first."""
+def split(x: Array, kind: Any) -> Array:
+    """A register's parts in a last axis, the lowest first."""
+    return np.asarray(x)[..., None].view(kind)
+
+
+def join(kind: Any, *parts: Array) -> Array:
+    """The register of such parts."""
     return np.stack(np.broadcast_arrays(*parts), -1).view(kind)[..., 0]
-
-
-def part(x: Array, kind: Any, i: int) -> Array:
-    """One of them."""
-    return np.asarray(x)[..., None].view(kind)[..., i]
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
@@ -138,9 +138,9 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     out = []
     for i in range(4):
         which = selector >> np.uint32(4 * i) & 15
-        byte = np.choose(which & 7, [part(x, np.uint8, j) for x in (a, b) for j in range(4)])
+        byte = np.choose(which & 7, [split(x, np.uint8)[..., j] for x in (a, b) for j in range(4)])
         out.append(np.where(which & 8, (byte >> 7) * np.uint8(255), byte))
-    return pack(np.uint32, *out)
+    return join(np.uint32, *out)
 
 
 def approximation(ulps: int) -> Callable[[Array], Array]:
@@ -157,13 +157,27 @@ def approximation(ulps: int) -> Callable[[Array], Array]:
     return rounded
 
 
+class Access(NamedTuple):
+    """What an instruction does to memory, as far as it says so itself."""
+
+    space: str  # global or shared
+    offset: int  # from the register's address
+    size: int  # bytes of each number
+    count: int  # numbers, one behind the other
+    nbytes: int  # of all of them
+    line: int  # of the PTX
+    mode: str  # weak, or how others may see it: acquire, release, acq_rel, relaxed (as volatile is within a launch)
+    scope: str  # cta, gpu or sys: which others
+
+
 def recast(text: str, have: str, want: str) -> str:
     """Code for bits of one numpy kind as another: zero- or sign-extended as the first says, or the lower ones."""
     if have == want:
         return text
     if have[1:] == want[1:]:
         return f"({text}).view({want})"
-    return f"({text}).astype({'i' if have[0] == 'i' else 'u'}{want[1]}).view({want})"
+    text = f"({text}).view(u{have[1]})" if have[0] == "f" else f"({text})"
+    return f"{text}.astype({'i' if have[0] == 'i' else 'u'}{want[1]}).view({want})"
 
 
 class Translator:
@@ -173,7 +187,7 @@ class Translator:
         self.kernel, self.fuse = kernel, fuse
         self.names: dict[str, Any] = {
             "np": np, "flush": flush, "from_bf": from_bf16, "to_bf": to_bf16, "fma": fma, "permute": permute,
-            "pack": pack, "part": part, "divide": divide, "shift": shift, "approx": approximation(ulps),
+            "split": split, "join": join, "divide": divide, "shift": shift, "approx": approximation(ulps),
             "where": np.where, **{kind: np.dtype(kind) for kind in NUMPY.values()},
         }  # fmt: skip
         self.fused = 0  # sums that became part of an fma
@@ -233,12 +247,12 @@ class Translator:
     def read(self, operand: str, of: str) -> str:
         """An operand as a number of a PTX type."""
         text = f"from_bf({self.value(operand, 'u2')})" if of == "bf16" else self.value(operand, NUMPY[of])
-        return self._flushed(f"c.pairs({text})" if of == "f32x2" else text, of)
+        return self._flushed(f"split({text}, f4)" if of == "f32x2" else text, of)
 
     def write(self, register: str, text: str, of: str) -> None:
         """register = a number of a PTX type."""
         text = self._flushed(text, of)
-        self.assign(register, f"({text}).view(u8)" if of == "f32x2" else text, NUMPY[of])
+        self.assign(register, f"({text}).view(u8)[..., 0]" if of == "f32x2" else text, NUMPY[of])
 
     def _flushed(self, text: str, of: str) -> str:
         """With .ftz. Constants are hardly subnormal, which is known here."""
@@ -373,7 +387,7 @@ class Translator:
         if how == "ne" and of[0] in "bus" and of not in BITS_ONLY:
             how = "neu"  # integers are never NaN
         if of.endswith("x2"):  # two comparisons, of the lower halves first
-            form = "from_bf(part({0}, u2, {1}))" if of == "bf16x2" else "part({0}, f2, {1})"
+            form = "from_bf(split({}, u2)[..., {}])" if of == "bf16x2" else "split({}, f2)[..., {}]"
             pairs = [[form.format(self.value(x, "u4"), i) for x in (a, b)] for i in (0, 1)]
         else:
             pairs = [[self.read(x, of) for x in (a, b)]]
@@ -390,9 +404,9 @@ class Translator:
         half = f"u{int(kind[1]) // len(parts)}"
         if "{" in d:
             for i, register in enumerate(parts):
-                self.assign(register, f"part({self.value(a, kind)}, {half}, {i})", half)
+                self.assign(register, f"split({self.value(a, kind)}, {half})[..., {i}]", half)
         elif "{" in a:
-            self.assign(d, f"pack({kind}, {', '.join(self.value(x, half) for x in parts)})", kind)
+            self.assign(d, f"join({kind}, {', '.join(self.value(x, half) for x in parts)})", kind)
         else:
             kind = self._alike(a, kind)
             self.assign(d, self.value(a, kind), kind)
@@ -419,7 +433,7 @@ class Translator:
         else:
             raise NotImplementedError(f"{of} as {to}")
         if to != single:
-            self.assign(d, f"pack({kind}, {', '.join(reversed(texts))})", kind)
+            self.assign(d, f"join({kind}, {', '.join(reversed(texts))})", kind)
         elif to == "bf16":
             self.assign(d, texts[0], kind)
         else:
@@ -428,11 +442,13 @@ class Translator:
     # Warps
 
     def _whole_warps(self, mask: str = "-1") -> None:
-        """Has it checked that all threads of a warp are here, and meant."""
+        """Of an instruction for all threads of a warp. That they are all here, the machine sees to."""
         if self.guard is not None:
             raise NotImplementedError("a guarded instruction of the whole warp")
-        meant = "True" if mask == "-1" else f"{self.value(mask, 'i4')} == -1"
-        self.lines.append(f"c.converged(m, {meant}, {self.line})")
+        if mask.startswith("%"):
+            self.lines.append(f"c.all_meant({self.value(mask, 'i4')}, {self.line})")
+        elif int(mask, 0) not in (-1, 0xFFFFFFFF):
+            raise NotImplementedError("an instruction for a part of a warp")
 
     def _shfl(self, d: str, a: str, *given: str) -> None:
         *numbers, mask = given
@@ -449,33 +465,35 @@ class Translator:
 
     # Memory
 
-    def _place(self, operand: str, size: int) -> str:
-        """space, base, offset: of the memory that the instruction names, in units of some bytes."""
+    def _access(self, place: str, kind: str, count: int = 1) -> str:
+        """An access of some numbers: what it is, its addresses and its threads."""
         space = next((x for x in ("global", "shared") if x in self.mods), None)
-        found = re.fullmatch(r"\[([%\w]+)\+?(-?\d+)?\]", operand.replace(" ", ""))
+        found = re.fullmatch(r"\[([%\w]+)\+?(-?\d+)?\]", place.replace(" ", ""))
         if space is None or found is None:
             raise NotImplementedError("memory that is neither global nor shared")
         base, offset = found.groups("0")
-        self.unit[space] = min(self.unit[space], size)
         wide = space == "global" or (base.startswith("%") and self.own(base) == "u8")
-        return f"'{space}', {self.value(base, 'u8' if wide else 'u4')}, {offset}"
-
-    def _about(self) -> str:
-        """The threads of an access, its line, and what it says about others'. Inside a launch volatile is relaxed."""
-        mask = "m" if self.guard is None else f"({self.guard} if m is None else {self.guard} & m)"
         mode = next((x for x in self.mods if x in ORDERINGS), "weak")
         scope = next((x for x in self.mods if x in SCOPES), "gpu")
-        return f"{mask}, {self.line}, '{mode}', '{scope}'"
+        name, size = f"A{len(self.names)}", int(kind[1])
+        self.names[name] = Access(space, int(offset), size, count, size * count, self.line, mode, scope)
+        self.unit[space] = min(self.unit[space], size)
+        mask = "m" if self.guard is None else f"({self.guard} if m is None else {self.guard} & m)"
+        return f"{name}, {self.value(base, 'u8' if wide else 'u4')}, {mask}"
 
     def _ld(self, d: str, place: str) -> None:
-        kind = NUMPY[self.types[-1]]
+        kind, registers = NUMPY[self.types[-1]], _listed(d)
         if "param" in self.mods:
             self.assign(d, f"c.params['{place.strip('[] ')}'].view({kind})", kind)
             return
         if set(ORDERINGS) & set(self.mods):
             self.end = ("pause", "")
-        size, registers = int(kind[1]), _listed(d)
-        self._spread(registers, kind, f"c.load({self._place(place, size)}, {size}, {len(registers)}, {self._about()})")
+        self._spread(registers, kind, f"c.load({self._access(place, kind, len(registers))})")
+
+    def _ldmatrix(self, d: str, place: str) -> None:
+        self._whole_warps()
+        given = f"{self._access(place, 'u4', 4)}, {len(_listed(d))}, {'trans' in self.mods}"
+        self._spread(_listed(d), "u4", f"c.load_matrices({given})")
 
     def _spread(self, registers: list[str], kind: str, call: str) -> None:
         """A row of what was loaded in each."""
@@ -484,28 +502,22 @@ class Translator:
             self.assign(register, f"_x[{i}]", kind)
 
     def _st(self, place: str, operand: str) -> None:
-        size = int(NUMPY[self.types[-1]][1])
-        values = ", ".join(self.value(x, f"u{size}") for x in _listed(operand))
-        self.lines.append(f"c.store({self._place(place, size)}, {size}, ({values},), {self._about()})")
-
-    def _ldmatrix(self, d: str, place: str) -> None:
-        self._whole_warps()
-        about = f"{len(_listed(d))}, {'trans' in self.mods}, {self._about()}"
-        self._spread(_listed(d), "u4", f"c.load_matrices({self._place(place, 4)}, {about})")
+        kind, numbers = f"u{NUMPY[self.types[-1]][1]}", _listed(operand)
+        access = self._access(place, kind, len(numbers))
+        self.lines.append(f"c.store({access}, ({', '.join(self.value(x, kind) for x in numbers)},))")
 
     def _stmatrix(self, place: str, operand: str) -> None:
         self._whole_warps()
-        values = ", ".join(self.value(x, "u4") for x in _listed(operand))
-        about = f"({values},), {'trans' in self.mods}, {self._about()}"
-        self.lines.append(f"c.store_matrices({self._place(place, 4)}, {about})")
+        given = f"{self._access(place, 'u4', 4)}, ({', '.join(self.value(x, 'u4') for x in _listed(operand))},)"
+        self.lines.append(f"c.store_matrices({given}, {'trans' in self.mods})")
 
     def _atom(self, d: str, place: str, *given: str) -> None:
         if self.types[-1] in (*BITS_ONLY, "f16"):
             raise NotImplementedError("atomics in half precision")
         how = next(x for x in self.mods if x in ("add", "exch", "max", "min", "or", "and", "cas"))
         kind = NUMPY[self.types[-1]]
-        about = f"{kind}, '{how}', ({', '.join(self.value(x, kind) for x in given)},), {self._about()}"
-        self.assign(d, f"c.atomic({self._place(place, int(kind[1]))}, {about})", kind)
+        values = ", ".join(self.value(x, kind) for x in given)
+        self.assign(d, f"c.atomic({self._access(place, kind)}, {kind}, '{how}', ({values},))", kind)
         self.end = ("pause", "")
 
     def _red(self, *given: str) -> None:
