@@ -21,6 +21,7 @@ not race with plain accesses. Stores are seen at once by all: what weak memory m
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from bisect import bisect_right
 from collections import Counter
@@ -45,6 +46,7 @@ ATOMIC: dict[str, Callable[..., Any]] = {
 REDUX = {"max": np.fmax, "min": np.fmin, "NaN max": np.maximum, "NaN min": np.minimum, "add": np.add,
          "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}  # fmt: skip
 EVERYONE, SHIFT, STEPS = slice(None), {1: 0, 2: 1, 4: 2, 8: 3}, np.arange(32)[:, None]
+UNSIGNED = {width: np.dtype(f"u{width}") for width in SHIFT}
 _NORESERVE = 0x4000  # of Linux; named in mmap since Python 3.13
 # A stamp is who accessed memory and when: block, its barriers so far, those of the warp, and thread, from these bits
 _NUMBER, _EPOCH, _SYNC, _THREAD = 44, 24, 10, (1 << 10) - 1
@@ -108,7 +110,7 @@ class Region:
             bad = got.view(self.mark.dtype) == self.mark
         else:
             return None
-        return bad.reshape(len(bad), got.shape[1], -1).any((0, 2)) if bad.any() else None
+        return bad.reshape(len(bad), got.shape[1], -1).any((0, 2)) if np.count_nonzero(bad) else None
 
 
 class Memory:
@@ -176,8 +178,12 @@ class Threads:
             target = self.program.kernel.labels[label]
         else:
             target = {"ret": self.end, "bar": at + 1 + self.behind}.get(kind, at + 1)
-        if taken is not None and not taken.all():
-            target = np.where(self.full(taken), target, at + 1) if taken.any() else at + 1
+        if taken is not None:
+            count = np.count_nonzero(taken)
+            if count == 0:
+                target = at + 1
+            elif count < taken.size:
+                target = np.where(taken, target, at + 1)
         if m is None and isinstance(target, int):
             self.together = first = last = target
         else:
@@ -229,12 +235,8 @@ class Threads:
 
     def shfl(self, how: str, x: Array, b: Array, clamp: Array) -> Array:
         """Of each thread the number of another."""
-        lane = self.lanes & 31
-        segment = (clamp >> 8) & 31
-        top, low = (lane & segment) | (clamp & 31 & ~segment), lane & segment
-        source = {"bfly": lane ^ b, "idx": low | (b & ~segment & 31), "up": lane - b, "down": lane + b}[how]
-        fits = source >= top if how == "up" else source <= top
-        return self.full(x)[(np.arange(self.size) & ~31) + np.where(fits, source, lane)]
+        given = how, self.size, b, clamp
+        return self.full(x)[_sources(*given) if b.ndim == clamp.ndim == 0 else _sources.__wrapped__(*given)]
 
     def redux(self, how: str, x: Array) -> Array:
         """Of all threads of a warp one number."""
@@ -261,10 +263,9 @@ class Threads:
         """The regions that an access touches, its threads (an index within the group), and bytes within the region."""
         who: Any = EVERYONE if mask is None else self.full(mask).nonzero()[0]
         address = self.full(address)[who].astype(np.int64) + access.offset
-        what = f"{access.space} access of {access.nbytes} bytes at"
-        if len(address) and np.bitwise_or.reduce(address) & (access.nbytes - 1):
+        if np.bitwise_or.reduce(address) & (access.nbytes - 1):
             wrong = address & (access.nbytes - 1) != 0
-            what = f"{what} {int(address[wrong][0]):#x}"
+            what = f"{access} at {int(address[wrong][0]):#x}"
             raise Fault(self.cta.note("misaligned access", what, access.line, self.lanes[who][wrong]))
         memory, found = self.cta.memory[access.space], []
         while len(address):
@@ -277,7 +278,7 @@ class Threads:
                 inside[inside] = region.seen[at[inside] + STEPS[: access.nbytes]].all(0)
             who = np.arange(self.size)[who]
             if not inside[0]:
-                what = f"{what} {memory.describe(int(address[0]))}"
+                what = f"{access} at {memory.describe(int(address[0]))}"
                 raise Fault(self.cta.note("out of bounds", what, access.line, self.lanes[who[:1]]))
             found.append((region, who[inside], at[inside]))
             address, who = address[~inside], who[~inside]
@@ -285,32 +286,38 @@ class Threads:
 
     def load(self, access: Access, address: Array, mask: Array) -> Array:
         """Some numbers from each address: (numbers, threads)."""
-        out = np.zeros((access.count, self.size), f"u{access.size}")
+        out = np.zeros((access.count, self.size), UNSIGNED[access.size])
         for region, who, at in self._reached(access, address, mask):
             got = region.views[access.size][(at >> SHIFT[access.size]) + STEPS[: access.count]]
             units = region.units(at, access.nbytes)
             if (unwritten := region.unwritten(got, units)) is not None:
                 what = region.describe(at[unwritten][0])
                 self.cta.note("read of unwritten memory", what, access.line, self.lanes[who][unwritten])
-            self._order(access, region, units, who, None)
-            self.cta.synchronise(access, self.lanes[who], at + region.base)
+            if access.mode == "weak":
+                self._order(access, region, units, who, None)
+            else:
+                self.cta.synchronise(access, self.lanes[who], at + region.base)
+            if who is EVERYONE:
+                return got
             out[:, who] = got
         return out
 
     def store(self, access: Access, address: Array, mask: Array, values: Sequence[Array]) -> None:
         """Some numbers to each address."""
-        rows = np.stack([self.full(x) for x in values])
+        rows = np.array([self.full(x) for x in values])
         for region, who, at in self._reached(access, address, mask):
             view, new = region.views[access.size], rows[:, who]
             index, units = (at >> SHIFT[access.size]) + STEPS[: access.count], region.units(at, access.nbytes)
             same = (view[index] == new).all(0)
-            self._order(access, region, units, who, same & (region.written is None))
-            self.cta.synchronise(access, self.lanes[who], at + region.base)
-            self.cta.grid.changes += not same.all()
+            if access.mode == "weak":
+                self._order(access, region, units, who, same & (region.written is None))
+            else:
+                self.cta.synchronise(access, self.lanes[who], at + region.base)
+            self.cta.grid.changes += np.count_nonzero(same) < same.size
             view[index] = new
             if region.written is not None:
                 region.written[units] = True
-            if (lost := view[index] != new).any():
+            if np.count_nonzero(lost := view[index] != new):
                 self._replicas(new, view[index], lost.any(0), access.line, self.lanes[who], at)
 
     def atomic(
@@ -352,34 +359,38 @@ class Threads:
     def _order(self, access: Access, region: Region, units: Array, who: Any, same: Array | None) -> None:
         """Enters an access, and notes the worst that is not ordered before it. Of a store `same` says where it changes
         nothing: another store of the same is no race."""
-        if access.mode != "weak" or not self.cta.grid.races:
+        if not self.cta.grid.races:
             return
         if region.shadow is None:
             region.shadow = sparse((region.size // region.unit + 1) * 6, "i8").reshape(-1, 3, 2)
         rows, stamps = region.shadow[units], (self.cta.now + self.when)[who]
-        past = rows[..., :1, 0] if same is None else rows[..., 0]
+        if np.count_nonzero(rows):
+            self._judge(access, region, rows, stamps, same)
+            if same is None:
+                apart = rows[..., 1, :1] >> 5 != stamps[:, None] >> 5
+                rows[..., 2, :] = np.where(apart, rows[..., 1, :], rows[..., 2, :])
+            else:
+                rows[...] = 0
+        rows[..., int(same is None), 0], rows[..., int(same is None), 1] = stamps, access.line
+        region.shadow[units] = rows
+
+    def _judge(self, access: Access, region: Region, rows: Array, stamps: Array, same: Array | None) -> None:
+        past = rows[..., :1, 0] if same is None else rows[..., 0]  # two loads do not race
         # not before this block's last barrier
         late = (past ^ self.cta.number << _NUMBER >= self.cta.epoch << _EPOCH) & (past != 0)
         if same is not None:
             late[..., 0] &= ~same
-        if late.any():
-            places = late.nonzero()
-            bad = self.cta.unordered(past[places], stamps[places[1]])
-            worst = int(bad.argmax())
-            if bad[worst]:
-                stamp, line = rows[places][worst].tolist()
-                before = self.program.kernel.instructions[line]
-                them = f"{before.op} of {before.source} by thread {stamp & _THREAD} of block {stamp >> _NUMBER}"
-                what = f"{'load' if same is None else 'store'} in {region.name} after {them}"
-                self.cta.note(RACES[bad[worst]], what, access.line, stamps & _THREAD)
-        if same is None:
-            apart = rows[..., 1, 0] >> 5 != stamps >> 5
-            rows[apart, 2] = rows[apart, 1]
-            rows[..., 1, 0], rows[..., 1, 1] = stamps, access.line
-        else:
-            rows[...] = 0
-            rows[..., 0, 0], rows[..., 0, 1] = stamps, access.line
-        region.shadow[units] = rows
+        if not np.count_nonzero(late):
+            return
+        places = late.nonzero()
+        bad = self.cta.unordered(past[places], stamps[places[1]])
+        worst = int(bad.argmax())
+        if bad[worst]:
+            stamp, line = rows[places][worst].tolist()
+            before = self.program.kernel.instructions[line]
+            them = f"{before.op} of {before.source} by thread {stamp & _THREAD} of block {stamp >> _NUMBER}"
+            what = f"{'load' if same is None else 'store'} in {region.name} after {them}"
+            self.cta.note(RACES[bad[worst]], what, access.line, stamps & _THREAD)
 
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
         """Threads of one instruction stored different bits to one address: rounding, or more than that."""
@@ -393,6 +404,16 @@ class Threads:
         winners = dict(zip(at.tolist(), (threads >> 5).tolist(), strict=True))
         if self.cta.grid.races and any(winners[at[i]] != threads[i] >> 5 for i in lost.nonzero()[0]):
             self.cta.note(WARP_RACE, "two warps store at once", line, threads[lost])
+
+
+@functools.cache
+def _sources(how: str, size: int, b: Array, clamp: Array) -> Array:
+    """Whose number each of `size` threads gets by a shfl."""
+    thread = np.arange(size)
+    lane, segment = thread & 31, (clamp >> 8) & 31
+    top, low = (lane & segment) | (clamp & 31 & ~segment), lane & segment
+    source = {"bfly": lane ^ b, "idx": low | (b & ~segment & 31), "up": lane - b, "down": lane + b}[how]
+    return np.where(source >= top if how == "up" else source <= top, thread - lane + source, thread)
 
 
 def _turned(words: Array, transposed: bool) -> Array:

@@ -169,6 +169,9 @@ class Access(NamedTuple):
     mode: str  # weak, or how others may see it: acquire, release, acq_rel, relaxed (as volatile is within a launch)
     scope: str  # cta, gpu or sys: which others
 
+    def __str__(self) -> str:
+        return f"{self.space} access of {self.nbytes} bytes"
+
 
 def recast(text: str, have: str, want: str) -> str:
     """Code for bits of one numpy kind as another: zero- or sign-extended as the first says, or the lower ones."""
@@ -255,11 +258,16 @@ class Translator:
         self.assign(register, f"({text}).view(u8)[..., 0]" if of == "f32x2" else text, NUMPY[of])
 
     def _flushed(self, text: str, of: str) -> str:
-        """With .ftz. Constants are hardly subnormal, which is known here."""
+        """With .ftz; once for a register, and not of constants, which are hardly subnormal."""
         if not self.ftz or of not in ("f32", "f32x2", "bf16"):
             return text
-        constant = self.names.get(text)
-        return text if constant is not None and flush(constant) == constant else f"flush({text})"
+        if text not in self.flushed:
+            constant, name = self.names.get(text), f"_{len(self.lines)}"
+            if constant is not None and flush(constant) == constant:
+                return text
+            self.lines.append(f"{name} = flush({text})")
+            self.flushed[text] = name
+        return self.flushed[text]
 
     def assign(self, register: str, text: str, kind: str) -> None:
         """register = an array of `kind`, where the guard holds."""
@@ -274,6 +282,7 @@ class Translator:
         self.kinds[register] = [kind]
         self.writes[register] = kind
         self.products = {d: ab for d, ab in self.products.items() if register not in (d, *ab)}
+        self.flushed = {x: name for x, name in self.flushed.items() if f"{register[1:]}_" not in x}
         self.lines.append(f"{register[1:]}_{kind} = {text}")
 
     # Blocks
@@ -282,6 +291,7 @@ class Translator:
         """Lines of Python, the registers that they write in which kind, and what the block returns."""
         self.lines, self.kinds, self.writes = list[str](), dict[str, list[str]](), dict[str, str]()
         self.products: dict[str, tuple[str, ...]] = {}  # registers that hold a product, and its factors
+        self.flushed: dict[str, str] = {}  # what has been flushed, and into which variable
         self.end, self.result = ("fall", ""), "None"
         for instruction in block.code:
             try:
