@@ -83,31 +83,24 @@ def regions(named: list[tuple[str, torch.Tensor]]) -> list[Region]:
         if x.numel():
             by_storage.setdefault(x.untyped_storage().data_ptr(), []).append((name, x))
     out = []
-    for base, views in by_storage.items():
+    for views in by_storage.values():
+        start = min(x.data_ptr() for _, x in views) & -8  # accesses of 8 bytes and more are at multiples of them
+        stop = max(_stop(x) for _, x in views)
+        dense = (x.data_ptr() == start and x.data_ptr() + x.nbytes == _stop(x) == stop for _, x in views)
         title = " and ".join(f"{name} {tuple(x.shape)}" for name, x in views)
-        dense = [x for _, x in views if _extent(x) == x.numel()]
-        start = min((x.data_ptr() for x in dense), default=0)
-        stop = max((x.data_ptr() + x.nbytes for x in dense), default=0)
-        covers = [x for x in dense if x.data_ptr() == start and x.data_ptr() + x.nbytes == stop]
-        first = views[0][1]
-        about = {"item": first.element_size(), "floating": first.is_floating_point()}
-        inside = all(start <= x.data_ptr() and x.data_ptr() + _extent(x) * x.element_size() <= stop for _, x in views)
-        if covers and inside and start % 8 == 0:
-            out.append(Region.at(start, stop - start, title, **about))
-            continue
-        region = Region.at(base, first.untyped_storage().nbytes(), title, whole=False, **about)
-        seen = torch.from_numpy(region.seen)
-        for _, x in views:
-            n = x.element_size()
-            for byte in range(n):
-                strides, offset = [n * stride for stride in x.stride()], n * x.storage_offset() + byte
-                seen.as_strided(x.shape, strides, offset).fill_(True)
-        out.append(region)
+        about = {"item": views[0][1].element_size(), "floating": views[0][1].is_floating_point()}
+        out.append(Region.at(start, stop - start, title, whole=any(dense), **about))
+        if out[-1].seen is not None:
+            seen = torch.from_numpy(out[-1].seen)
+            for view, byte in ((x, i) for _, x in views for i in range(x.element_size())):
+                strides = [stride * view.element_size() for stride in view.stride()]
+                seen.as_strided(view.shape, strides, view.data_ptr() - start + byte).fill_(True)
     return out
 
 
-def _extent(x: torch.Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def _stop(x: torch.Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _flat(signature: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -163,17 +156,6 @@ class Launcher:
         launch(_programs[key], x, list(_flat(self.signature, rest[4:])))
 
 
-class _Utils:
-    """CUDA's driver, as far as Triton asks it."""
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10, "multiprocessor_count": PLACES, "warpSize": 32}
-
-    def load_binary(self, name: str, kernel: Any, shared: int, device: int) -> tuple[Any, ...]:
-        """Module, function, registers, spills, most threads: the function is the PTX."""
-        return None, kernel.decode() if isinstance(kernel, bytes) else kernel, 0, 0, 1024
-
-
 def _without_ptxas(
     backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
 ) -> tuple[str, str] | None:
@@ -184,42 +166,22 @@ def _without_ptxas(
     return None
 
 
-def _driver(capability: int) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
+def _driver(target: Any) -> Any:
+    """A GPU whose memory is the process's, as far as Triton asks its driver and that CUDA's."""
+    properties = {"max_shared_mem": 227 << 10, "multiprocessor_count": PLACES, "warpSize": 32}
 
-    class Driver(DriverBase):
-        """A GPU whose memory is the process's."""
+    def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return None, kernel.decode(), 0, 0, 1024  # module, function, registers, spills, most threads
 
-        def __init__(self) -> None:
-            self.target, self.utils, self.launcher_cls = GPUTarget("cuda", capability, 32), _Utils(), Launcher
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return ty
-
-        def get_current_target(self) -> Any:
-            return self.target
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: Any = None) -> int:
-            return 0
-
-        def set_current_device(self, device: int) -> None:
-            pass
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def get_benchmarker(self) -> Any:
-            raise NotImplementedError("no time is measured here")
-
-    return Driver()
+    return types.SimpleNamespace(
+        launcher_cls=Launcher,
+        utils=types.SimpleNamespace(get_device_properties=lambda device: properties, load_binary=load_binary),
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+        set_current_device=lambda device: None,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 def check(capability: Any, order: Any = "greedy", ulps: Any = 0, **flags: Any) -> None:
@@ -248,26 +210,19 @@ def install(
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     import triton
     from triton import knobs
+    from triton.backends.compiler import GPUTarget
 
     if knobs.runtime.interpret:
         raise RuntimeError("Triton was imported with its interpreter: set TRITON_INTERPRET=0 before that")
     settings.order, settings.races, settings.fuse, settings.ulps = order, races, fuse, ulps
     knobs.compilation.disable_line_info = False  # findings and kernels are named by their source
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
-    triton.runtime.driver.set_active(_driver(capability))
+    triton.runtime.driver.set_active(_driver(GPUTarget("cuda", capability, 32)))
 
     from fusedkd import backends
 
     backends.interpreted = lambda: True  # CPU tensors may ask for Triton
-    _about_device(types.SimpleNamespace(multi_processor_count=PLACES, major=capability // 10, minor=capability % 10))
-
-
-def _about_device(properties: Any) -> None:
-    """parts.one_read asks how many of a row's programs fit on the device."""
-    original = torch.cuda.get_device_properties
-
-    def get_device_properties(device: Any = None) -> Any:
-        on_cpu = isinstance(device, torch.device) and device.type == "cpu"
-        return properties if on_cpu else original(device)
-
-    torch.cuda.get_device_properties = get_device_properties
+    # parts.one_read asks how many of a row's programs fit on the device
+    of_gpu, major = torch.cuda.get_device_properties, capability // 10
+    here = types.SimpleNamespace(multi_processor_count=PLACES, major=major, minor=capability % 10)
+    torch.cuda.get_device_properties = lambda device=None: here if str(device) == "cpu" else of_gpu(device)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_LOCATION = re.compile(r"//\s*(.*)")
 _COMMA = re.compile(r",(?![^{\[]*[}\]])")  # not those within {} or []
 _LEAVING = {"bra", "ret", "exit", "bar", "barrier", "atom", "red"}  # another thread may run behind these
 _SHARED_STATE = (".acquire", ".relaxed", ".volatile")  # a load that may be waiting for another thread
-_TOGETHER = (".sync", ".warp")  # instructions of a whole warp; barriers of a block (bar.sync) are not meant
 
 
 class Instruction(NamedTuple):
@@ -36,7 +34,7 @@ class Block:
 
     def __init__(self) -> None:
         self.code: list[Instruction] = []
-        self.whole_warps = False  # whether it has an instruction that all threads of a warp do together
+        self.whole_warps: Instruction | None = None  # the first that all threads of a warp do together
 
 
 class Kernel:
@@ -49,14 +47,15 @@ class Kernel:
         if entry is None or threads is None:
             raise NotImplementedError("PTX without an .entry, or without .reqntid: how many threads has a block?")
         self.name, self.threads = entry.group(1), int(threads.group(1))
-        start = text.count("\n", 0, text.index("{", threads.end()))
-        header = text[entry.start() : text.index("{", threads.end())]
-        self.params: list[tuple[str, str]] = re.findall(r"\.param\s+\.(\w+)[^,\n]*?\b([\w$]+_param_\d+)", header)
+        body = text.index("{", threads.end())
+        self.params: list[tuple[str, str]] = re.findall(
+            r"\.param\s+\.(\w+)[^,\n]*?\b([\w$]+_param_\d+)", text[entry.start() : body]
+        )
         # types by prefix
         self.registers = {prefix: kind for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%[a-z]+)<\d+>", text)}
-        self.blocks, self.labels = [Block()], {}
+        self.blocks, self.labels = [Block()], dict[str, int]()
         self.instructions: dict[int, Instruction] = {}
-        self._read(start, set(re.findall(r"\bbra(?:\.uni)?\s+(\$?\w+)", text)))
+        self._read(text.count("\n", 0, body) + 1, set(re.findall(r"\bbra(?:\.uni)?\s+(\$?\w+)", text)))
 
     @property
     def title(self) -> str:
@@ -65,24 +64,19 @@ class Kernel:
 
     def _read(self, start: int, targets: set[str]) -> None:
         source = None
-        for number, raw in enumerate(self.lines[start + 1 :], start + 2):
-            line = raw.strip()
+        for number, raw in enumerate(self.lines[start:], start + 1):
+            line, _, comment = (part.strip() for part in raw.partition("//"))
             if line.startswith("}"):
-                break
+                return
             if line.startswith(".loc"):
-                found = _LOCATION.search(line)
-                source = found.group(1) if found else line
-                continue
-            line = line.split("//")[0].strip()
-            if not line or line.startswith((".reg", ".pragma")):
-                continue
-            if label := re.fullmatch(r"(\$?\w+):", line):
+                source = comment or line
+            elif label := re.fullmatch(r"(\$?\w+):", line):
                 if label.group(1) in targets:
                     self._open()
                     self.labels[label.group(1)] = len(self.blocks) - 1
-                continue
-            for statement in filter(None, (part.strip() for part in line.split(";"))):
-                self._add(statement, number, source or f"PTX line {number}")
+            elif not line.startswith((".reg", ".pragma")):
+                for statement in filter(None, map(str.strip, line.split(";"))):
+                    self._add(statement, number, source or f"PTX line {number}")
 
     def _open(self) -> None:
         if self.blocks[-1].code:
@@ -93,11 +87,11 @@ class Kernel:
         if statement.startswith("@"):
             guard, statement = statement[1:].split(None, 1)
         op, *rest = statement.split(None, 1)
-        operands = tuple(part.strip() for part in _COMMA.split(rest[0])) if rest else ()
-        instruction = Instruction(op, operands, guard, line, source)
+        operands = tuple(map(str.strip, _COMMA.split(rest[0]))) if rest else ()
+        block, instruction = self.blocks[-1], Instruction(op, operands, guard, line, source)
         self.instructions[line] = instruction
-        block, head = self.blocks[-1], op.split(".")[0]
         block.code.append(instruction)
-        block.whole_warps |= op != "bar.sync" and any(part in op for part in _TOGETHER)
-        if head in _LEAVING or any(part in op for part in _SHARED_STATE):
+        if block.whole_warps is None and op != "bar.sync" and (".sync" in op or ".warp" in op):
+            block.whole_warps = instruction
+        if op.split(".")[0] in _LEAVING or any(part in op for part in _SHARED_STATE):
             self._open()
