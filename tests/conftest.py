@@ -30,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """--emulate 90: kernels as compiled for sm_90, run on the CPU with a sanitizer."""
     text = "run kernels as Triton compiles them for this compute capability, emulated: 80, 90 or 100"
     parser.addoption("--emulate", type=int, metavar="CAPABILITY", help=text)
+    text = "with --emulate: approximations (ex2, lg2 ...) are off by up to N units in the last place (default: 0)"
+    parser.addoption("--ulps", type=int, default=0, metavar="N", help=text)
+    text = "with --emulate: a product and the sum behind it are one operation, as ptxas may make them"
+    parser.addoption("--fuse", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # TRITON_INTERPRET is read when fusedkd, and with it Triton, is first imported.
     if (capability := config.getoption("--emulate")) is not None:
         os.environ["TRITON_INTERPRET"] = "0"
-        config.pluginmanager.register(importlib.import_module("emulator.plugin").Plugin(capability))
+        how = {"ulps": config.getoption("--ulps"), "fuse": config.getoption("--fuse")}
+        config.pluginmanager.register(importlib.import_module("emulator.plugin").Plugin(capability, **how))
+    elif config.getoption("--ulps") or config.getoption("--fuse"):
+        raise pytest.UsageError("--ulps and --fuse need --emulate")
     elif not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "interpreter(reason): needs Triton's interpreter itself; --emulate skips it")

@@ -20,12 +20,12 @@ class Plugin:
     together keeps.
     """
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, ulps: int, fuse: bool) -> None:
         try:
-            check(capability)
+            check(capability, ulps=ulps)
         except ValueError as error:
             raise pytest.UsageError(f"--emulate: {error}") from None
-        install(capability)
+        install(capability, ulps=ulps, fuse=fuse)
         import cases
 
         cases.cuts = lambda backend: False  # compiled kernels round to bfloat16, the interpreter cuts
