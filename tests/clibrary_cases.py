@@ -239,6 +239,7 @@ def compiled(library: Library, capability: int) -> Iterator[tuple[Case, Outcome 
     built = {(line["dtype"], line["arch"]) for line in library.manifest["kernels"]}
     for case in (case for case in COVERED if (case.dtype, capability) in built):
         emulator.clear()
+        library.launches.clear()
         start, outcome, error = time.process_time(), None, None
         try:
             outcome = in_c(library, case)
@@ -246,7 +247,7 @@ def compiled(library: Library, capability: int) -> Iterator[tuple[Case, Outcome 
         except Exception:
             error = traceback.format_exc(limit=-3)
         seconds = round(time.process_time() - start, 2)
-        line = library.launches[-1].line
+        line = library.launches[-1].line if library.launches else None
         yield case, outcome, {"case": case.name, "error": error, "findings": seen(), "kernel": line, "seconds": seconds}
 
 
