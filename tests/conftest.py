@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +146,12 @@ def _remember_types(interpreter: Any) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """Both implementations of every path."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def clib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C library, built by CMake for a few divergences, once for all files that run it."""
+    return importlib.import_module("clibrary").build(tmp_path_factory.mktemp("clib"))
 
 
 @pytest.fixture
