@@ -64,21 +64,33 @@ def problem_rows(dtype: torch.dtype, layout: str) -> Any:
     return dataclasses.replace(data, labels=data.labels.roll(1))
 
 
+def problem_of(case: Any, columns: int) -> Any:
+    """What the launchers of kernels are given of a divergence and its parameters."""
+    import fusedkd
+    from fusedkd.kernels import rows
+
+    form = fusedkd.divergence(case[0], **case[1]).form
+    weights = (float(form.target), float(form.nontarget))
+    return rows.Problem(form.definition, form.decoupled, tuple(map(float, form.theta)), weights, columns, mix=form.mix)
+
+
+def split_rows(wanted: bool) -> None:
+    """Whether several programs share a row, where they can: nothing but GPUs with few rows asks for it."""
+    from fusedkd import backends
+    from fusedkd.kernels import parts
+
+    backends.splits_rows = lambda problem, x: wanted and parts.serves(problem)
+
+
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:
     """A launcher of kernels on its own: value and gradient at once, over the logits if asked."""
     from cases import VALUE, expected
     from close import assert_close, rounding
 
-    import fusedkd
     from fusedkd.kernels import rows
 
     data = problem_rows(dtype, layout)
-    form = fusedkd.divergence(case[0], **case[1]).form
-    weights = (float(form.target), float(form.nontarget))
-    problem = rows.Problem(
-        form.definition, form.decoupled, tuple(map(float, form.theta)), weights, COLUMNS[layout], ce_weight=0.25,
-        mix=form.mix,
-    )  # fmt: skip
+    problem = problem_of(case, COLUMNS[layout])._replace(ce_weight=0.25)
     student, teacher = data.student.to(dtype), data.teacher.to(dtype)
     if layout == STRIDED:
         student, teacher = every_second(student), every_second(teacher)
@@ -118,11 +130,10 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     import test_token_logprobs
     from cases import check_heads, check_logits, random_labels, side, unrelated
 
-    from fusedkd import backends
     from fusedkd.kernels import parts, rows
 
     prepare = every_second if layout == STRIDED else torch.Tensor.contiguous
-    backends.splits_rows = lambda problem, x: way == "parts" and parts.serves(problem)
+    split_rows(way == "parts")
     torch.manual_seed(0)
     if way in ("autograd", "parts", "floor"):
         options = {"support": "floor"} if way == "floor" else {"ce_weight": 0.5} if layout == STRIDED else {}

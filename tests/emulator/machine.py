@@ -499,7 +499,7 @@ class Cta:
         )
         self.shared.written = np.zeros(grid.program.shared, bool)
         width = self.size if grid.order == "lockstep" else 32
-        self.groups = [Threads(self, np.arange(i, i + width)) for i in range(0, self.size, width)]
+        self.groups = [grid.threads(self, np.arange(i, i + width)) for i in range(0, self.size, width)]
 
     # Reports
 
@@ -618,6 +618,8 @@ class Cta:
 
 class Grid:
     """One launch."""
+
+    threads = Threads  # what a block's threads are: a subclass may look on
 
     def __init__(
         self, program: Program, size: int, params: dict[str, Any], regions: Sequence[Region],
