@@ -32,7 +32,7 @@ help:
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
-	@echo "make compile-all  compile every kernel for every dtype and architecture (long)"
+	@echo "make compile-all  compile every kernel for every dtype and architecture, and count what each takes (long)"
 
 install: $(VENV)/installed
 
@@ -121,7 +121,7 @@ gpu:
 	PYTHONPATH=build/gpu $(PYTHON) -m fusedkd.bench.gpu --out "$(OUT)"
 
 compile-all: install
-	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) tests/test_compile.py
+	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/test_compile.py tests/test_figures.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) .venv-triton-* build

@@ -1,24 +1,26 @@
-"""Instructions per logit pair of the compiled kernels: a result file that takes a compiler and no GPU.
+"""What the compiled kernels cost, in result files that take a compiler and no GPU.
 
     python -m fusedkd.bench.instructions --out bench/results
 
-The divergences below are compiled by kernels/aot.py and counted by kernels/sass.py, in about two minutes. The README
-takes its table from the file. Any other kernel: python -m fusedkd.kernels.aot sm_90 bfloat16 NAME --instructions.
+Instructions per logit pair of each loop: the divergences below are compiled by kernels/aot.py and counted by
+kernels/sass.py, in about two minutes. The README takes its table from the file. Any other kernel:
+python -m fusedkd.kernels.aot sm_90 bfloat16 NAME --instructions.
+
+What runs of whole kernels take, instructions, memory and barriers: compiled.py, in about half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..commands import make_folder
 from ..kernels.language import triton
+from . import compiled
 from .tables import Table
 
 ARCHITECTURE = "sm_90"
@@ -47,11 +49,9 @@ def counted(architecture: str, dtype: str) -> Iterator[dict[str, Any]]:
     Raises:
         subprocess.CalledProcessError: the compiler failed.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fusedkd.kernels.aot", architecture, dtype, *DIVERGENCES, "--instructions"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    for line in done.stdout.splitlines():
-        report = json.loads(line)
+    command = ("-m", "fusedkd.kernels.aot", architecture, dtype, *DIVERGENCES, "--instructions")
+    for report in map(json.loads, compiled.printed(*command, TRITON_INTERPRET="0")):
+        print(f"loops of {report['name']} {dtype}: {report['kernel']}", file=sys.stderr, flush=True)
         yield {key: report[key] for key in KEPT}
 
 
@@ -82,13 +82,15 @@ def committed(folder: Path) -> Table | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, count, write the file."""
+    """Compile, count, write the files."""
     parser = argparse.ArgumentParser(prog="python -m fusedkd.bench.instructions", description=__doc__)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=f"write {FILE} to DIR")
+    files = f"{FILE}, {compiled.FILE} and {compiled.PAGE}"
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=f"write {files} to DIR")
     args = parser.parse_args(arguments)
     if triton is None:
         parser.error("counting instructions needs triton: install triton")
     try:
+        compiled.script()  # which may be missing: known before anything is compiled
         folder = make_folder("--out", args.out)
     except argparse.ArgumentError as error:
         parser.error(str(error))
@@ -98,7 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kernels": [line for dtype in DTYPES for line in counted(ARCHITECTURE, dtype)],
     }
     (folder / FILE).write_text(json.dumps(result, indent=1) + "\n")
+    compiled.write(folder, triton.__version__, list(_announced(compiled.counted(), len(compiled.names()))))
     return 0
+
+
+def _announced(cases: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    for number, case in enumerate(cases, 1):
+        print(f"case {number} of {total}: {case['case']}", file=sys.stderr, flush=True)
+        yield case
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def compile_variant(
     if "cubin" in built.asm:
         report |= resources(built.asm["cubin"])
         if instructions:
-            listing = _cuobjdump(built.asm["cubin"], "--dump-sass")
+            listing = disassembly(built.asm["cubin"])
             elements = variant.tile.block // (32 * variant.tile.num_warps)
             sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
             report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
@@ -227,6 +227,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     assert registers and stack, text
     return {"registers": int(registers.group(1)), "stack": int(stack.group(1))}
+
+
+def disassembly(cubin: bytes) -> str:
+    """What sass.py reads."""
+    return _cuobjdump(cubin, "--dump-sass")
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

@@ -4,13 +4,18 @@ A loop is a strongly connected part of the control-flow graph: a block that ptxa
 that is entered in its middle counts whole. An instruction counts once, on whichever path it lies and whatever its
 predicate: reductions, barriers, both arms of a branch. Padding (NOP) does not count, and of a slow path that is called
 only the call. What ptxas peeled lies outside; what it unrolled shows in the bytes that one turn moves.
+
+Each instruction of 128 bits also says which of six scoreboards it waits for, and which one its result releases.
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_LINE = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);"
+    r"\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/"
+)
 _LOADS, _STORES = {"LDG", "LDGSTS", "LD"}, {"STG", "ST"}  # of global memory
 _ENDS = {"BRA", "EXIT", "RET"}
 _BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -24,6 +29,22 @@ class Instruction(NamedTuple):
     predicate: str | None
     opcode: tuple[str, ...]  # with its modifiers: LDG.E.128 is ("LDG", "E", "128")
     operands: str
+    control: int  # bits of the encoding from 105: stall cycles, yield, two scoreboards (7: none), those awaited
+
+    @property
+    def sets(self) -> int:
+        """The scoreboard that its result releases, as a mask; none of the six if it sets none."""
+        return 1 << (self.control >> 5 & 7)
+
+    @property
+    def awaits(self) -> int:
+        """The scoreboards that it waits for, as a mask."""
+        return self.control >> 11 & 63
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the instruction behind it may follow."""
+        return self.opcode[0] not in _ENDS or self.predicate is not None or _condition(self) is not None
 
     def bytes_of(self, kinds: set[str]) -> int:
         """How much of global memory a thread touches here, 0 if this is none of `kinds`."""
@@ -34,11 +55,12 @@ class Instruction(NamedTuple):
 
 def parse(listing: str) -> dict[int, Instruction]:
     """The instructions of a listing with one kernel, by address."""
-    found = (
-        Instruction(int(address, 16), predicate or None, tuple(opcode.split(".")), operands.strip())
-        for address, predicate, opcode, operands in _LINE.findall(listing)
-    )
-    return {instruction.address: instruction for instruction in found}
+    return {int(found[0], 16): _instruction(*found) for found in _LINE.findall(listing)}
+
+
+def _instruction(address: str, predicate: str, opcode: str, operands: str, high: str) -> Instruction:
+    control = int(high, 16) >> 41
+    return Instruction(int(address, 16), predicate or None, tuple(opcode.split(".")), operands.strip(), control)
 
 
 def loops(code: dict[int, Instruction]) -> list[list[Instruction]]:
@@ -67,6 +89,23 @@ def _per_element(loop: list[Instruction], elements: int, width: int, sides: int)
     return round(sum(x.opcode[0] != "NOP" for x in loop) / (elements * tiles), 1)
 
 
+def loaded_ahead(listing: str) -> int:
+    """Bytes of global memory that a thread has asked for before it waits for any of them, at most.
+
+    In the order of the code, past branches that may be taken and instructions that a predicate may switch off.
+    """
+    most = asked = pending = 0
+    for x in parse(listing).values():
+        if x.awaits & pending:
+            asked = pending = 0
+        if size := x.bytes_of(_LOADS):
+            asked, pending = asked + size, pending | x.sets
+            most = max(most, asked)
+        if not x.falls_through:
+            asked = pending = 0
+    return most
+
+
 def _moved(loop: list[Instruction], kinds: set[str]) -> int:
     """Bytes of the tiles that a thread moves each time round: of its widest accesses, as rows are aligned."""
     sizes = [x.bytes_of(kinds) for x in loop]
@@ -77,8 +116,7 @@ def _graph(code: dict[int, Instruction]) -> _Graph:
     following = dict(zip(code, list(code)[1:], strict=False))
     graph: _Graph = {}
     for address, x in code.items():
-        falls = x.opcode[0] not in _ENDS or x.predicate is not None or _condition(x) is not None
-        after = [following[address]] if falls and address in following else []
+        after = [following[address]] if x.falls_through and address in following else []
         if x.opcode[0] == "BRA" and (target := re.search(r"0x([0-9a-f]+)$", x.operands)):
             after.append(int(target.group(1), 16))
         graph[address] = after

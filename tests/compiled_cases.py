@@ -102,6 +102,23 @@ def problem_rows(dtype: torch.dtype, layout: str) -> Any:
     return dataclasses.replace(data, labels=data.labels.roll(1))
 
 
+def problem_of(case: Any, columns: int) -> Any:
+    """What the launchers of kernels are given of a divergence and its parameters."""
+    from fusedkd.kernels import rows
+
+    form = fusedkd.divergence(case[0], **case[1]).form
+    weights = (float(form.target), float(form.nontarget))
+    return rows.Problem(form.definition, form.decoupled, tuple(map(float, form.theta)), weights, columns, mix=form.mix)
+
+
+def split_rows(wanted: bool) -> None:
+    """Whether several programs share a row, where they can: nothing but GPUs with few rows asks for it."""
+    from fusedkd import backends
+    from fusedkd.kernels import parts
+
+    backends.splits_rows = lambda problem, x: wanted and parts.serves(problem)
+
+
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:
     """A launcher of kernels on its own: value and gradient at once, over the logits if asked."""
     from cases import VALUE, expected
@@ -110,12 +127,7 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
     from fusedkd.kernels import rows
 
     data = problem_rows(dtype, layout)
-    form = fusedkd.divergence(case[0], **case[1]).form
-    weights = (float(form.target), float(form.nontarget))
-    problem = rows.Problem(
-        form.definition, form.decoupled, tuple(map(float, form.theta)), weights, COLUMNS[layout], ce_weight=0.25,
-        mix=form.mix,
-    )  # fmt: skip
+    problem = problem_of(case, COLUMNS[layout])._replace(ce_weight=0.25)
     student, teacher = (laid_out(layout)(x.to(dtype)) for x in (data.student, data.teacher))
     labels = data.labels.where(data.labels >= 0, -1)
     out = student if over else laid_out(layout)(emulator.unwritten(torch.empty(student.shape, dtype=dtype)))
@@ -170,11 +182,10 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     import test_token_logprobs
     from cases import check_heads, check_logits, random_labels, side, unrelated
 
-    from fusedkd import backends
     from fusedkd.kernels import parts, rows
 
     prepare = laid_out(layout)
-    backends.splits_rows = lambda problem, x: way == "parts" and parts.serves(problem)
+    split_rows(way == "parts")
     torch.manual_seed(0)
     if way in ("autograd", "defaults", "parts", "floor"):
         options = {"support": "floor"} if way == "floor" else {"ce_weight": 0.5} if layout == STRIDED else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fusedkd.kernels import sass
@@ -11,7 +13,10 @@ ELEMENTS = 8  # bfloat16 numbers in 16 bytes
 
 
 def listing(*lines: str) -> str:
-    """Code at 0x0, 0x10, ...; `name:` labels the line after it, `<name>` is the label's address."""
+    """Code at 0x0, 0x10, ...; `name:` labels the line after it, `<name>` is the label's address.
+
+    `LDG ... !2` releases scoreboard 2, `FADD ... ?0 ?2` waits for 0 and 2.
+    """
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in lines:
@@ -21,11 +26,14 @@ def listing(*lines: str) -> str:
             code.append(line)
     text = '\tcode for sm_90a\n\t\tFunction : _value\n\t.headerflags\t@"EF_CUDA_SM90"\n'
     for i, line in enumerate(code):
+        sets = int((re.findall(r" !(\d)", line) or [7])[0])
+        control = sum(1 << int(x) for x in re.findall(r" \?(\d)", line)) << 11 | 7 << 8 | sets << 5 | 18
+        line = re.sub(r" [!?]\d", "", line)
         predicate, _, rest = line.rpartition("@ ") if "@ " in line else ("", "", line)
         for name, address in labels.items():
             rest = rest.replace(f"<{name}>", f"{address:#x}")
         text += f"        /*{16 * i:04x}*/  {predicate:>16} {rest} ;    /* 0x000000ff00007202 */\n"
-        text += "                                                      /* 0x000fe400078e00ff */\n"
+        text += f"{'':54}/* {control << 41 | 0x78E00FF:#018x} */\n"
     return text
 
 
@@ -93,3 +101,27 @@ def test_part_of_a_tile_is_refused() -> None:
     """A count that cannot be right is an error."""
     with pytest.raises(ValueError, match=r"0x0 moves 1\.5 tiles"):
         counts("top:", *PAIR, PAIR[0], "@P0@ BRA <top>", "EXIT")
+
+
+SCALAR, HALF = "LDG.E R20, desc[UR4][R6.64] !1", "LDG.E.U16 R21, desc[UR4][R6.64] !1"
+WIDE = [line + " !0" for line in PAIR]
+USED = "FADD R4, R4, R8"
+
+
+@pytest.mark.parametrize(
+    ("ahead", "code"),
+    [
+        (0, [USED, "EXIT"]),
+        (32, [*WIDE, USED + " ?0", "EXIT"]),
+        (36, [*WIDE, SCALAR, USED + " ?0", "EXIT"]),
+        (34, [*WIDE, USED, HALF, USED + " ?0 ?1", "EXIT"]),
+        (32, [*WIDE, USED + " ?0", SCALAR, USED + " ?1", "EXIT"]),  # waited for in between
+        (64, [*WIDE, USED + " ?3", *WIDE, USED + " ?0", "EXIT"]),  # another scoreboard, of shared memory perhaps
+        (36, [SCALAR, "@P0@ BRA <on>", "on:", *WIDE, USED + " ?0", "EXIT"]),
+        (32, [SCALAR, "BRA <on>", "on:", *WIDE, USED + " ?0", "EXIT"]),  # whoever comes here may come from elsewhere
+        (48, [*WIDE, "@P0@ LDG.E.128 R4, desc[UR4][R2.64] !2", "STG.E.128 desc[UR4][R2.64], R4 ?0", "EXIT"]),
+    ],
+)
+def test_loaded_ahead(ahead: int, code: list[str]) -> None:
+    """The bytes of the loads up to the first instruction that waits for one of them, of the longest such run."""
+    assert sass.loaded_ahead(listing(*code)) == ahead

@@ -36,6 +36,7 @@ class Settings:
     edit: Callable[[str], str] | None = None  # of the PTX of each launch
     narrow: Callable[[str, str, torch.Tensor], torch.Tensor] | None = None  # of kernel, argument: what may be touched
     seed: int = 0
+    grid: type[Grid] = Grid  # what a launch is: a subclass may count
 
 
 settings = Settings()
@@ -132,7 +133,7 @@ def launch(program: Program, size: int, given: list[tuple[str, Any]], **options:
         tensors = [(name, settings.narrow(program.kernel.title, name, tensor)) for name, tensor in tensors]
     settings.seed += 1
     usual = {"order": settings.order, "races": settings.races, "resident": PLACES, "seed": settings.seed}
-    grid = Grid(program, size, params, regions(tensors), _found, **(usual | options))
+    grid = settings.grid(program, size, params, regions(tensors), _found, **(usual | options))
     launched[program.kernel.title] += 1
     grid.run()
     executed[program.kernel.title] += sum(n * len(program.kernel.blocks[at].code) for at, n in grid.counts.items())

@@ -436,7 +436,7 @@ class Cta:
         numbers = {"%ntid.x": self.size, "%ctaid.x": number, "%nctaid.x": grid.size}
         self.special = {name: np.uint32(numbers.get(name, name[1] == "n")) for name in SPECIAL}  # ntid.y ... are 1
         width = self.size if grid.order == "lockstep" else 32
-        self.groups = [Threads(self, np.arange(i, i + width)) for i in range(0, self.size, width)]
+        self.groups = [grid.threads(self, np.arange(i, i + width)) for i in range(0, self.size, width)]
 
     def note(self, kind: str, what: str, line: int, threads: Array) -> Finding:
         """Keeps the first finding of each kind and source line; returns it."""
@@ -528,6 +528,8 @@ class Cta:
 
 class Grid:
     """One launch."""
+
+    threads = Threads  # what a block's threads are: a subclass may look on
 
     def __init__(
         self, program: Program, size: int, params: dict[str, Any], regions: Sequence[Region],
