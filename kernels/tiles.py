@@ -1,7 +1,7 @@
 """Which tile each row kernel runs with: one table, looked up by architecture, divergence class and bytes per logit.
 
-Every line that an architecture uses is compiled without spilling on sm_80, sm_90, sm_100 and gfx942, by the tests in
-one dtype per architecture and by `make compile-all` in all.
+Every line that an architecture uses is compiled, for aligned rows, without spilling on sm_80, sm_90, sm_100 and gfx942,
+by the tests in one dtype per architecture and by `make compile-all` in all.
 A line for one architecture goes beside the "any" line of its class and wins there: `FUSEDKD_TUNE=1` prints such lines
 (fusedkd/tuning.py). The vocabulary is not in the key: a short one gets a smaller tile (`fitting`), and a row of many
 tiles is the same loop whatever their number.
