@@ -48,8 +48,9 @@ REDUX = {"max": np.fmax, "min": np.fmin, "NaN max": np.maximum, "NaN min": np.mi
 EVERYONE, SHIFT, STEPS = slice(None), {1: 0, 2: 1, 4: 2, 8: 3}, np.arange(32)[:, None]
 UNSIGNED = {width: np.dtype(f"u{width}") for width in SHIFT}
 _NORESERVE = 0x4000  # of Linux; named in mmap since Python 3.13
-# A stamp is who accessed memory and when: block, its barriers so far, those of the warp, and thread, from these bits
-_NUMBER, _EPOCH, _SYNC, _THREAD = 44, 24, 10, (1 << 10) - 1
+# A stamp is who accessed memory, when and how: block, its barriers so far, those of the warp, thread, and instruction,
+# each from this bit on.
+_BLOCK, _EPOCH, _SYNC, _THREAD = 44, 30, 22, 12
 
 
 class Finding(NamedTuple):
@@ -86,7 +87,7 @@ class Region:
         self.mark: Array = np.array([UNWRITTEN] * 4, "u2").view(f"u{item}")[0] if floating and item > 1 else None
         self.unit = 1  # bytes that share a stamp: no access of the kernel is smaller
         self.written: Array = None  # units of shared memory
-        self.shadow: Array = None  # of each unit who stored, who loaded, who of another warp loaded: stamp, line of PTX
+        self.shadow: Array = None  # of each unit who stored, who loaded, who of another warp loaded: stamps
 
     @classmethod
     def at(cls, base: int, size: int, name: str, **about: Any) -> Region:
@@ -134,7 +135,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.bounds: dict[int, int] = {}
-        self.threads: set[int] = set()  # stamps without warp barriers
+        self.threads: set[int] = set()  # stamps without warp barriers and instructions
 
     def merge(self, other: Clock) -> None:
         """And what `other` knows."""
@@ -144,8 +145,16 @@ class Clock:
 
     def orders(self, stamp: int) -> bool:
         """Whether an access of that stamp is known to be over."""
-        epoch, without = stamp >> _EPOCH & (1 << _NUMBER - _EPOCH) - 1, stamp >> _EPOCH << _EPOCH | stamp & _THREAD
-        return epoch < self.bounds.get(stamp >> _NUMBER, 0) or without in self.threads
+        epoch, without = _field(stamp, _EPOCH, _BLOCK), stamp >> _EPOCH << _EPOCH | _thread(stamp) << _THREAD
+        return epoch < self.bounds.get(stamp >> _BLOCK, 0) or without in self.threads
+
+
+def _field(stamp: Array, low: int, high: int) -> Array:
+    return stamp >> low & (1 << high - low) - 1
+
+
+def _thread(stamp: Array) -> Array:
+    return _field(stamp, _THREAD, _SYNC)
 
 
 class Threads:
@@ -155,7 +164,7 @@ class Threads:
         self.cta, self.lanes, self.size, self.program = cta, lanes, len(lanes), cta.grid.program
         self.registers, self.params = list(self.program.garbage), cta.grid.params
         self.special = {**cta.special, "%tid.x": lanes.astype("u4"), "%laneid": (lanes % 32).astype("u4")}
-        self.when = lanes.copy()  # the lower part of stamps: barriers of the warp, and the thread
+        self.when = lanes << _THREAD  # the middle of stamps: barriers of the warp, and the thread
         self.state = "run"  # or pause (others may go on), wait (for a barrier), done
         # The block of instructions at which each is: `end` is behind the last, and `behind` more a barrier before it.
         self.end, self.behind = len(self.program.kernel.blocks), len(self.program.kernel.blocks) + 1
@@ -254,7 +263,7 @@ class Threads:
         """bar.warp.sync; in a block of one warp it is a barrier of the block."""
         if self.cta.size == 32:
             self.cta.next_epoch()
-        later = ((self.when >> _SYNC) + 1 & (1 << _EPOCH - _SYNC) - 1) << _SYNC | self.lanes
+        later = _field(self.when + (1 << _SYNC), _THREAD, _EPOCH) << _THREAD
         self.when = later if m is None else np.where(m, later, self.when)
 
     # Memory
@@ -362,35 +371,35 @@ class Threads:
         if not self.cta.grid.races:
             return
         if region.shadow is None:
-            region.shadow = sparse((region.size // region.unit + 1) * 6, "i8").reshape(-1, 3, 2)
-        rows, stamps = region.shadow[units], (self.cta.now + self.when)[who]
+            region.shadow = sparse((region.size // region.unit + 1) * 3, "i8").reshape(-1, 3)
+        rows, stamps = region.shadow[units], (self.when + (self.cta.now + access.number))[who]
         if np.count_nonzero(rows):
             self._judge(access, region, rows, stamps, same)
             if same is None:
-                apart = rows[..., 1, :1] >> 5 != stamps[:, None] >> 5
-                rows[..., 2, :] = np.where(apart, rows[..., 1, :], rows[..., 2, :])
+                apart = (rows[..., 1] ^ stamps) >> _THREAD + 5 != 0  # another warp, or another time
+                rows[..., 2] = np.where(apart, rows[..., 1], rows[..., 2])
             else:
                 rows[...] = 0
-        rows[..., int(same is None), 0], rows[..., int(same is None), 1] = stamps, access.line
+        rows[..., int(same is None)] = stamps
         region.shadow[units] = rows
 
     def _judge(self, access: Access, region: Region, rows: Array, stamps: Array, same: Array | None) -> None:
-        past = rows[..., :1, 0] if same is None else rows[..., 0]  # two loads do not race
+        past = rows[..., :1] if same is None else rows  # two loads do not race
         # not before this block's last barrier
-        late = (past ^ self.cta.number << _NUMBER >= self.cta.epoch << _EPOCH) & (past != 0)
+        late = (past ^ self.cta.number << _BLOCK >= self.cta.epoch << _EPOCH) & (past != 0)
         if same is not None:
             late[..., 0] &= ~same
         if not np.count_nonzero(late):
             return
-        places = late.nonzero()
-        bad = self.cta.unordered(past[places], stamps[places[1]])
+        past, stamps = past[late], stamps[late.nonzero()[1]]
+        bad = self.cta.unordered(past, stamps)
         worst = int(bad.argmax())
         if bad[worst]:
-            stamp, line = rows[places][worst].tolist()
-            before = self.program.kernel.instructions[line]
-            them = f"{before.op} of {before.source} by thread {stamp & _THREAD} of block {stamp >> _NUMBER}"
+            stamp = int(past[worst])
+            before = self.program.kernel.instructions[self.program.accesses[_field(stamp, 0, _THREAD)].line]
+            them = f"{before.op} of {before.source} by thread {_thread(stamp)} of block {stamp >> _BLOCK}"
             what = f"{'load' if same is None else 'store'} in {region.name} after {them}"
-            self.cta.note(RACES[bad[worst]], what, access.line, stamps & _THREAD)
+            self.cta.note(RACES[bad[worst]], what, access.line, _thread(stamps))
 
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
         """Threads of one instruction stored different bits to one address: rounding, or more than that."""
@@ -452,15 +461,15 @@ class Cta:
     @property
     def now(self) -> int:
         """The upper part of stamps."""
-        return self.number << _NUMBER | self.epoch << _EPOCH
+        return self.number << _BLOCK | self.epoch << _EPOCH
 
     def unordered(self, past: Array, stamps: Array) -> Array:
         """For each access since this block's last barrier, or of another block, its place in RACES."""
-        apart = past ^ stamps  # where the stamps are not the same
-        same_warp = (apart >> _SYNC == 0) & (apart != 0)
-        bad = np.where(apart >> _NUMBER, 3, np.where(apart & _THREAD - 31, 2, same_warp))
+        apart = (past ^ stamps) >> _THREAD  # where the stamps are not the same
+        same_warp = (apart >> _SYNC - _THREAD == 0) & (apart != 0)
+        bad = np.where(apart >> _BLOCK - _THREAD, 3, np.where(apart & 1023 - 31, 2, same_warp))
         for i in (bad > 1).nonzero()[0].tolist():
-            seen = self.acquired.get(int(stamps[i]) & _THREAD, self.clock)
+            seen = self.acquired.get(int(_thread(stamps[i])), self.clock)
             if self.clock.orders(int(past[i])) or seen.orders(int(past[i])):
                 bad[i] = 0
         return bad
@@ -480,11 +489,13 @@ class Cta:
                 released.merge(self.clock)
                 released.merge(acquired)
                 released.bounds[self.number] = max(self.epoch, released.bounds.get(self.number, 0))
-                released.threads.add(self.now | thread)
+                released.threads.add(self.now | thread << _THREAD)
 
     def next_epoch(self) -> None:
         """All threads know what each of them knew."""
         self.epoch += 1
+        if self.epoch >= 1 << _BLOCK - _EPOCH:
+            raise NotImplementedError(f"more than {self.epoch} barriers in a block")
         for clock in self.acquired.values():
             self.clock.merge(clock)
         self.acquired.clear()
@@ -534,7 +545,7 @@ class Grid:
         findings: dict[Any, Finding], *, order: str = "greedy", races: bool = True, resident: int = 132,
         seed: int = 0, step_limit: int = 2_000_000,
     ) -> None:  # fmt: skip
-        if size >= 1 << 63 - _NUMBER or program.kernel.threads > 1 << _SYNC or program.kernel.threads % 32:
+        if size >= 1 << 63 - _BLOCK or program.kernel.threads > 1024 or program.kernel.threads % 32:
             raise NotImplementedError(f"{size} blocks of {program.kernel.threads} threads")
         self.program, self.size, self.params, self.findings = program, size, params, findings
         self.memory = Memory(regions, program.unit["global"])
@@ -575,5 +586,8 @@ class Program:
         self.kernel, self.shared = Kernel(text), shared
         made = Translator(self.kernel, ulps=ulps, fuse=fuse)
         self.functions, self.ends, self.fused, self.unit = made.functions, made.ends, made.fused, made.unit
+        self.accesses = made.accesses
+        if len(self.accesses) > 1 << _THREAD:
+            raise NotImplementedError(f"{len(self.accesses)} instructions that access memory")
         kinds = map(made.own, made.places)
         self.garbage = [np.bool_(False) if x == "b1" else np.array([UNWRITTEN] * 4, "u2").view(x)[0] for x in kinds]

@@ -35,7 +35,7 @@ SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for 
 
 # What an instruction gives, of its operands as numbers of its type; .ftz flushes them, and what it gives.
 FORMULAS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mad": "{0} * {1} + {2}", "fma": "fma({0}, {1}, {2})",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mad": "{0} * {1} + {2}",
     "neg": "-{0}", "abs": "np.abs({0})", "div": "divide({0}, {1})", "rem": "{0} - divide({0}, {1}) * {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "shl": "shift({0}, {1}, True)",
     "shr": "shift({0}, {1}, False)", "bfe": "({0} >> ({1} & 255)) & ((np.uint32(1) << ({2} & 255)) - np.uint32(1))",
@@ -43,13 +43,15 @@ FORMULAS = {
     # of a NaN and a number the number, unless the instruction says NaN
     "max": "np.fmax({0}, {1})", "min": "np.fmin({0}, {1})",
     "NaN max": "np.maximum({0}, {1})", "NaN min": "np.minimum({0}, {1})",
-    # of float32, and then rounded
-    "ex2": "np.exp2({0}.astype(f8))", "lg2": "np.log2({0}.astype(f8))", "rcp": "1 / {0}.astype(f8)",
-    "sqrt": "np.sqrt({0}.astype(f8))", "rsqrt": "1 / np.sqrt({0}.astype(f8))", "f32 div": "{0} / {1}",
+    "f32 div": "{0} / {1}",
+    # of float32 in float64, which is rounded afterwards
+    "fma": "{0} * {1} + {2}", "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "rcp": "1 / {0}", "sqrt": "np.sqrt({0})",
+    "rsqrt": "1 / np.sqrt({0})",
 }  # fmt: skip
-ROUNDED = ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "f32 div")
+WRAPPING = ("add", "sub", "mul", "mad", "neg", "shl")  # which give the same bits with and without a sign
+WIDE = ("fma", "ex2", "lg2", "rcp", "sqrt", "rsqrt")
 # types that some are restricted to, and those of single operands
-ONLY = {**dict.fromkeys(ROUNDED, ("f32",)), "fma": ("f32", "f32x2"), "bfe": ("u32",), "mad": (*WIDER, "s64", "u64")}
+ONLY = {**dict.fromkeys(WIDE, ("f32",)), "fma": ("f32", "f32x2"), "bfe": ("u32",), "mad": (*WIDER, "s64", "u64")}
 OPERANDS = {("shl", 1): "u32", ("shr", 1): "u32", ("selp", 2): "pred"}
 COMPARISONS = {
     "eq": "{0} == {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
@@ -99,9 +101,9 @@ def to_bf16(x: Array) -> Array:
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
 
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """a·b + c; the product is exact in float64."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+def widened(x: Array) -> Array:
+    """float32 as float64."""
+    return x.astype(np.float64)
 
 
 def divide(x: Array, y: Array) -> Array:
@@ -116,9 +118,9 @@ def divide(x: Array, y: Array) -> Array:
 def shift(x: Array, by: Array, left: bool) -> Array:
     """By as many bits as there are, or more: all are shifted out (of a signed number all but the sign)."""
     bits = 8 * x.dtype.itemsize
-    some = np.minimum(by, bits - 1).astype(x.dtype)
+    some = (by if by.ndim == 0 and by < bits else np.minimum(by, bits - 1)).astype(x.dtype)
     moved = x << some if left else x >> some
-    if (by.ndim == 0 and by < bits) or (x.dtype.kind == "i" and not left):
+    if (some.ndim == 0 and by < bits) or (x.dtype.kind == "i" and not left):
         return moved
     return np.where(by < bits, moved, x.dtype.type(0))
 
@@ -143,6 +145,12 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     return join(np.uint32, *out)
 
 
+# Kinds beside numpy's, each made of one: float32 of bfloat16, flushed float32, and either in float64.
+DERIVED = {
+    "bf": ("u2", from_bf16), "fz": ("f4", flush), "wide": ("f4", widened), "widefz": ("fz", widened),
+}  # fmt: skip
+
+
 def approximation(ulps: int) -> Callable[[Array], Array]:
     """Rounds to float32, off by up to `ulps` units in the last place: the same for the same number."""
 
@@ -165,6 +173,7 @@ class Access(NamedTuple):
     size: int  # bytes of each number
     count: int  # numbers, one behind the other
     nbytes: int  # of all of them
+    number: int  # among the kernel's accesses
     line: int  # of the PTX
     mode: str  # weak, or how others may see it: acquire, release, acq_rel, relaxed (as volatile is within a launch)
     scope: str  # cta, gpu or sys: which others
@@ -189,12 +198,13 @@ class Translator:
     def __init__(self, kernel: Kernel, *, ulps: int = 0, fuse: bool = False) -> None:
         self.kernel, self.fuse = kernel, fuse
         self.names: dict[str, Any] = {
-            "np": np, "flush": flush, "from_bf": from_bf16, "to_bf": to_bf16, "fma": fma, "permute": permute,
+            "np": np, "flush": flush, "from_bf16": from_bf16, "to_bf": to_bf16, "widened": widened, "permute": permute,
             "split": split, "join": join, "divide": divide, "shift": shift, "approx": approximation(ulps),
             "where": np.where, **{kind: np.dtype(kind) for kind in NUMPY.values()},
         }  # fmt: skip
         self.fused = 0  # sums that became part of an fma
         self.unit = {"global": 8, "shared": 8}  # bytes: no access is smaller
+        self.accesses: list[Access] = []
         self.places: dict[str, int] = {}  # in R, of the registers that a block begins with
         self.ends: list[tuple[str, str]] = []  # fall, bra, ret, bar or pause, and the label
         drafts = [self._draft(block) for block in kernel.blocks]
@@ -214,13 +224,18 @@ class Translator:
         return name
 
     def value(self, operand: str, kind: str) -> str:
-        """An operand as numpy `kind`; of a wider register the low bits."""
+        """An operand as numpy `kind` (or DERIVED); of a wider register the low bits."""
         if operand.startswith("!"):
             return f"(~{self.value(operand[1:], kind)})"
         if operand in SPECIAL and kind[1:] == "4":
             return f"c.special['{operand}'].view({kind})"
         if operand.startswith("%"):
             return self._register(operand, kind)
+        if kind in DERIVED:
+            of, function = DERIVED[kind]
+            name = self.value(operand, of)
+            self.names[f"{name}_{kind}"] = function(self.names[name])
+            return f"{name}_{kind}"
         if kind == "b1":
             return f"np.bool_({int(operand, 0)})"
         if symbol := re.fullmatch(r"global_smem(?:\+(\d+))?", operand):
@@ -238,7 +253,11 @@ class Translator:
             self.lines.append(f"{name}_{self.own(register)} = R[{place}]")
         kinds = self.kinds[register]
         if kind not in kinds:
-            self.lines.append(f"{name}_{kind} = {recast(f'{name}_{kinds[0]}', kinds[0], kind)}")
+            text = recast(f"{name}_{kinds[0]}", kinds[0], kind)
+            if kind in DERIVED:
+                of, function = DERIVED[kind]
+                text = f"{function.__name__}({self.value(register, of)})"
+            self.lines.append(f"{name}_{kind} = {text}")
             kinds.append(kind)
         return f"{name}_{kind}"
 
@@ -247,27 +266,23 @@ class Translator:
         have = self.kinds.get(operand, [kind])[0]
         return have if have[1:] == kind[1:] else kind
 
-    def read(self, operand: str, of: str) -> str:
-        """An operand as a number of a PTX type."""
-        text = f"from_bf({self.value(operand, 'u2')})" if of == "bf16" else self.value(operand, NUMPY[of])
-        return self._flushed(f"split({text}, f4)" if of == "f32x2" else text, of)
+    def read(self, operand: str, of: str, wide: bool = False) -> str:
+        """An operand as a number of a PTX type, float32 perhaps in float64."""
+        if of == "f32x2":
+            text = f"split({self.value(operand, 'u8')}, f4)"
+            text = f"flush({text})" if self.ftz else text
+            return f"widened({text})" if wide else text
+        kind = {"f32": "fz" if self.ftz else "f4", "bf16": "bf"}.get(of, NUMPY[of])
+        return self.value(operand, f"wide{kind.removeprefix('f4')}" if wide else kind)
 
     def write(self, register: str, text: str, of: str) -> None:
         """register = a number of a PTX type."""
-        text = self._flushed(text, of)
+        flushed = self.ftz and of in ("f32", "f32x2")
+        text = f"flush({text})" if flushed else text
         self.assign(register, f"({text}).view(u8)[..., 0]" if of == "f32x2" else text, NUMPY[of])
-
-    def _flushed(self, text: str, of: str) -> str:
-        """With .ftz; once for a register, and not of constants, which are hardly subnormal."""
-        if not self.ftz or of not in ("f32", "f32x2", "bf16"):
-            return text
-        if text not in self.flushed:
-            constant, name = self.names.get(text), f"_{len(self.lines)}"
-            if constant is not None and flush(constant) == constant:
-                return text
-            self.lines.append(f"{name} = flush({text})")
-            self.flushed[text] = name
-        return self.flushed[text]
+        if flushed and of == "f32" and self.guard is None:
+            self.lines.append(f"{register[1:]}_fz = {register[1:]}_f4")
+            self.kinds[register].append("fz")
 
     def assign(self, register: str, text: str, kind: str) -> None:
         """register = an array of `kind`, where the guard holds."""
@@ -282,7 +297,6 @@ class Translator:
         self.kinds[register] = [kind]
         self.writes[register] = kind
         self.products = {d: ab for d, ab in self.products.items() if register not in (d, *ab)}
-        self.flushed = {x: name for x, name in self.flushed.items() if f"{register[1:]}_" not in x}
         self.lines.append(f"{register[1:]}_{kind} = {text}")
 
     # Blocks
@@ -291,7 +305,6 @@ class Translator:
         """Lines of Python, the registers that they write in which kind, and what the block returns."""
         self.lines, self.kinds, self.writes = list[str](), dict[str, list[str]](), dict[str, str]()
         self.products: dict[str, tuple[str, ...]] = {}  # registers that hold a product, and its factors
-        self.flushed: dict[str, str] = {}  # what has been flushed, and into which variable
         self.end, self.result = ("fall", ""), "None"
         for instruction in block.code:
             try:
@@ -352,32 +365,39 @@ class Translator:
     def _calculate(self, d: str, *operands: str) -> None:
         of = self.types[-1]
         head = "f32 div" if self.head == "div" and of == "f32" else self.head
+        if of[0] == "s" and head in WRAPPING:
+            of = f"u{of[1:]}"
         types = [OPERANDS.get((head, i), of) for i in range(len(operands))]
-        if self.types == ["f32", "bf16"] and head in ("add", "sub"):
+        if self.types == ["f32", "bf16"] and head in ("add", "sub") and not self.ftz:
             of, types = "f32", ["bf16", "f32"]  # the first operand is widened
         elif len(self.types) != 1 or of in BITS_ONLY or of not in ONLY.get(head, NUMPY) or (self.ftz and of == "f16"):
             raise NotImplementedError(f"in {of}")
-        wide = {"wide", "hi"} & set(self.mods)
-        if wide:  # in twice the bits
-            of, types[2:] = WIDER[of], [WIDER[of]] * len(types[2:])
-        given = [self.read(operand, kind) for operand, kind in zip(operands, types, strict=True)]
-        if wide:
-            given[:2] = (f"{x}.astype({NUMPY[of]})" for x in given[:2])
+        if {"wide", "hi"} & set(self.mods):
+            self._twice_as_wide(d, *operands)
+            return
+        given = [self.read(x, kind, head in WIDE) for x, kind in zip(operands, types, strict=True)]
         formula = FORMULAS[f"NaN {head}" if "NaN" in self.mods else head]
         # max and min of three numbers, perhaps
         text = functools.reduce(formula.format, given) if head in ("max", "min") else formula.format(*given)
-        if head in ROUNDED:
-            text = f"({text}).astype(f4)" if "rn" in self.mods else f"approx({text})"
-        if "hi" in self.mods:
-            kind = NUMPY[types[0]]
-            self.assign(d, f"(({text}) >> {self._constant(8 * int(kind[1]), NUMPY[of])}).astype({kind})", kind)
-            return
         plain = self.mods == ["f32"] and self.fuse  # with .rn or .ftz ptxas leaves it alone
         if plain and head in ("add", "sub"):
             text = self._contracted(*operands) or text
+        elif head == "fma" or (head in WIDE and "rn" in self.mods):
+            text = f"({text}).astype(f4)"
+        elif head in WIDE or (head == "f32 div" and "rn" not in self.mods):
+            text = f"approx({text})"
         self.write(d, text, of)
         if plain and head == "mul" and self.guard is None and d not in operands:
             self.products[d] = operands
+
+    def _twice_as_wide(self, d: str, *operands: str) -> None:
+        """A product (and a sum), or the upper half of the product."""
+        kind, wide = NUMPY[self.types[-1]], NUMPY[WIDER[self.types[-1]]]
+        factors = [f"{self.value(x, kind)}.astype({wide})" for x in operands[:2]]
+        text = FORMULAS[self.head].format(*factors, *(self.value(x, wide) for x in operands[2:]))
+        if "hi" in self.mods:
+            text, wide = f"(({text}) >> {self._constant(8 * int(kind[1]), wide)}).astype({kind})", kind
+        self.assign(d, text, wide)
 
     def _contracted(self, a: str, b: str) -> str | None:
         """a ± b where one of them is a product, as one fma."""
@@ -385,10 +405,10 @@ class Translator:
         if product not in self.products:
             return None
         self.fused += 1
-        x, y, z = (self.value(r, "f4") for r in (*self.products[product], other))
+        x, y, z = (self.value(r, "wide") for r in (*self.products[product], other))
         if self.head == "sub":
             x, z = (x, f"-{z}") if product == a else (f"-{x}", z)
-        return f"fma({x}, {y}, {z})"
+        return f"({FORMULAS['fma'].format(x, y, z)}).astype(f4)"
 
     # Comparisons, moves and conversions
 
@@ -397,7 +417,7 @@ class Translator:
         if how == "ne" and of[0] in "bus" and of not in BITS_ONLY:
             how = "neu"  # integers are never NaN
         if of.endswith("x2"):  # two comparisons, of the lower halves first
-            form = "from_bf(split({}, u2)[..., {}])" if of == "bf16x2" else "split({}, f2)[..., {}]"
+            form = "from_bf16(split({}, u2)[..., {}])" if of == "bf16x2" else "split({}, f2)[..., {}]"
             pairs = [[form.format(self.value(x, "u4"), i) for x in (a, b)] for i in (0, 1)]
         else:
             pairs = [[self.read(x, of) for x in (a, b)]]
@@ -434,7 +454,7 @@ class Translator:
         if single == "bf16":
             texts = [f"to_bf({x})" for x in texts]
         elif of[0] != "f" or to[0] == "f":  # integers are cut, or extended as the source's kind says
-            texts = [f"({x}).astype({NUMPY[single]})" for x in texts]
+            texts = [x if of == "bf16" else f"({x}).astype({NUMPY[single]})" for x in texts]
         elif rounding and kind[1] != "8":  # a float as an integer: what it cannot be is cut, NaN is 0
             limits = np.iinfo(kind)
             texts = [
@@ -485,11 +505,12 @@ class Translator:
         wide = space == "global" or (base.startswith("%") and self.own(base) == "u8")
         mode = next((x for x in self.mods if x in ORDERINGS), "weak")
         scope = next((x for x in self.mods if x in SCOPES), "gpu")
-        name, size = f"A{len(self.names)}", int(kind[1])
-        self.names[name] = Access(space, int(offset), size, count, size * count, self.line, mode, scope)
+        number, size = len(self.accesses), int(kind[1])
+        self.accesses.append(Access(space, int(offset), size, count, size * count, number, self.line, mode, scope))
+        self.names[f"A{number}"] = self.accesses[number]
         self.unit[space] = min(self.unit[space], size)
         mask = "m" if self.guard is None else f"({self.guard} if m is None else {self.guard} & m)"
-        return f"{name}, {self.value(base, 'u8' if wide else 'u4')}, {mask}"
+        return f"A{number}, {self.value(base, 'u8' if wide else 'u4')}, {mask}"
 
     def _ld(self, d: str, place: str) -> None:
         kind, registers = NUMPY[self.types[-1]], _listed(d)
