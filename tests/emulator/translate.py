@@ -84,6 +84,11 @@ MODIFIERS = {
 }  # fmt: skip
 
 
+def number(bits: int, kind: Any) -> Any:
+    """The number of a numpy kind that has such bits."""
+    return np.array(bits & (1 << 8 * kind.itemsize) - 1, f"u{kind.itemsize}").view(kind)[()]
+
+
 def flush(x: Array) -> Array:
     """Subnormal numbers become zeros of their sign (.ftz)."""
     return x * (np.abs(x) >= np.float32(2.0**-126))  # NaN times 0 is NaN
@@ -145,12 +150,6 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     return join(np.uint32, *out)
 
 
-# Kinds beside numpy's, each made of one: float32 of bfloat16, flushed float32, and either in float64.
-DERIVED = {
-    "bf": ("u2", from_bf16), "fz": ("f4", flush), "wide": ("f4", widened), "widefz": ("fz", widened),
-}  # fmt: skip
-
-
 def approximation(ulps: int) -> Callable[[Array], Array]:
     """Rounds to float32, off by up to `ulps` units in the last place: the same for the same number."""
 
@@ -178,37 +177,26 @@ class Access(NamedTuple):
     mode: str  # weak, or how others may see it: acquire, release, acq_rel, relaxed (as volatile is within a launch)
     scope: str  # cta, gpu or sys: which others
 
-    def __str__(self) -> str:
-        return f"{self.space} access of {self.nbytes} bytes"
-
-
-def recast(text: str, have: str, want: str) -> str:
-    """Code for bits of one numpy kind as another: zero- or sign-extended as the first says, or the lower ones."""
-    if have == want:
-        return text
-    if have[1:] == want[1:]:
-        return f"({text}).view({want})"
-    text = f"({text}).view(u{have[1]})" if have[0] == "f" else f"({text})"
-    return f"{text}.astype({'i' if have[0] == 'i' else 'u'}{want[1]}).view({want})"
-
 
 class Translator:
     """The functions of a kernel's blocks, what each ends in, and where its registers lie."""
 
     def __init__(self, kernel: Kernel, *, ulps: int = 0, fuse: bool = False) -> None:
         self.kernel, self.fuse = kernel, fuse
+        helpers = (number, flush, from_bf16, to_bf16, widened, divide, shift, split, join, permute)
         self.names: dict[str, Any] = {
-            "np": np, "flush": flush, "from_bf16": from_bf16, "to_bf": to_bf16, "widened": widened, "permute": permute,
-            "split": split, "join": join, "divide": divide, "shift": shift, "approx": approximation(ulps),
-            "where": np.where, **{kind: np.dtype(kind) for kind in NUMPY.values()},
+            "np": np, "where": np.where, "approximate": approximation(ulps), **{f.__name__: f for f in helpers},
+            **{kind: np.dtype(kind) for kind in NUMPY.values()},
         }  # fmt: skip
         self.fused = 0  # sums that became part of an fma
         self.unit = {"global": 8, "shared": 8}  # bytes: no access is smaller
         self.accesses: list[Access] = []
         self.places: dict[str, int] = {}  # in R, of the registers that a block begins with
         self.ends: list[tuple[str, str]] = []  # fall, bra, ret, bar or pause, and the label
-        drafts = [self._draft(block) for block in kernel.blocks]
-        self.functions = [self._function(i, *draft) for i, draft in enumerate(drafts)]
+        self.drafts: list[tuple[list[str], dict[str, tuple[str, str]], str]] = []
+        for block in kernel.blocks:
+            self._draft(block)
+        self.functions = [self._function(number) for number in range(len(self.drafts))]
 
     # Registers and operands
 
@@ -217,72 +205,69 @@ class Translator:
         kind = NUMPY[self.kernel.registers[register.rstrip("0123456789")]]
         return kind if kind == "b1" else f"u{kind[1]}"
 
-    def _constant(self, bits: int, kind: str) -> str:
-        bits &= (1 << 8 * int(kind[1])) - 1
-        name = f"K{kind}_{bits:x}"
-        self.names[name] = np.array(bits, f"u{kind[1]}").view(kind)[()]
-        return name
+    def let(self, text: str) -> str:
+        """A variable with the value of an expression, which is computed once: here, if it is a constant."""
+        if text.isidentifier():
+            return text
+        if text not in self.made:
+            varies = re.search(r"\b([rvx]\d+|c)\b", text)
+            name = self.made[text] = f"v{len(self.made)}" if varies else f"k{len(self.names)}"
+            if varies:
+                self.lines.append(f"{name} = {text}")
+            else:
+                self.names[name] = eval(text, self.names)
+        return self.made[text]
+
+    def recast(self, text: str, have: str, want: str) -> str:
+        """Bits of one numpy kind as another: zero- or sign-extended as the first says, or the lower ones."""
+        if have[0] == "f" and have[1:] != want[1:]:
+            text, have = self.recast(text, have, f"u{have[1]}"), f"u{have[1]}"
+        if have[1:] != want[1:]:
+            have = f"{have[0]}{want[1]}"
+            text = self.let(f"({text}).astype({have})")
+        return text if have == want else self.let(f"({text}).view({want})")
 
     def value(self, operand: str, kind: str) -> str:
-        """An operand as numpy `kind` (or DERIVED); of a wider register the low bits."""
+        """An operand as numpy `kind`; of a wider register the low bits."""
         if operand.startswith("!"):
-            return f"(~{self.value(operand[1:], kind)})"
-        if operand in SPECIAL and kind[1:] == "4":
-            return f"c.special['{operand}'].view({kind})"
+            return self.let(f"~{self.value(operand[1:], kind)}")
+        if operand in SPECIAL and kind[1] == "4":
+            return self.let(f"c.special['{operand}'].view({kind})")
         if operand.startswith("%"):
-            return self._register(operand, kind)
-        if kind in DERIVED:
-            of, function = DERIVED[kind]
-            name = self.value(operand, of)
-            self.names[f"{name}_{kind}"] = function(self.names[name])
-            return f"{name}_{kind}"
-        if kind == "b1":
-            return f"np.bool_({int(operand, 0)})"
+            if operand not in self.current:
+                place = self.places.setdefault(operand, len(self.places))
+                self.lines.append(f"r{place} = R[{place}]")
+                self.current[operand] = f"r{place}", self.own(operand)
+            return self.recast(*self.current[operand], kind)
         if symbol := re.fullmatch(r"global_smem(?:\+(\d+))?", operand):
-            return self._constant(SHARED_BASE + int(symbol.group(1) or 0), kind)
-        if re.fullmatch(f"0[fFdD][0-9a-fA-F]{{{2 * int(kind[1])}}}", operand):
-            return self._constant(int(operand[2:], 16), kind)
-        return self._constant(int(operand, 0), kind)  # of a float too the bits
+            return self.let(f"number({SHARED_BASE + int(symbol.group(1) or 0)}, {kind})")
+        bits = re.fullmatch(f"0[fFdD]([0-9a-fA-F]{{{2 * int(kind[1])}}})", operand)
+        return self.let(f"number({int(bits.group(1), 16) if bits else int(operand, 0)}, {kind})")  # of a float too
 
-    def _register(self, register: str, kind: str) -> str:
-        """The local variable of a register in a kind, which is made once where it was assigned in another."""
-        name = register[1:]
-        if register not in self.kinds:
-            self.kinds[register] = [self.own(register)]
-            place = self.places.setdefault(register, len(self.places))
-            self.lines.append(f"{name}_{self.own(register)} = R[{place}]")
-        kinds = self.kinds[register]
-        if kind not in kinds:
-            text = recast(f"{name}_{kinds[0]}", kinds[0], kind)
-            if kind in DERIVED:
-                of, function = DERIVED[kind]
-                text = f"{function.__name__}({self.value(register, of)})"
-            self.lines.append(f"{name}_{kind} = {text}")
-            kinds.append(kind)
-        return f"{name}_{kind}"
-
-    def _alike(self, operand: str, kind: str) -> str:
+    def natural(self, operand: str, kind: str) -> str:
         """The kind that a register is in, if it is as wide: bits that are only moved need no other."""
-        have = self.kinds.get(operand, [kind])[0]
+        have = self.current.get(operand, ("", kind))[1]
         return have if have[1:] == kind[1:] else kind
 
     def read(self, operand: str, of: str, wide: bool = False) -> str:
         """An operand as a number of a PTX type, float32 perhaps in float64."""
-        if of == "f32x2":
-            text = f"split({self.value(operand, 'u8')}, f4)"
-            text = f"flush({text})" if self.ftz else text
-            return f"widened({text})" if wide else text
-        kind = {"f32": "fz" if self.ftz else "f4", "bf16": "bf"}.get(of, NUMPY[of])
-        return self.value(operand, f"wide{kind.removeprefix('f4')}" if wide else kind)
+        text = self.value(operand, NUMPY[of])
+        if of in ("bf16", "f32x2"):
+            text = self.let(f"from_bf16({text})" if of == "bf16" else f"split({text}, f4)")
+        text = self._flushed(text, of)
+        return self.let(f"widened({text})") if wide else text
+
+    def _flushed(self, text: str, of: str) -> str:
+        if not self.ftz or of not in ("f32", "f32x2", "bf16") or text in self.flushed:
+            return text
+        name = self.let(f"flush({text})")
+        self.flushed.add(name)
+        return name
 
     def write(self, register: str, text: str, of: str) -> None:
         """register = a number of a PTX type."""
-        flushed = self.ftz and of in ("f32", "f32x2")
-        text = f"flush({text})" if flushed else text
+        text = self._flushed(text, of)
         self.assign(register, f"({text}).view(u8)[..., 0]" if of == "f32x2" else text, NUMPY[of])
-        if flushed and of == "f32" and self.guard is None:
-            self.lines.append(f"{register[1:]}_fz = {register[1:]}_f4")
-            self.kinds[register].append("fz")
 
     def assign(self, register: str, text: str, kind: str) -> None:
         """register = an array of `kind`, where the guard holds."""
@@ -291,20 +276,17 @@ class Translator:
             return
         own = self.own(register)
         if own[1:] != kind[1:]:
-            text, kind = recast(text, kind, own), own
+            text, kind = self.recast(text, kind, own), own
         if self.guard is not None:
             text = f"where({self.guard}, {text}, {self.value(register, kind)})"
-        self.kinds[register] = [kind]
-        self.writes[register] = kind
-        self.products = {d: ab for d, ab in self.products.items() if register not in (d, *ab)}
-        self.lines.append(f"{register[1:]}_{kind} = {text}")
+        self.current[register] = self.let(text), kind
 
     # Blocks
 
-    def _draft(self, block: Block) -> tuple[list[str], dict[str, str], str]:
-        """Lines of Python, the registers that they write in which kind, and what the block returns."""
-        self.lines, self.kinds, self.writes = list[str](), dict[str, list[str]](), dict[str, str]()
-        self.products: dict[str, tuple[str, ...]] = {}  # registers that hold a product, and its factors
+    def _draft(self, block: Block) -> None:
+        self.lines, self.made, self.flushed = list[str](), dict[str, str](), set[str]()  # variables by their expression
+        self.current: dict[str, tuple[str, str]] = {}  # the variable that a register is in, and its kind
+        self.products: dict[str, list[str]] = {}  # variables that are a product, and its factors
         self.end, self.result = ("fall", ""), "None"
         for instruction in block.code:
             try:
@@ -313,14 +295,15 @@ class Translator:
                 what = f"{self.kernel.name}, PTX line {instruction.line}: {instruction.text} ({error})"
                 raise NotImplementedError(what) from error
         self.ends.append(self.end)
-        return self.lines, self.writes, self.result
+        self.drafts.append((self.lines, self.current, self.result))
 
-    def _function(self, number: int, lines: list[str], writes: dict[str, str], result: str) -> Callable[..., Any]:
-        kept = [
-            (f"R[{self.places[register]}]", recast(f"{register[1:]}_{kind}", kind, self.own(register)))
-            for register, kind in writes.items()
-            if register in self.places
-        ]
+    def _function(self, number: int) -> Callable[..., Any]:
+        lines, current, result = self.drafts[number]
+        kept = []
+        for register, i in self.places.items():
+            variable, kind = current.get(register, (f"r{i}", ""))
+            if variable != f"r{i}":
+                kept.append((f"R[{i}]", variable if kind[0] in "bu" else f"{variable}.view(u{kind[1]})"))
         if kept:
             lines += ["if m is None:", *(f"    {place} = {text}" for place, text in kept)]
             lines += ["else:", *(f"    {place} = where(m, {text}, {place})" for place, text in kept)]
@@ -381,14 +364,14 @@ class Translator:
         text = functools.reduce(formula.format, given) if head in ("max", "min") else formula.format(*given)
         plain = self.mods == ["f32"] and self.fuse  # with .rn or .ftz ptxas leaves it alone
         if plain and head in ("add", "sub"):
-            text = self._contracted(*operands) or text
+            text = self._contracted(*given) or text
         elif head == "fma" or (head in WIDE and "rn" in self.mods):
             text = f"({text}).astype(f4)"
         elif head in WIDE or (head == "f32 div" and "rn" not in self.mods):
-            text = f"approx({text})"
+            text = f"approximate({text})"
         self.write(d, text, of)
-        if plain and head == "mul" and self.guard is None and d not in operands:
-            self.products[d] = operands
+        if plain and head == "mul" and self.guard is None:
+            self.products[self.value(d, "f4")] = given
 
     def _twice_as_wide(self, d: str, *operands: str) -> None:
         """A product (and a sum), or the upper half of the product."""
@@ -396,7 +379,7 @@ class Translator:
         factors = [f"{self.value(x, kind)}.astype({wide})" for x in operands[:2]]
         text = FORMULAS[self.head].format(*factors, *(self.value(x, wide) for x in operands[2:]))
         if "hi" in self.mods:
-            text, wide = f"(({text}) >> {self._constant(8 * int(kind[1]), wide)}).astype({kind})", kind
+            text, wide = f"(({text}) >> {8 * int(kind[1])}).astype({kind})", kind
         self.assign(d, text, wide)
 
     def _contracted(self, a: str, b: str) -> str | None:
@@ -405,7 +388,7 @@ class Translator:
         if product not in self.products:
             return None
         self.fused += 1
-        x, y, z = (self.value(r, "wide") for r in (*self.products[product], other))
+        x, y, z = (self.let(f"widened({r})") for r in (*self.products[product], other))
         if self.head == "sub":
             x, z = (x, f"-{z}") if product == a else (f"-{x}", z)
         return f"({FORMULAS['fma'].format(x, y, z)}).astype(f4)"
@@ -438,7 +421,7 @@ class Translator:
         elif "{" in a:
             self.assign(d, f"join({kind}, {', '.join(self.value(x, half) for x in parts)})", kind)
         else:
-            kind = self._alike(a, kind)
+            kind = self.natural(a, kind)
             self.assign(d, self.value(a, kind), kind)
 
     _cvta = _mov
@@ -452,7 +435,7 @@ class Translator:
         if rounding := next((x for x in self.mods if x in ROUNDINGS), None):
             texts = [f"np.{ROUNDINGS[rounding]}({x})" for x in texts]
         if single == "bf16":
-            texts = [f"to_bf({x})" for x in texts]
+            texts = [f"to_bf16({x})" for x in texts]
         elif of[0] != "f" or to[0] == "f":  # integers are cut, or extended as the source's kind says
             texts = [x if of == "bf16" else f"({x}).astype({NUMPY[single]})" for x in texts]
         elif rounding and kind[1] != "8":  # a float as an integer: what it cannot be is cut, NaN is 0
@@ -486,7 +469,7 @@ class Translator:
         how = f"NaN {self.mods[1]}" if "NaN" in self.mods else self.mods[1]
         kind = NUMPY[self.types[-1]]
         if self.head == "shfl":
-            kind = self._alike(a, kind)
+            kind = self.natural(a, kind)
         x = self.value(a, "b1" if self.head == "vote" else kind)
         arguments = ", ".join((f"'{how}'", x, *(self.value(number, "i4") for number in numbers)))
         self.assign(d, f"c.{self.head}({arguments})", kind)
@@ -528,9 +511,10 @@ class Translator:
 
     def _spread(self, registers: list[str], kind: str, call: str) -> None:
         """A row of what was loaded in each."""
-        self.lines.append(f"_x = {call}.view({kind})")
+        name = f"x{len(self.lines)}"
+        self.lines.append(f"{name} = {call}.view({kind})")
         for i, register in enumerate(registers):
-            self.assign(register, f"_x[{i}]", kind)
+            self.assign(register, f"{name}[{i}]", kind)
 
     def _st(self, place: str, operand: str) -> None:
         kind, numbers = f"u{NUMPY[self.types[-1]][1]}", _listed(operand)
