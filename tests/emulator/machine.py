@@ -114,24 +114,18 @@ class Region:
         return bad.reshape(len(bad), got.shape[1], -1).any((0, 2)) if np.count_nonzero(bad) else None
 
 
-class Memory:
-    """An address space: its regions, by their bases."""
+NOWHERE = Region(-(1 << 62), np.zeros(0, np.uint8), "nothing")  # below all memory
 
-    def __init__(self, regions: Sequence[Region], unit: int) -> None:
-        nowhere = Region(-(1 << 62), np.zeros(0, np.uint8), "nothing")  # below all
-        self.regions = sorted((nowhere, *regions), key=lambda region: region.base)
-        self.bases = [region.base for region in self.regions]
-        for region in regions:
-            region.unit = unit
 
-    def describe(self, address: int) -> str:
-        """An address that is not in a region."""
-        near = min(self.regions, key=lambda r: min(abs(address - r.base), abs(address - r.base - r.size)))
-        return near.describe(address - near.base)
+def by_base(regions: Sequence[Region], unit: int) -> list[Region]:
+    """An address space: accesses in it are of `unit` bytes at least."""
+    for region in regions:
+        region.unit = unit
+    return sorted((NOWHERE, *regions), key=lambda region: region.base)
 
 
 class Clock:
-    """What has been ordered before something: per block the epochs below a bound, and single threads' epochs."""
+    """What is known to lie behind: of blocks the epochs before one, and single threads' epochs."""
 
     def __init__(self) -> None:
         self.bounds: dict[int, int] = {}
@@ -145,16 +139,12 @@ class Clock:
 
     def orders(self, stamp: int) -> bool:
         """Whether an access of that stamp is known to be over."""
-        epoch, without = _field(stamp, _EPOCH, _BLOCK), stamp >> _EPOCH << _EPOCH | _thread(stamp) << _THREAD
-        return epoch < self.bounds.get(stamp >> _BLOCK, 0) or without in self.threads
-
-
-def _field(stamp: Array, low: int, high: int) -> Array:
-    return stamp >> low & (1 << high - low) - 1
+        known = stamp & (1 << _BLOCK) - 1 < self.bounds.get(stamp >> _BLOCK, 0)
+        return known or stamp >> _EPOCH << _EPOCH | _thread(stamp) << _THREAD in self.threads
 
 
 def _thread(stamp: Array) -> Array:
-    return _field(stamp, _THREAD, _SYNC)
+    return stamp >> _THREAD & 1023
 
 
 class Threads:
@@ -263,7 +253,7 @@ class Threads:
         """bar.warp.sync; in a block of one warp it is a barrier of the block."""
         if self.cta.size == 32:
             self.cta.next_epoch()
-        later = _field(self.when + (1 << _SYNC), _THREAD, _EPOCH) << _THREAD
+        later = self.when + (1 << _SYNC) & (1 << _EPOCH) - 1
         self.when = later if m is None else np.where(m, later, self.when)
 
     # Memory
@@ -272,13 +262,15 @@ class Threads:
         """The regions that an access touches, its threads (an index within the group), and bytes within the region."""
         who: Any = EVERYONE if mask is None else self.full(mask).nonzero()[0]
         address = self.full(address)[who].astype(np.int64) + access.offset
+        what = f"{access.space} access of {access.nbytes} bytes at"
         if np.bitwise_or.reduce(address) & (access.nbytes - 1):
             wrong = address & (access.nbytes - 1) != 0
-            what = f"{access} at {int(address[wrong][0]):#x}"
+            what = f"{what} {int(address[wrong][0]):#x}"
             raise Fault(self.cta.note("misaligned access", what, access.line, self.lanes[who][wrong]))
-        memory, found = self.cta.memory[access.space], []
+        regions, found = self.cta.memory[access.space], []
         while len(address):
-            region = memory.regions[bisect_right(memory.bases, int(address[0])) - 1]  # of all, most likely
+            first = int(address[0])  # that region's are all, most likely
+            region = regions[bisect_right(regions, first, key=lambda region: region.base) - 1]
             at, last = address - region.base, region.size - access.nbytes
             if region.seen is None and int(at.view(np.uint64).max()) <= last:
                 return [*found, (region, who, at)]
@@ -287,7 +279,8 @@ class Threads:
                 inside[inside] = region.seen[at[inside] + STEPS[: access.nbytes]].all(0)
             who = np.arange(self.size)[who]
             if not inside[0]:
-                what = f"{access} at {memory.describe(int(address[0]))}"
+                near = min(regions, key=lambda r: min(abs(first - r.base), abs(first - r.base - r.size)))
+                what = f"{what} {near.describe(first - near.base)}"
                 raise Fault(self.cta.note("out of bounds", what, access.line, self.lanes[who[:1]]))
             found.append((region, who[inside], at[inside]))
             address, who = address[~inside], who[~inside]
@@ -302,10 +295,7 @@ class Threads:
             if (unwritten := region.unwritten(got, units)) is not None:
                 what = region.describe(at[unwritten][0])
                 self.cta.note("read of unwritten memory", what, access.line, self.lanes[who][unwritten])
-            if access.mode == "weak":
-                self._order(access, region, units, who, None)
-            else:
-                self.cta.synchronise(access, self.lanes[who], at + region.base)
+            self._order(access, region, who, at, units, None)
             if who is EVERYONE:
                 return got
             out[:, who] = got
@@ -318,10 +308,7 @@ class Threads:
             view, new = region.views[access.size], rows[:, who]
             index, units = (at >> SHIFT[access.size]) + STEPS[: access.count], region.units(at, access.nbytes)
             same = (view[index] == new).all(0)
-            if access.mode == "weak":
-                self._order(access, region, units, who, same & (region.written is None))
-            else:
-                self.cta.synchronise(access, self.lanes[who], at + region.base)
+            self._order(access, region, who, at, units, same & (region.written is None))
             self.cta.grid.changes += np.count_nonzero(same) < same.size
             view[index] = new
             if region.written is not None:
@@ -365,14 +352,16 @@ class Threads:
 
     # Sanitizer
 
-    def _order(self, access: Access, region: Region, units: Array, who: Any, same: Array | None) -> None:
+    def _order(self, access: Access, region: Region, who: Any, at: Array, units: Array, same: Array | None) -> None:
         """Enters an access, and notes the worst that is not ordered before it. Of a store `same` says where it changes
         nothing: another store of the same is no race."""
-        if not self.cta.grid.races:
+        if access.mode != "weak":
+            self.cta.synchronise(access, self.lanes[who], at + region.base)
+        if access.mode != "weak" or not self.cta.grid.races:
             return
         if region.shadow is None:
             region.shadow = sparse((region.size // region.unit + 1) * 3, "i8").reshape(-1, 3)
-        rows, stamps = region.shadow[units], (self.when + (self.cta.now + access.number))[who]
+        rows, stamps = region.shadow[units], (self.when + (self.cta.base + self.cta.epoch + access.number))[who]
         if np.count_nonzero(rows):
             self._judge(access, region, rows, stamps, same)
             if same is None:
@@ -386,7 +375,7 @@ class Threads:
     def _judge(self, access: Access, region: Region, rows: Array, stamps: Array, same: Array | None) -> None:
         past = rows[..., :1] if same is None else rows  # two loads do not race
         # not before this block's last barrier
-        late = (past ^ self.cta.number << _BLOCK >= self.cta.epoch << _EPOCH) & (past != 0)
+        late = (past ^ self.cta.base >= self.cta.epoch) & (past != 0)
         if same is not None:
             late[..., 0] &= ~same
         if not np.count_nonzero(late):
@@ -396,7 +385,7 @@ class Threads:
         worst = int(bad.argmax())
         if bad[worst]:
             stamp = int(past[worst])
-            before = self.program.kernel.instructions[self.program.accesses[_field(stamp, 0, _THREAD)].line]
+            before = self.program.kernel.instructions[self.program.accesses[stamp & (1 << _THREAD) - 1].line]
             them = f"{before.op} of {before.source} by thread {_thread(stamp)} of block {stamp >> _BLOCK}"
             what = f"{'load' if same is None else 'store'} in {region.name} after {them}"
             self.cta.note(RACES[bad[worst]], what, access.line, _thread(stamps))
@@ -437,11 +426,12 @@ class Cta:
     def __init__(self, grid: Grid, number: int) -> None:
         program = grid.program
         self.grid, self.number, self.size = grid, number, program.kernel.threads
-        self.epoch = 1  # barriers so far, from 1 so that no stamp is 0
+        # the upper part of stamps; barriers are counted from 1 so that no stamp is 0
+        self.base, self.epoch = number << _BLOCK, 1 << _EPOCH
         self.clock, self.acquired = Clock(), dict[int, Clock]()  # of all threads; of single ones until the next barrier
         shared = Region(SHARED_BASE, np.zeros(program.shared, np.uint8), "shared memory")
         shared.written = np.zeros(program.shared, bool)
-        self.memory = {"global": grid.memory, "shared": Memory([shared], program.unit["shared"])}
+        self.memory = {"global": grid.memory, "shared": by_base([shared], program.unit["shared"])}
         numbers = {"%ntid.x": self.size, "%ctaid.x": number, "%nctaid.x": grid.size}
         self.special = {name: np.uint32(numbers.get(name, name[1] == "n")) for name in SPECIAL}  # ntid.y ... are 1
         width = self.size if grid.order == "lockstep" else 32
@@ -457,11 +447,6 @@ class Cta:
         return finding
 
     # What is ordered before what
-
-    @property
-    def now(self) -> int:
-        """The upper part of stamps."""
-        return self.number << _BLOCK | self.epoch << _EPOCH
 
     def unordered(self, past: Array, stamps: Array) -> Array:
         """For each access since this block's last barrier, or of another block, its place in RACES."""
@@ -489,13 +474,13 @@ class Cta:
                 released.merge(self.clock)
                 released.merge(acquired)
                 released.bounds[self.number] = max(self.epoch, released.bounds.get(self.number, 0))
-                released.threads.add(self.now | thread << _THREAD)
+                released.threads.add(self.base | self.epoch | thread << _THREAD)
 
     def next_epoch(self) -> None:
         """All threads know what each of them knew."""
-        self.epoch += 1
-        if self.epoch >= 1 << _BLOCK - _EPOCH:
-            raise NotImplementedError(f"more than {self.epoch} barriers in a block")
+        self.epoch += 1 << _EPOCH
+        if self.epoch >= 1 << _BLOCK:
+            raise NotImplementedError(f"{self.epoch >> _EPOCH} barriers in a block")
         for clock in self.acquired.values():
             self.clock.merge(clock)
         self.acquired.clear()
@@ -548,7 +533,7 @@ class Grid:
         if size >= 1 << 63 - _BLOCK or program.kernel.threads > 1024 or program.kernel.threads % 32:
             raise NotImplementedError(f"{size} blocks of {program.kernel.threads} threads")
         self.program, self.size, self.params, self.findings = program, size, params, findings
-        self.memory = Memory(regions, program.unit["global"])
+        self.memory = by_base(regions, program.unit["global"])
         self.order, self.races, self.resident, self.step_limit = order, races, resident, step_limit
         self.dice = np.random.default_rng(seed)
         self.released: dict[tuple[int, int], Clock] = {}  # by address, and the block that may acquire it (-1: all)
