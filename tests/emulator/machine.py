@@ -330,25 +330,18 @@ class Threads:
                 self.cta.grid.changes += bool(new != old)
         return out
 
-    def load_matrices(self, access: Access, address: Array, mask: Array, n: int, transposed: bool) -> Array:
+    def load_matrices(self, access: Access, address: Array, mask: Array, transposed: bool) -> Array:
         """ldmatrix: thread 8i + r of a warp gives the address of row r (16 bytes) of its i-th matrix of 8 x 8 halves;
         thread l gets elements 2(l % 4) and the next of row l / 4, or those of the transposed matrix."""
-        words = _turned(self.load(access, address, self._rows(n, mask)).T, transposed)
-        return words.reshape(-1, 4, 32).swapaxes(0, 1).reshape(4, -1)[:n]
+        words = _turned(self.load(access, address, mask).T, transposed)
+        return words.reshape(-1, 4, 32).swapaxes(0, 1).reshape(4, -1)
 
     def store_matrices(
         self, access: Access, address: Array, mask: Array, values: Sequence[Array], transposed: bool
     ) -> None:
         """stmatrix: the other way round."""
-        words = np.zeros((self.size // 32, 4, 32), np.uint32)
-        for i, x in enumerate(values):
-            words[:, i] = self.full(x).reshape(-1, 32)
-        self.store(access, address, self._rows(len(values), mask), _turned(words, transposed).reshape(-1, 4).T)
-
-    def _rows(self, n: int, mask: Array) -> Array:
-        """The threads that address rows of n matrices."""
-        rows = (self.lanes & 31) < 8 * n
-        return rows if mask is None else mask & rows
+        words = np.stack([self.full(x).reshape(-1, 32) for x in values], 1)
+        self.store(access, address, mask, _turned(words, transposed).reshape(-1, 4).T)
 
     # Sanitizer
 

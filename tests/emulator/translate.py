@@ -12,7 +12,6 @@ Registers that nobody wrote hold garbage. Machine code (SASS), caches and timing
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,30 +27,39 @@ NUMPY = {
     "bf16x2": "u4", "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8",
     "f64": "f8", "f32x2": "u8", "pred": "b1",
 }  # fmt: skip
-WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64", "f32": "f64", "f32x2": "f64"}
 BITS_ONLY = {"bf16", "bf16x2", "f16x2"}  # held as their bits: arithmetic on these would be integer arithmetic
 SHARED_BASE = 1024  # where global_smem lies: an address below is an error
 SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"} | {"%laneid"}
 
-# What an instruction gives, of its operands as numbers of its type; .ftz flushes them, and what it gives.
+# Subnormal numbers become zeros of their sign (.ftz); NaN times 0 is NaN. bfloat16 is the upper half of float32.
+FLUSHED, FROM_BF16 = "{0} * (np.abs({0}) >= np.float32(2.0**-126))", "({0}.astype(u4) << np.uint32(16)).view(f4)"
+# What an instruction, or one with such modifiers, gives: of its operands as numbers of its type, or {w0} ... twice as
+# wide. With .ftz these are flushed, and what it gives.
 FORMULAS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mad": "{0} * {1} + {2}",
-    "neg": "-{0}", "abs": "np.abs({0})", "div": "divide({0}, {1})", "rem": "{0} - divide({0}, {1}) * {1}",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.wide": "{w0} * {w1}",
+    "mul.hi": "({w0} * {w1} >> 8 * {0}.itemsize).astype({0}.dtype)", "mad": "{0} * {1} + {2}",
+    "mad.wide": "{w0} * {w1} + {2}", "neg": "-{0}", "abs": "np.abs({0})", "div": "divide({0}, {1})",
+    "rem": "{0} - divide({0}, {1}) * {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "shl": "shift({0}, {1}, True)",
     "shr": "shift({0}, {1}, False)", "bfe": "({0} >> ({1} & 255)) & ((np.uint32(1) << ({2} & 255)) - np.uint32(1))",
     "prmt": "permute({0}, {1}, {2})", "selp": "where({2}, {0}, {1})",
     # of a NaN and a number the number, unless the instruction says NaN
     "max": "np.fmax({0}, {1})", "min": "np.fmin({0}, {1})",
-    "NaN max": "np.maximum({0}, {1})", "NaN min": "np.minimum({0}, {1})",
-    "f32 div": "{0} / {1}",
-    # of float32 in float64, which is rounded afterwards
-    "fma": "{0} * {1} + {2}", "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "rcp": "1 / {0}", "sqrt": "np.sqrt({0})",
-    "rsqrt": "1 / np.sqrt({0})",
+    "max.NaN": "np.maximum({0}, {1})", "min.NaN": "np.minimum({0}, {1})",
+    "fma": "({w0} * {w1} + {w2}).astype(f4)", "ex2": "approximate(np.exp2({w0}))", "lg2": "approximate(np.log2({w0}))",
+    "rcp": "approximate(1 / {w0})", "rcp.rn": "(1 / {w0}).astype(f4)", "sqrt": "approximate(np.sqrt({w0}))",
+    "sqrt.rn": "np.sqrt({w0}).astype(f4)", "rsqrt": "approximate(1 / np.sqrt({w0}))",
+    "div.full": "approximate({0} / {1})", "div.approx": "approximate({0} / {1})", "div.rn": "{0} / {1}",
 }  # fmt: skip
 WRAPPING = ("add", "sub", "mul", "mad", "neg", "shl")  # which give the same bits with and without a sign
-WIDE = ("fma", "ex2", "lg2", "rcp", "sqrt", "rsqrt")
-# types that some are restricted to, and those of single operands
-ONLY = {**dict.fromkeys(WIDE, ("f32",)), "fma": ("f32", "f32x2"), "bfe": ("u32",), "mad": (*WIDER, "s64", "u64")}
+# Types that some are restricted to, and those of single operands
+ONLY = {
+    **dict.fromkeys(("ex2", "lg2", "rcp", "rcp.rn", "sqrt", "sqrt.rn", "rsqrt", "div.full", "div.approx"), ("f32",)),
+    **dict.fromkeys(("mul.wide", "mul.hi", "mad.wide"), ("u16", "s16", "u32", "s32")),
+    "fma": ("f32", "f32x2"), "bfe": ("u32",),
+    **dict.fromkeys(("div", "rem", "mad"), ("u16", "s16", "u32", "s32", "u64", "s64")),
+}  # fmt: skip
 OPERANDS = {("shl", 1): "u32", ("shr", 1): "u32", ("selp", 2): "pred"}
 COMPARISONS = {
     "eq": "{0} == {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
@@ -75,7 +83,7 @@ MODIFIERS = {
     **dict.fromkeys(("and", "or", "xor", "not", "shl", "shr", "bfe", "prmt", "rem", "selp", "mov"), ""),
     **dict.fromkeys(("bra", "ret", "exit"), "uni"),
     **dict.fromkeys(("atom", "red"), "global gpu sys cta relaxed acquire release acq_rel add exch max min or and cas"),
-    **dict.fromkeys(("ldmatrix", "stmatrix"), "sync aligned m8n8 x1 x2 x4 trans shared"),
+    **dict.fromkeys(("ldmatrix", "stmatrix"), "sync aligned m8n8 x4 trans shared"),
     "mul": "lo hi wide rn ftz", "mad": "lo wide", "div": "rn full approx ftz",
     "setp": " ".join([*COMPARISONS, "and or xor ftz"]), "cvt": " ".join([*ROUNDINGS, "rn ftz"]),
     "cvta": "to global shared", "shfl": "sync bfly idx up down", "redux": "sync max min add and or xor NaN",
@@ -84,31 +92,11 @@ MODIFIERS = {
 }  # fmt: skip
 
 
-def number(bits: int, kind: Any) -> Any:
-    """The number of a numpy kind that has such bits."""
-    return np.array(bits & (1 << 8 * kind.itemsize) - 1, f"u{kind.itemsize}").view(kind)[()]
-
-
-def flush(x: Array) -> Array:
-    """Subnormal numbers become zeros of their sign (.ftz)."""
-    return x * (np.abs(x) >= np.float32(2.0**-126))  # NaN times 0 is NaN
-
-
-def from_bf16(x: Array) -> Array:
-    """bfloat16 bits as float32."""
-    return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 def to_bf16(x: Array) -> Array:
     """float32 to bfloat16 bits, to nearest even; NaN is 0x7FFF as on a GPU."""
     bits = x.view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
-
-
-def widened(x: Array) -> Array:
-    """float32 as float64."""
-    return x.astype(np.float64)
 
 
 def divide(x: Array, y: Array) -> Array:
@@ -183,11 +171,9 @@ class Translator:
 
     def __init__(self, kernel: Kernel, *, ulps: int = 0, fuse: bool = False) -> None:
         self.kernel, self.fuse = kernel, fuse
-        helpers = (number, flush, from_bf16, to_bf16, widened, divide, shift, split, join, permute)
-        self.names: dict[str, Any] = {
-            "np": np, "where": np.where, "approximate": approximation(ulps), **{f.__name__: f for f in helpers},
-            **{kind: np.dtype(kind) for kind in NUMPY.values()},
-        }  # fmt: skip
+        self.names: dict[str, Any] = {kind: np.dtype(kind) for kind in NUMPY.values()}
+        self.names |= {f.__name__: f for f in (np, np.where, to_bf16, divide, shift, split, join, permute)}
+        self.names |= {"np": np, "approximate": approximation(ulps)}
         self.fused = 0  # sums that became part of an fma
         self.unit = {"global": 8, "shared": 8}  # bytes: no access is smaller
         self.accesses: list[Access] = []
@@ -215,7 +201,8 @@ class Translator:
             if varies:
                 self.lines.append(f"{name} = {text}")
             else:
-                self.names[name] = eval(text, self.names)
+                with np.errstate(all="ignore"):
+                    self.names[name] = eval(text, self.names)
         return self.made[text]
 
     def recast(self, text: str, have: str, want: str) -> str:
@@ -240,29 +227,34 @@ class Translator:
                 self.current[operand] = f"r{place}", self.own(operand)
             return self.recast(*self.current[operand], kind)
         if symbol := re.fullmatch(r"global_smem(?:\+(\d+))?", operand):
-            return self.let(f"number({SHARED_BASE + int(symbol.group(1) or 0)}, {kind})")
-        bits = re.fullmatch(f"0[fFdD]([0-9a-fA-F]{{{2 * int(kind[1])}}})", operand)
-        return self.let(f"number({int(bits.group(1), 16) if bits else int(operand, 0)}, {kind})")  # of a float too
+            bits = SHARED_BASE + int(symbol.group(1) or 0)
+        elif re.fullmatch(f"0[fFdD][0-9a-fA-F]{{{2 * int(kind[1])}}}", operand):
+            bits = int(operand[2:], 16)
+        else:
+            bits = int(operand, 0)  # of a float too
+        return self.let(f"np.array({bits & (1 << 8 * int(kind[1])) - 1}, 'u{kind[1]}').view({kind})[()]")
 
     def natural(self, operand: str, kind: str) -> str:
         """The kind that a register is in, if it is as wide: bits that are only moved need no other."""
         have = self.current.get(operand, ("", kind))[1]
         return have if have[1:] == kind[1:] else kind
 
-    def read(self, operand: str, of: str, wide: bool = False) -> str:
-        """An operand as a number of a PTX type, float32 perhaps in float64."""
+    def read(self, operand: str, of: str) -> str:
+        """An operand as a number of a PTX type."""
         text = self.value(operand, NUMPY[of])
         if of in ("bf16", "f32x2"):
-            text = self.let(f"from_bf16({text})" if of == "bf16" else f"split({text}, f4)")
-        text = self._flushed(text, of)
-        return self.let(f"widened({text})") if wide else text
+            text = self.let(FROM_BF16.format(text) if of == "bf16" else f"split({text}, f4)")
+        return self._flushed(text, of)
 
     def _flushed(self, text: str, of: str) -> str:
         if not self.ftz or of not in ("f32", "f32x2", "bf16") or text in self.flushed:
             return text
-        name = self.let(f"flush({text})")
+        name = self.let(FLUSHED.format(self.let(text)))
         self.flushed.add(name)
         return name
+
+    def _wide(self, variable: str, of: str) -> str:
+        return self.let(f"{variable}.astype({NUMPY[WIDER[of]]})")
 
     def write(self, register: str, text: str, of: str) -> None:
         """register = a number of a PTX type."""
@@ -346,41 +338,29 @@ class Translator:
     # Arithmetic
 
     def _calculate(self, d: str, *operands: str) -> None:
-        of = self.types[-1]
-        head = "f32 div" if self.head == "div" and of == "f32" else self.head
-        if of[0] == "s" and head in WRAPPING:
-            of = f"u{of[1:]}"
-        types = [OPERANDS.get((head, i), of) for i in range(len(operands))]
-        if self.types == ["f32", "bf16"] and head in ("add", "sub") and not self.ftz:
-            of, types = "f32", ["bf16", "f32"]  # the first operand is widened
-        elif len(self.types) != 1 or of in BITS_ONLY or of not in ONLY.get(head, NUMPY) or (self.ftz and of == "f16"):
+        name = next((f"{self.head}.{x}" for x in self.mods if f"{self.head}.{x}" in FORMULAS), self.head)
+        of = result = self.types[-1]
+        if self.types == ["f32", "bf16"] and name in ("add", "sub") and not self.ftz:
+            types, result = ["bf16", "f32"], "f32"  # the first operand is widened
+        elif len(self.types) != 1 or of in BITS_ONLY or of not in ONLY.get(name, NUMPY) or (self.ftz and of == "f16"):
             raise NotImplementedError(f"in {of}")
-        if {"wide", "hi"} & set(self.mods):
-            self._twice_as_wide(d, *operands)
-            return
-        given = [self.read(x, kind, head in WIDE) for x, kind in zip(operands, types, strict=True)]
-        formula = FORMULAS[f"NaN {head}" if "NaN" in self.mods else head]
-        # max and min of three numbers, perhaps
-        text = functools.reduce(formula.format, given) if head in ("max", "min") else formula.format(*given)
+        else:
+            of = f"u{of[1:]}" if of[0] == "s" and name in WRAPPING else of
+            types = [OPERANDS.get((name, i), of) for i in range(len(operands))]
+        if "wide" in self.mods:
+            result, types[2:] = WIDER[of], [WIDER[of]] * len(types[2:])
+        given = [self.read(x, kind) for x, kind in zip(operands, types, strict=True)]
+        formula = FORMULAS[name]
+        wide = {f"w{i}": self._wide(x, of) for i, x in enumerate(given) if f"{{w{i}}}" in formula}
+        text = formula.format(*given, **wide)
+        for more in given[2:] if self.head in ("max", "min") else ():
+            text = formula.format(text, more)
         plain = self.mods == ["f32"] and self.fuse  # with .rn or .ftz ptxas leaves it alone
-        if plain and head in ("add", "sub"):
+        if plain and name in ("add", "sub"):
             text = self._contracted(*given) or text
-        elif head == "fma" or (head in WIDE and "rn" in self.mods):
-            text = f"({text}).astype(f4)"
-        elif head in WIDE or (head == "f32 div" and "rn" not in self.mods):
-            text = f"approximate({text})"
-        self.write(d, text, of)
-        if plain and head == "mul" and self.guard is None:
+        self.write(d, text, result)
+        if plain and name == "mul" and self.guard is None:
             self.products[self.value(d, "f4")] = given
-
-    def _twice_as_wide(self, d: str, *operands: str) -> None:
-        """A product (and a sum), or the upper half of the product."""
-        kind, wide = NUMPY[self.types[-1]], NUMPY[WIDER[self.types[-1]]]
-        factors = [f"{self.value(x, kind)}.astype({wide})" for x in operands[:2]]
-        text = FORMULAS[self.head].format(*factors, *(self.value(x, wide) for x in operands[2:]))
-        if "hi" in self.mods:
-            text, wide = f"(({text}) >> {8 * int(kind[1])}).astype({kind})", kind
-        self.assign(d, text, wide)
 
     def _contracted(self, a: str, b: str) -> str | None:
         """a ± b where one of them is a product, as one fma."""
@@ -388,10 +368,10 @@ class Translator:
         if product not in self.products:
             return None
         self.fused += 1
-        x, y, z = (self.let(f"widened({r})") for r in (*self.products[product], other))
+        x, y, z = (self._wide(x, "f32") for x in (*self.products[product], other))
         if self.head == "sub":
             x, z = (x, f"-{z}") if product == a else (f"-{x}", z)
-        return f"({FORMULAS['fma'].format(x, y, z)}).astype(f4)"
+        return FORMULAS["fma"].format(w0=x, w1=y, w2=z)
 
     # Comparisons, moves and conversions
 
@@ -400,8 +380,9 @@ class Translator:
         if how == "ne" and of[0] in "bus" and of not in BITS_ONLY:
             how = "neu"  # integers are never NaN
         if of.endswith("x2"):  # two comparisons, of the lower halves first
-            form = "from_bf16(split({}, u2)[..., {}])" if of == "bf16x2" else "split({}, f2)[..., {}]"
-            pairs = [[form.format(self.value(x, "u4"), i) for x in (a, b)] for i in (0, 1)]
+            halves = [[self.let(f"split({self.value(x, 'u4')}, u2)[..., {i}]") for x in (a, b)] for i in (0, 1)]
+            form = FROM_BF16 if of == "bf16x2" else "{0}.view(f2)"
+            pairs = [[form.format(x) for x in pair] for pair in halves]
         else:
             pairs = [[self.read(x, of) for x in (a, b)]]
         for register, pair in zip(d.split("|"), pairs, strict=True):
@@ -506,8 +487,8 @@ class Translator:
 
     def _ldmatrix(self, d: str, place: str) -> None:
         self._whole_warps()
-        given = f"{self._access(place, 'u4', 4)}, {len(_listed(d))}, {'trans' in self.mods}"
-        self._spread(_listed(d), "u4", f"c.load_matrices({given})")
+        call = f"c.load_matrices({self._access(place, 'u4', 4)}, {'trans' in self.mods})"
+        self._spread(_listed(d), "u4", call)
 
     def _spread(self, registers: list[str], kind: str, call: str) -> None:
         """A row of what was loaded in each."""
