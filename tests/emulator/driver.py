@@ -140,21 +140,21 @@ def launch(program: Program, size: int, given: list[tuple[str, Any]], **options:
     return grid
 
 
-class Launcher:
+def _launcher(src: Any, metadata: Any) -> Callable[..., None]:
     """What Triton calls for a launch."""
+    signature = tuple(src.signature.values())
 
-    def __init__(self, src: Any, metadata: Any) -> None:
-        self.signature, self.metadata = tuple(src.signature.values()), metadata
-
-    def __call__(self, x: int, y: int, z: int, stream: Any, function: str, *rest: Any) -> None:
-        """rest: packed metadata, launch metadata, two hooks, then the kernel's arguments."""
-        if y != 1 or z != 1 or self.metadata.global_scratch_size or self.metadata.profile_scratch_size:
+    def launcher(x: int, y: int, z: int, stream: Any, function: str, *rest: Any) -> None:
+        if y != 1 or z != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
             raise NotImplementedError("a grid of more than one dimension, or scratch memory")
         text = function if settings.edit is None else settings.edit(function)
         key = (text, settings.ulps, settings.fuse)
         if key not in _programs:
-            _programs[key] = Program(text, self.metadata.shared, ulps=settings.ulps, fuse=settings.fuse)
-        launch(_programs[key], x, list(_flat(self.signature, rest[4:])))
+            _programs[key] = Program(text, metadata.shared, ulps=settings.ulps, fuse=settings.fuse)
+        # rest: packed metadata, launch metadata, two hooks, then the kernel's arguments
+        launch(_programs[key], x, list(_flat(signature, rest[4:])))
+
+    return launcher
 
 
 def _without_ptxas(
@@ -175,7 +175,7 @@ def _driver(target: Any) -> Any:
         return None, kernel.decode(), 0, 0, 1024  # module, function, registers, spills, most threads
 
     return types.SimpleNamespace(
-        launcher_cls=Launcher,
+        launcher_cls=_launcher,
         utils=types.SimpleNamespace(get_device_properties=lambda device: properties, load_binary=load_binary),
         get_current_target=lambda: target,
         get_current_device=lambda: 0,

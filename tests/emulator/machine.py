@@ -48,8 +48,9 @@ REDUX = {"max": np.fmax, "min": np.fmin, "NaN max": np.maximum, "NaN min": np.mi
 EVERYONE, SHIFT, STEPS = slice(None), {1: 0, 2: 1, 4: 2, 8: 3}, np.arange(32)[:, None]
 UNSIGNED = {width: np.dtype(f"u{width}") for width in SHIFT}
 _NORESERVE = 0x4000  # of Linux; named in mmap since Python 3.13
-# A stamp is who accessed memory and when: block, its barriers so far, those of the warp, and thread, from these bits
-_NUMBER, _EPOCH, _SYNC, _THREAD = 44, 24, 10, (1 << 10) - 1
+# A stamp is who accessed memory, when and how: block, its barriers so far, those of the warp, thread, and instruction,
+# each from this bit on.
+_BLOCK, _EPOCH, _SYNC, _THREAD = 44, 30, 22, 12
 
 
 class Finding(NamedTuple):
@@ -86,7 +87,7 @@ class Region:
         self.mark: Array = np.array([UNWRITTEN] * 4, "u2").view(f"u{item}")[0] if floating and item > 1 else None
         self.unit = 1  # bytes that share a stamp: no access of the kernel is smaller
         self.written: Array = None  # units of shared memory
-        self.shadow: Array = None  # of each unit who stored, who loaded, who of another warp loaded: stamp, line of PTX
+        self.shadow: Array = None  # of each unit who stored, who loaded, who of another warp loaded: stamps
 
     @classmethod
     def at(cls, base: int, size: int, name: str, **about: Any) -> Region:
@@ -113,28 +114,22 @@ class Region:
         return bad.reshape(len(bad), got.shape[1], -1).any((0, 2)) if np.count_nonzero(bad) else None
 
 
-class Memory:
-    """An address space: its regions, by their bases."""
+NOWHERE = Region(-(1 << 62), np.zeros(0, np.uint8), "nothing")  # below all memory
 
-    def __init__(self, regions: Sequence[Region], unit: int) -> None:
-        nowhere = Region(-(1 << 62), np.zeros(0, np.uint8), "nothing")  # below all
-        self.regions = sorted((nowhere, *regions), key=lambda region: region.base)
-        self.bases = [region.base for region in self.regions]
-        for region in regions:
-            region.unit = unit
 
-    def describe(self, address: int) -> str:
-        """An address that is not in a region."""
-        near = min(self.regions, key=lambda r: min(abs(address - r.base), abs(address - r.base - r.size)))
-        return near.describe(address - near.base)
+def by_base(regions: Sequence[Region], unit: int) -> list[Region]:
+    """An address space: accesses in it are of `unit` bytes at least."""
+    for region in regions:
+        region.unit = unit
+    return sorted((NOWHERE, *regions), key=lambda region: region.base)
 
 
 class Clock:
-    """What has been ordered before something: per block the epochs below a bound, and single threads' epochs."""
+    """What is known to lie behind: of blocks the epochs before one, and single threads' epochs."""
 
     def __init__(self) -> None:
         self.bounds: dict[int, int] = {}
-        self.threads: set[int] = set()  # stamps without warp barriers
+        self.threads: set[int] = set()  # stamps without warp barriers and instructions
 
     def merge(self, other: Clock) -> None:
         """And what `other` knows."""
@@ -144,8 +139,12 @@ class Clock:
 
     def orders(self, stamp: int) -> bool:
         """Whether an access of that stamp is known to be over."""
-        epoch, without = stamp >> _EPOCH & (1 << _NUMBER - _EPOCH) - 1, stamp >> _EPOCH << _EPOCH | stamp & _THREAD
-        return epoch < self.bounds.get(stamp >> _NUMBER, 0) or without in self.threads
+        known = stamp & (1 << _BLOCK) - 1 < self.bounds.get(stamp >> _BLOCK, 0)
+        return known or stamp >> _EPOCH << _EPOCH | _thread(stamp) << _THREAD in self.threads
+
+
+def _thread(stamp: Array) -> Array:
+    return stamp >> _THREAD & 1023
 
 
 class Threads:
@@ -155,7 +154,7 @@ class Threads:
         self.cta, self.lanes, self.size, self.program = cta, lanes, len(lanes), cta.grid.program
         self.registers, self.params = list(self.program.garbage), cta.grid.params
         self.special = {**cta.special, "%tid.x": lanes.astype("u4"), "%laneid": (lanes % 32).astype("u4")}
-        self.when = lanes.copy()  # the lower part of stamps: barriers of the warp, and the thread
+        self.when = lanes << _THREAD  # the middle of stamps: barriers of the warp, and the thread
         self.state = "run"  # or pause (others may go on), wait (for a barrier), done
         # The block of instructions at which each is: `end` is behind the last, and `behind` more a barrier before it.
         self.end, self.behind = len(self.program.kernel.blocks), len(self.program.kernel.blocks) + 1
@@ -254,7 +253,7 @@ class Threads:
         """bar.warp.sync; in a block of one warp it is a barrier of the block."""
         if self.cta.size == 32:
             self.cta.next_epoch()
-        later = ((self.when >> _SYNC) + 1 & (1 << _EPOCH - _SYNC) - 1) << _SYNC | self.lanes
+        later = self.when + (1 << _SYNC) & (1 << _EPOCH) - 1
         self.when = later if m is None else np.where(m, later, self.when)
 
     # Memory
@@ -263,13 +262,15 @@ class Threads:
         """The regions that an access touches, its threads (an index within the group), and bytes within the region."""
         who: Any = EVERYONE if mask is None else self.full(mask).nonzero()[0]
         address = self.full(address)[who].astype(np.int64) + access.offset
+        what = f"{access.space} access of {access.nbytes} bytes at"
         if np.bitwise_or.reduce(address) & (access.nbytes - 1):
             wrong = address & (access.nbytes - 1) != 0
-            what = f"{access} at {int(address[wrong][0]):#x}"
+            what = f"{what} {int(address[wrong][0]):#x}"
             raise Fault(self.cta.note("misaligned access", what, access.line, self.lanes[who][wrong]))
-        memory, found = self.cta.memory[access.space], []
+        regions, found = self.cta.memory[access.space], []
         while len(address):
-            region = memory.regions[bisect_right(memory.bases, int(address[0])) - 1]  # of all, most likely
+            first = int(address[0])  # that region's are all, most likely
+            region = regions[bisect_right(regions, first, key=lambda region: region.base) - 1]
             at, last = address - region.base, region.size - access.nbytes
             if region.seen is None and int(at.view(np.uint64).max()) <= last:
                 return [*found, (region, who, at)]
@@ -278,7 +279,8 @@ class Threads:
                 inside[inside] = region.seen[at[inside] + STEPS[: access.nbytes]].all(0)
             who = np.arange(self.size)[who]
             if not inside[0]:
-                what = f"{access} at {memory.describe(int(address[0]))}"
+                near = min(regions, key=lambda r: min(abs(first - r.base), abs(first - r.base - r.size)))
+                what = f"{what} {near.describe(first - near.base)}"
                 raise Fault(self.cta.note("out of bounds", what, access.line, self.lanes[who[:1]]))
             found.append((region, who[inside], at[inside]))
             address, who = address[~inside], who[~inside]
@@ -293,10 +295,7 @@ class Threads:
             if (unwritten := region.unwritten(got, units)) is not None:
                 what = region.describe(at[unwritten][0])
                 self.cta.note("read of unwritten memory", what, access.line, self.lanes[who][unwritten])
-            if access.mode == "weak":
-                self._order(access, region, units, who, None)
-            else:
-                self.cta.synchronise(access, self.lanes[who], at + region.base)
+            self._order(access, region, who, at, units, None)
             if who is EVERYONE:
                 return got
             out[:, who] = got
@@ -309,10 +308,7 @@ class Threads:
             view, new = region.views[access.size], rows[:, who]
             index, units = (at >> SHIFT[access.size]) + STEPS[: access.count], region.units(at, access.nbytes)
             same = (view[index] == new).all(0)
-            if access.mode == "weak":
-                self._order(access, region, units, who, same & (region.written is None))
-            else:
-                self.cta.synchronise(access, self.lanes[who], at + region.base)
+            self._order(access, region, who, at, units, same & (region.written is None))
             self.cta.grid.changes += np.count_nonzero(same) < same.size
             view[index] = new
             if region.written is not None:
@@ -334,63 +330,58 @@ class Threads:
                 self.cta.grid.changes += bool(new != old)
         return out
 
-    def load_matrices(self, access: Access, address: Array, mask: Array, n: int, transposed: bool) -> Array:
+    def load_matrices(self, access: Access, address: Array, mask: Array, transposed: bool) -> Array:
         """ldmatrix: thread 8i + r of a warp gives the address of row r (16 bytes) of its i-th matrix of 8 x 8 halves;
         thread l gets elements 2(l % 4) and the next of row l / 4, or those of the transposed matrix."""
-        words = _turned(self.load(access, address, self._rows(n, mask)).T, transposed)
-        return words.reshape(-1, 4, 32).swapaxes(0, 1).reshape(4, -1)[:n]
+        words = _turned(self.load(access, address, mask).T, transposed)
+        return words.reshape(-1, 4, 32).swapaxes(0, 1).reshape(4, -1)
 
     def store_matrices(
         self, access: Access, address: Array, mask: Array, values: Sequence[Array], transposed: bool
     ) -> None:
         """stmatrix: the other way round."""
-        words = np.zeros((self.size // 32, 4, 32), np.uint32)
-        for i, x in enumerate(values):
-            words[:, i] = self.full(x).reshape(-1, 32)
-        self.store(access, address, self._rows(len(values), mask), _turned(words, transposed).reshape(-1, 4).T)
-
-    def _rows(self, n: int, mask: Array) -> Array:
-        """The threads that address rows of n matrices."""
-        rows = (self.lanes & 31) < 8 * n
-        return rows if mask is None else mask & rows
+        words = np.stack([self.full(x).reshape(-1, 32) for x in values], 1)
+        self.store(access, address, mask, _turned(words, transposed).reshape(-1, 4).T)
 
     # Sanitizer
 
-    def _order(self, access: Access, region: Region, units: Array, who: Any, same: Array | None) -> None:
+    def _order(self, access: Access, region: Region, who: Any, at: Array, units: Array, same: Array | None) -> None:
         """Enters an access, and notes the worst that is not ordered before it. Of a store `same` says where it changes
         nothing: another store of the same is no race."""
-        if not self.cta.grid.races:
+        if access.mode != "weak":
+            self.cta.synchronise(access, self.lanes[who], at + region.base)
+        if access.mode != "weak" or not self.cta.grid.races:
             return
         if region.shadow is None:
-            region.shadow = sparse((region.size // region.unit + 1) * 6, "i8").reshape(-1, 3, 2)
-        rows, stamps = region.shadow[units], (self.cta.now + self.when)[who]
+            region.shadow = sparse((region.size // region.unit + 1) * 3, "i8").reshape(-1, 3)
+        rows, stamps = region.shadow[units], (self.when + (self.cta.base + self.cta.epoch + access.number))[who]
         if np.count_nonzero(rows):
             self._judge(access, region, rows, stamps, same)
             if same is None:
-                apart = rows[..., 1, :1] >> 5 != stamps[:, None] >> 5
-                rows[..., 2, :] = np.where(apart, rows[..., 1, :], rows[..., 2, :])
+                apart = (rows[..., 1] ^ stamps) >> _THREAD + 5 != 0  # another warp, or another time
+                rows[..., 2] = np.where(apart, rows[..., 1], rows[..., 2])
             else:
                 rows[...] = 0
-        rows[..., int(same is None), 0], rows[..., int(same is None), 1] = stamps, access.line
+        rows[..., int(same is None)] = stamps
         region.shadow[units] = rows
 
     def _judge(self, access: Access, region: Region, rows: Array, stamps: Array, same: Array | None) -> None:
-        past = rows[..., :1, 0] if same is None else rows[..., 0]  # two loads do not race
+        past = rows[..., :1] if same is None else rows  # two loads do not race
         # not before this block's last barrier
-        late = (past ^ self.cta.number << _NUMBER >= self.cta.epoch << _EPOCH) & (past != 0)
+        late = (past ^ self.cta.base >= self.cta.epoch) & (past != 0)
         if same is not None:
             late[..., 0] &= ~same
         if not np.count_nonzero(late):
             return
-        places = late.nonzero()
-        bad = self.cta.unordered(past[places], stamps[places[1]])
+        past, stamps = past[late], stamps[late.nonzero()[1]]
+        bad = self.cta.unordered(past, stamps)
         worst = int(bad.argmax())
         if bad[worst]:
-            stamp, line = rows[places][worst].tolist()
-            before = self.program.kernel.instructions[line]
-            them = f"{before.op} of {before.source} by thread {stamp & _THREAD} of block {stamp >> _NUMBER}"
+            stamp = int(past[worst])
+            before = self.program.kernel.instructions[self.program.accesses[stamp & (1 << _THREAD) - 1].line]
+            them = f"{before.op} of {before.source} by thread {_thread(stamp)} of block {stamp >> _BLOCK}"
             what = f"{'load' if same is None else 'store'} in {region.name} after {them}"
-            self.cta.note(RACES[bad[worst]], what, access.line, stamps & _THREAD)
+            self.cta.note(RACES[bad[worst]], what, access.line, _thread(stamps))
 
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
         """Threads of one instruction stored different bits to one address: rounding, or more than that."""
@@ -428,11 +419,12 @@ class Cta:
     def __init__(self, grid: Grid, number: int) -> None:
         program = grid.program
         self.grid, self.number, self.size = grid, number, program.kernel.threads
-        self.epoch = 1  # barriers so far, from 1 so that no stamp is 0
+        # the upper part of stamps; barriers are counted from 1 so that no stamp is 0
+        self.base, self.epoch = number << _BLOCK, 1 << _EPOCH
         self.clock, self.acquired = Clock(), dict[int, Clock]()  # of all threads; of single ones until the next barrier
         shared = Region(SHARED_BASE, np.zeros(program.shared, np.uint8), "shared memory")
         shared.written = np.zeros(program.shared, bool)
-        self.memory = {"global": grid.memory, "shared": Memory([shared], program.unit["shared"])}
+        self.memory = {"global": grid.memory, "shared": by_base([shared], program.unit["shared"])}
         numbers = {"%ntid.x": self.size, "%ctaid.x": number, "%nctaid.x": grid.size}
         self.special = {name: np.uint32(numbers.get(name, name[1] == "n")) for name in SPECIAL}  # ntid.y ... are 1
         width = self.size if grid.order == "lockstep" else 32
@@ -449,18 +441,13 @@ class Cta:
 
     # What is ordered before what
 
-    @property
-    def now(self) -> int:
-        """The upper part of stamps."""
-        return self.number << _NUMBER | self.epoch << _EPOCH
-
     def unordered(self, past: Array, stamps: Array) -> Array:
         """For each access since this block's last barrier, or of another block, its place in RACES."""
-        apart = past ^ stamps  # where the stamps are not the same
-        same_warp = (apart >> _SYNC == 0) & (apart != 0)
-        bad = np.where(apart >> _NUMBER, 3, np.where(apart & _THREAD - 31, 2, same_warp))
+        apart = (past ^ stamps) >> _THREAD  # where the stamps are not the same
+        same_warp = (apart >> _SYNC - _THREAD == 0) & (apart != 0)
+        bad = np.where(apart >> _BLOCK - _THREAD, 3, np.where(apart & 1023 - 31, 2, same_warp))
         for i in (bad > 1).nonzero()[0].tolist():
-            seen = self.acquired.get(int(stamps[i]) & _THREAD, self.clock)
+            seen = self.acquired.get(int(_thread(stamps[i])), self.clock)
             if self.clock.orders(int(past[i])) or seen.orders(int(past[i])):
                 bad[i] = 0
         return bad
@@ -480,11 +467,13 @@ class Cta:
                 released.merge(self.clock)
                 released.merge(acquired)
                 released.bounds[self.number] = max(self.epoch, released.bounds.get(self.number, 0))
-                released.threads.add(self.now | thread)
+                released.threads.add(self.base | self.epoch | thread << _THREAD)
 
     def next_epoch(self) -> None:
         """All threads know what each of them knew."""
-        self.epoch += 1
+        self.epoch += 1 << _EPOCH
+        if self.epoch >= 1 << _BLOCK:
+            raise NotImplementedError(f"{self.epoch >> _EPOCH} barriers in a block")
         for clock in self.acquired.values():
             self.clock.merge(clock)
         self.acquired.clear()
@@ -536,10 +525,10 @@ class Grid:
         findings: dict[Any, Finding], *, order: str = "greedy", races: bool = True, resident: int = 132,
         seed: int = 0, step_limit: int = 2_000_000,
     ) -> None:  # fmt: skip
-        if size >= 1 << 63 - _NUMBER or program.kernel.threads > 1 << _SYNC or program.kernel.threads % 32:
+        if size >= 1 << 63 - _BLOCK or program.kernel.threads > 1024 or program.kernel.threads % 32:
             raise NotImplementedError(f"{size} blocks of {program.kernel.threads} threads")
         self.program, self.size, self.params, self.findings = program, size, params, findings
-        self.memory = Memory(regions, program.unit["global"])
+        self.memory = by_base(regions, program.unit["global"])
         self.order, self.races, self.resident, self.step_limit = order, races, resident, step_limit
         self.dice = np.random.default_rng(seed)
         self.released: dict[tuple[int, int], Clock] = {}  # by address, and the block that may acquire it (-1: all)
@@ -577,5 +566,8 @@ class Program:
         self.kernel, self.shared = Kernel(text), shared
         made = Translator(self.kernel, ulps=ulps, fuse=fuse)
         self.functions, self.ends, self.fused, self.unit = made.functions, made.ends, made.fused, made.unit
+        self.accesses = made.accesses
+        if len(self.accesses) > 1 << _THREAD:
+            raise NotImplementedError(f"{len(self.accesses)} instructions that access memory")
         kinds = map(made.own, made.places)
         self.garbage = [np.bool_(False) if x == "b1" else np.array([UNWRITTEN] * 4, "u2").view(x)[0] for x in kinds]

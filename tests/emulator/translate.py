@@ -12,7 +12,6 @@ Registers that nobody wrote hold garbage. Machine code (SASS), caches and timing
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,28 +27,39 @@ NUMPY = {
     "bf16x2": "u4", "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8",
     "f64": "f8", "f32x2": "u8", "pred": "b1",
 }  # fmt: skip
-WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64", "f32": "f64", "f32x2": "f64"}
 BITS_ONLY = {"bf16", "bf16x2", "f16x2"}  # held as their bits: arithmetic on these would be integer arithmetic
 SHARED_BASE = 1024  # where global_smem lies: an address below is an error
 SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"} | {"%laneid"}
 
-# What an instruction gives, of its operands as numbers of its type; .ftz flushes them, and what it gives.
+# Subnormal numbers become zeros of their sign (.ftz); NaN times 0 is NaN. bfloat16 is the upper half of float32.
+FLUSHED, FROM_BF16 = "{0} * (np.abs({0}) >= np.float32(2.0**-126))", "({0}.astype(u4) << np.uint32(16)).view(f4)"
+# What an instruction, or one with such modifiers, gives: of its operands as numbers of its type, or {w0} ... twice as
+# wide. With .ftz these are flushed, and what it gives.
 FORMULAS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mad": "{0} * {1} + {2}", "fma": "fma({0}, {1}, {2})",
-    "neg": "-{0}", "abs": "np.abs({0})", "div": "divide({0}, {1})", "rem": "{0} - divide({0}, {1}) * {1}",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.wide": "{w0} * {w1}",
+    "mul.hi": "({w0} * {w1} >> 8 * {0}.itemsize).astype({0}.dtype)", "mad": "{0} * {1} + {2}",
+    "mad.wide": "{w0} * {w1} + {2}", "neg": "-{0}", "abs": "np.abs({0})", "div": "divide({0}, {1})",
+    "rem": "{0} - divide({0}, {1}) * {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "shl": "shift({0}, {1}, True)",
     "shr": "shift({0}, {1}, False)", "bfe": "({0} >> ({1} & 255)) & ((np.uint32(1) << ({2} & 255)) - np.uint32(1))",
     "prmt": "permute({0}, {1}, {2})", "selp": "where({2}, {0}, {1})",
     # of a NaN and a number the number, unless the instruction says NaN
     "max": "np.fmax({0}, {1})", "min": "np.fmin({0}, {1})",
-    "NaN max": "np.maximum({0}, {1})", "NaN min": "np.minimum({0}, {1})",
-    # of float32, and then rounded
-    "ex2": "np.exp2({0}.astype(f8))", "lg2": "np.log2({0}.astype(f8))", "rcp": "1 / {0}.astype(f8)",
-    "sqrt": "np.sqrt({0}.astype(f8))", "rsqrt": "1 / np.sqrt({0}.astype(f8))", "f32 div": "{0} / {1}",
+    "max.NaN": "np.maximum({0}, {1})", "min.NaN": "np.minimum({0}, {1})",
+    "fma": "({w0} * {w1} + {w2}).astype(f4)", "ex2": "approximate(np.exp2({w0}))", "lg2": "approximate(np.log2({w0}))",
+    "rcp": "approximate(1 / {w0})", "rcp.rn": "(1 / {w0}).astype(f4)", "sqrt": "approximate(np.sqrt({w0}))",
+    "sqrt.rn": "np.sqrt({w0}).astype(f4)", "rsqrt": "approximate(1 / np.sqrt({w0}))",
+    "div.full": "approximate({0} / {1})", "div.approx": "approximate({0} / {1})", "div.rn": "{0} / {1}",
 }  # fmt: skip
-ROUNDED = ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "f32 div")
-# types that some are restricted to, and those of single operands
-ONLY = {**dict.fromkeys(ROUNDED, ("f32",)), "fma": ("f32", "f32x2"), "bfe": ("u32",), "mad": (*WIDER, "s64", "u64")}
+WRAPPING = ("add", "sub", "mul", "mad", "neg", "shl")  # which give the same bits with and without a sign
+# Types that some are restricted to, and those of single operands
+ONLY = {
+    **dict.fromkeys(("ex2", "lg2", "rcp", "rcp.rn", "sqrt", "sqrt.rn", "rsqrt", "div.full", "div.approx"), ("f32",)),
+    **dict.fromkeys(("mul.wide", "mul.hi", "mad.wide"), ("u16", "s16", "u32", "s32")),
+    "fma": ("f32", "f32x2"), "bfe": ("u32",),
+    **dict.fromkeys(("div", "rem", "mad"), ("u16", "s16", "u32", "s32", "u64", "s64")),
+}  # fmt: skip
 OPERANDS = {("shl", 1): "u32", ("shr", 1): "u32", ("selp", 2): "pred"}
 COMPARISONS = {
     "eq": "{0} == {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
@@ -73,7 +83,7 @@ MODIFIERS = {
     **dict.fromkeys(("and", "or", "xor", "not", "shl", "shr", "bfe", "prmt", "rem", "selp", "mov"), ""),
     **dict.fromkeys(("bra", "ret", "exit"), "uni"),
     **dict.fromkeys(("atom", "red"), "global gpu sys cta relaxed acquire release acq_rel add exch max min or and cas"),
-    **dict.fromkeys(("ldmatrix", "stmatrix"), "sync aligned m8n8 x1 x2 x4 trans shared"),
+    **dict.fromkeys(("ldmatrix", "stmatrix"), "sync aligned m8n8 x4 trans shared"),
     "mul": "lo hi wide rn ftz", "mad": "lo wide", "div": "rn full approx ftz",
     "setp": " ".join([*COMPARISONS, "and or xor ftz"]), "cvt": " ".join([*ROUNDINGS, "rn ftz"]),
     "cvta": "to global shared", "shfl": "sync bfly idx up down", "redux": "sync max min add and or xor NaN",
@@ -82,26 +92,11 @@ MODIFIERS = {
 }  # fmt: skip
 
 
-def flush(x: Array) -> Array:
-    """Subnormal numbers become zeros of their sign (.ftz)."""
-    return x * (np.abs(x) >= np.float32(2.0**-126))  # NaN times 0 is NaN
-
-
-def from_bf16(x: Array) -> Array:
-    """bfloat16 bits as float32."""
-    return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 def to_bf16(x: Array) -> Array:
     """float32 to bfloat16 bits, to nearest even; NaN is 0x7FFF as on a GPU."""
     bits = x.view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
-
-
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """a·b + c; the product is exact in float64."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def divide(x: Array, y: Array) -> Array:
@@ -116,9 +111,9 @@ def divide(x: Array, y: Array) -> Array:
 def shift(x: Array, by: Array, left: bool) -> Array:
     """By as many bits as there are, or more: all are shifted out (of a signed number all but the sign)."""
     bits = 8 * x.dtype.itemsize
-    some = np.minimum(by, bits - 1).astype(x.dtype)
+    some = (by if by.ndim == 0 and by < bits else np.minimum(by, bits - 1)).astype(x.dtype)
     moved = x << some if left else x >> some
-    if (by.ndim == 0 and by < bits) or (x.dtype.kind == "i" and not left):
+    if (some.ndim == 0 and by < bits) or (x.dtype.kind == "i" and not left):
         return moved
     return np.where(by < bits, moved, x.dtype.type(0))
 
@@ -165,22 +160,10 @@ class Access(NamedTuple):
     size: int  # bytes of each number
     count: int  # numbers, one behind the other
     nbytes: int  # of all of them
+    number: int  # among the kernel's accesses
     line: int  # of the PTX
     mode: str  # weak, or how others may see it: acquire, release, acq_rel, relaxed (as volatile is within a launch)
     scope: str  # cta, gpu or sys: which others
-
-    def __str__(self) -> str:
-        return f"{self.space} access of {self.nbytes} bytes"
-
-
-def recast(text: str, have: str, want: str) -> str:
-    """Code for bits of one numpy kind as another: zero- or sign-extended as the first says, or the lower ones."""
-    if have == want:
-        return text
-    if have[1:] == want[1:]:
-        return f"({text}).view({want})"
-    text = f"({text}).view(u{have[1]})" if have[0] == "f" else f"({text})"
-    return f"{text}.astype({'i' if have[0] == 'i' else 'u'}{want[1]}).view({want})"
 
 
 class Translator:
@@ -188,17 +171,18 @@ class Translator:
 
     def __init__(self, kernel: Kernel, *, ulps: int = 0, fuse: bool = False) -> None:
         self.kernel, self.fuse = kernel, fuse
-        self.names: dict[str, Any] = {
-            "np": np, "flush": flush, "from_bf": from_bf16, "to_bf": to_bf16, "fma": fma, "permute": permute,
-            "split": split, "join": join, "divide": divide, "shift": shift, "approx": approximation(ulps),
-            "where": np.where, **{kind: np.dtype(kind) for kind in NUMPY.values()},
-        }  # fmt: skip
+        self.names: dict[str, Any] = {kind: np.dtype(kind) for kind in NUMPY.values()}
+        self.names |= {f.__name__: f for f in (np, np.where, to_bf16, divide, shift, split, join, permute)}
+        self.names |= {"np": np, "approximate": approximation(ulps)}
         self.fused = 0  # sums that became part of an fma
         self.unit = {"global": 8, "shared": 8}  # bytes: no access is smaller
+        self.accesses: list[Access] = []
         self.places: dict[str, int] = {}  # in R, of the registers that a block begins with
         self.ends: list[tuple[str, str]] = []  # fall, bra, ret, bar or pause, and the label
-        drafts = [self._draft(block) for block in kernel.blocks]
-        self.functions = [self._function(i, *draft) for i, draft in enumerate(drafts)]
+        self.drafts: list[tuple[list[str], dict[str, tuple[str, str]], str]] = []
+        for block in kernel.blocks:
+            self._draft(block)
+        self.functions = [self._function(number) for number in range(len(self.drafts))]
 
     # Registers and operands
 
@@ -207,67 +191,75 @@ class Translator:
         kind = NUMPY[self.kernel.registers[register.rstrip("0123456789")]]
         return kind if kind == "b1" else f"u{kind[1]}"
 
-    def _constant(self, bits: int, kind: str) -> str:
-        bits &= (1 << 8 * int(kind[1])) - 1
-        name = f"K{kind}_{bits:x}"
-        self.names[name] = np.array(bits, f"u{kind[1]}").view(kind)[()]
-        return name
+    def let(self, text: str) -> str:
+        """A variable with the value of an expression, which is computed once: here, if it is a constant."""
+        if text.isidentifier():
+            return text
+        if text not in self.made:
+            varies = re.search(r"\b([rvx]\d+|c)\b", text)
+            name = self.made[text] = f"v{len(self.made)}" if varies else f"k{len(self.names)}"
+            if varies:
+                self.lines.append(f"{name} = {text}")
+            else:
+                with np.errstate(all="ignore"):
+                    self.names[name] = eval(text, self.names)
+        return self.made[text]
+
+    def recast(self, text: str, have: str, want: str) -> str:
+        """Bits of one numpy kind as another: zero- or sign-extended as the first says, or the lower ones."""
+        if have[0] == "f" and have[1:] != want[1:]:
+            text, have = self.recast(text, have, f"u{have[1]}"), f"u{have[1]}"
+        if have[1:] != want[1:]:
+            have = f"{have[0]}{want[1]}"
+            text = self.let(f"({text}).astype({have})")
+        return text if have == want else self.let(f"({text}).view({want})")
 
     def value(self, operand: str, kind: str) -> str:
         """An operand as numpy `kind`; of a wider register the low bits."""
         if operand.startswith("!"):
-            return f"(~{self.value(operand[1:], kind)})"
-        if operand in SPECIAL and kind[1:] == "4":
-            return f"c.special['{operand}'].view({kind})"
+            return self.let(f"~{self.value(operand[1:], kind)}")
+        if operand in SPECIAL and kind[1] == "4":
+            return self.let(f"c.special['{operand}'].view({kind})")
         if operand.startswith("%"):
-            return self._register(operand, kind)
-        if kind == "b1":
-            return f"np.bool_({int(operand, 0)})"
+            if operand not in self.current:
+                place = self.places.setdefault(operand, len(self.places))
+                self.lines.append(f"r{place} = R[{place}]")
+                self.current[operand] = f"r{place}", self.own(operand)
+            return self.recast(*self.current[operand], kind)
         if symbol := re.fullmatch(r"global_smem(?:\+(\d+))?", operand):
-            return self._constant(SHARED_BASE + int(symbol.group(1) or 0), kind)
-        if re.fullmatch(f"0[fFdD][0-9a-fA-F]{{{2 * int(kind[1])}}}", operand):
-            return self._constant(int(operand[2:], 16), kind)
-        return self._constant(int(operand, 0), kind)  # of a float too the bits
+            bits = SHARED_BASE + int(symbol.group(1) or 0)
+        elif re.fullmatch(f"0[fFdD][0-9a-fA-F]{{{2 * int(kind[1])}}}", operand):
+            bits = int(operand[2:], 16)
+        else:
+            bits = int(operand, 0)  # of a float too
+        return self.let(f"np.array({bits & (1 << 8 * int(kind[1])) - 1}, 'u{kind[1]}').view({kind})[()]")
 
-    def _register(self, register: str, kind: str) -> str:
-        """The local variable of a register in a kind, which is made once where it was assigned in another."""
-        name = register[1:]
-        if register not in self.kinds:
-            self.kinds[register] = [self.own(register)]
-            place = self.places.setdefault(register, len(self.places))
-            self.lines.append(f"{name}_{self.own(register)} = R[{place}]")
-        kinds = self.kinds[register]
-        if kind not in kinds:
-            self.lines.append(f"{name}_{kind} = {recast(f'{name}_{kinds[0]}', kinds[0], kind)}")
-            kinds.append(kind)
-        return f"{name}_{kind}"
-
-    def _alike(self, operand: str, kind: str) -> str:
+    def natural(self, operand: str, kind: str) -> str:
         """The kind that a register is in, if it is as wide: bits that are only moved need no other."""
-        have = self.kinds.get(operand, [kind])[0]
+        have = self.current.get(operand, ("", kind))[1]
         return have if have[1:] == kind[1:] else kind
 
     def read(self, operand: str, of: str) -> str:
         """An operand as a number of a PTX type."""
-        text = f"from_bf({self.value(operand, 'u2')})" if of == "bf16" else self.value(operand, NUMPY[of])
-        return self._flushed(f"split({text}, f4)" if of == "f32x2" else text, of)
+        text = self.value(operand, NUMPY[of])
+        if of in ("bf16", "f32x2"):
+            text = self.let(FROM_BF16.format(text) if of == "bf16" else f"split({text}, f4)")
+        return self._flushed(text, of)
+
+    def _flushed(self, text: str, of: str) -> str:
+        if not self.ftz or of not in ("f32", "f32x2", "bf16") or text in self.flushed:
+            return text
+        name = self.let(FLUSHED.format(self.let(text)))
+        self.flushed.add(name)
+        return name
+
+    def _wide(self, variable: str, of: str) -> str:
+        return self.let(f"{variable}.astype({NUMPY[WIDER[of]]})")
 
     def write(self, register: str, text: str, of: str) -> None:
         """register = a number of a PTX type."""
         text = self._flushed(text, of)
         self.assign(register, f"({text}).view(u8)[..., 0]" if of == "f32x2" else text, NUMPY[of])
-
-    def _flushed(self, text: str, of: str) -> str:
-        """With .ftz; once for a register, and not of constants, which are hardly subnormal."""
-        if not self.ftz or of not in ("f32", "f32x2", "bf16"):
-            return text
-        if text not in self.flushed:
-            constant, name = self.names.get(text), f"_{len(self.lines)}"
-            if constant is not None and flush(constant) == constant:
-                return text
-            self.lines.append(f"{name} = flush({text})")
-            self.flushed[text] = name
-        return self.flushed[text]
 
     def assign(self, register: str, text: str, kind: str) -> None:
         """register = an array of `kind`, where the guard holds."""
@@ -276,22 +268,17 @@ class Translator:
             return
         own = self.own(register)
         if own[1:] != kind[1:]:
-            text, kind = recast(text, kind, own), own
+            text, kind = self.recast(text, kind, own), own
         if self.guard is not None:
             text = f"where({self.guard}, {text}, {self.value(register, kind)})"
-        self.kinds[register] = [kind]
-        self.writes[register] = kind
-        self.products = {d: ab for d, ab in self.products.items() if register not in (d, *ab)}
-        self.flushed = {x: name for x, name in self.flushed.items() if f"{register[1:]}_" not in x}
-        self.lines.append(f"{register[1:]}_{kind} = {text}")
+        self.current[register] = self.let(text), kind
 
     # Blocks
 
-    def _draft(self, block: Block) -> tuple[list[str], dict[str, str], str]:
-        """Lines of Python, the registers that they write in which kind, and what the block returns."""
-        self.lines, self.kinds, self.writes = list[str](), dict[str, list[str]](), dict[str, str]()
-        self.products: dict[str, tuple[str, ...]] = {}  # registers that hold a product, and its factors
-        self.flushed: dict[str, str] = {}  # what has been flushed, and into which variable
+    def _draft(self, block: Block) -> None:
+        self.lines, self.made, self.flushed = list[str](), dict[str, str](), set[str]()  # variables by their expression
+        self.current: dict[str, tuple[str, str]] = {}  # the variable that a register is in, and its kind
+        self.products: dict[str, list[str]] = {}  # variables that are a product, and its factors
         self.end, self.result = ("fall", ""), "None"
         for instruction in block.code:
             try:
@@ -300,14 +287,15 @@ class Translator:
                 what = f"{self.kernel.name}, PTX line {instruction.line}: {instruction.text} ({error})"
                 raise NotImplementedError(what) from error
         self.ends.append(self.end)
-        return self.lines, self.writes, self.result
+        self.drafts.append((self.lines, self.current, self.result))
 
-    def _function(self, number: int, lines: list[str], writes: dict[str, str], result: str) -> Callable[..., Any]:
-        kept = [
-            (f"R[{self.places[register]}]", recast(f"{register[1:]}_{kind}", kind, self.own(register)))
-            for register, kind in writes.items()
-            if register in self.places
-        ]
+    def _function(self, number: int) -> Callable[..., Any]:
+        lines, current, result = self.drafts[number]
+        kept = []
+        for register, i in self.places.items():
+            variable, kind = current.get(register, (f"r{i}", ""))
+            if variable != f"r{i}":
+                kept.append((f"R[{i}]", variable if kind[0] in "bu" else f"{variable}.view(u{kind[1]})"))
         if kept:
             lines += ["if m is None:", *(f"    {place} = {text}" for place, text in kept)]
             lines += ["else:", *(f"    {place} = where(m, {text}, {place})" for place, text in kept)]
@@ -350,34 +338,29 @@ class Translator:
     # Arithmetic
 
     def _calculate(self, d: str, *operands: str) -> None:
-        of = self.types[-1]
-        head = "f32 div" if self.head == "div" and of == "f32" else self.head
-        types = [OPERANDS.get((head, i), of) for i in range(len(operands))]
-        if self.types == ["f32", "bf16"] and head in ("add", "sub"):
-            of, types = "f32", ["bf16", "f32"]  # the first operand is widened
-        elif len(self.types) != 1 or of in BITS_ONLY or of not in ONLY.get(head, NUMPY) or (self.ftz and of == "f16"):
+        name = next((f"{self.head}.{x}" for x in self.mods if f"{self.head}.{x}" in FORMULAS), self.head)
+        of = result = self.types[-1]
+        if self.types == ["f32", "bf16"] and name in ("add", "sub") and not self.ftz:
+            types, result = ["bf16", "f32"], "f32"  # the first operand is widened
+        elif len(self.types) != 1 or of in BITS_ONLY or of not in ONLY.get(name, NUMPY) or (self.ftz and of == "f16"):
             raise NotImplementedError(f"in {of}")
-        wide = {"wide", "hi"} & set(self.mods)
-        if wide:  # in twice the bits
-            of, types[2:] = WIDER[of], [WIDER[of]] * len(types[2:])
-        given = [self.read(operand, kind) for operand, kind in zip(operands, types, strict=True)]
-        if wide:
-            given[:2] = (f"{x}.astype({NUMPY[of]})" for x in given[:2])
-        formula = FORMULAS[f"NaN {head}" if "NaN" in self.mods else head]
-        # max and min of three numbers, perhaps
-        text = functools.reduce(formula.format, given) if head in ("max", "min") else formula.format(*given)
-        if head in ROUNDED:
-            text = f"({text}).astype(f4)" if "rn" in self.mods else f"approx({text})"
-        if "hi" in self.mods:
-            kind = NUMPY[types[0]]
-            self.assign(d, f"(({text}) >> {self._constant(8 * int(kind[1]), NUMPY[of])}).astype({kind})", kind)
-            return
+        else:
+            of = f"u{of[1:]}" if of[0] == "s" and name in WRAPPING else of
+            types = [OPERANDS.get((name, i), of) for i in range(len(operands))]
+        if "wide" in self.mods:
+            result, types[2:] = WIDER[of], [WIDER[of]] * len(types[2:])
+        given = [self.read(x, kind) for x, kind in zip(operands, types, strict=True)]
+        formula = FORMULAS[name]
+        wide = {f"w{i}": self._wide(x, of) for i, x in enumerate(given) if f"{{w{i}}}" in formula}
+        text = formula.format(*given, **wide)
+        for more in given[2:] if self.head in ("max", "min") else ():
+            text = formula.format(text, more)
         plain = self.mods == ["f32"] and self.fuse  # with .rn or .ftz ptxas leaves it alone
-        if plain and head in ("add", "sub"):
-            text = self._contracted(*operands) or text
-        self.write(d, text, of)
-        if plain and head == "mul" and self.guard is None and d not in operands:
-            self.products[d] = operands
+        if plain and name in ("add", "sub"):
+            text = self._contracted(*given) or text
+        self.write(d, text, result)
+        if plain and name == "mul" and self.guard is None:
+            self.products[self.value(d, "f4")] = given
 
     def _contracted(self, a: str, b: str) -> str | None:
         """a ± b where one of them is a product, as one fma."""
@@ -385,10 +368,10 @@ class Translator:
         if product not in self.products:
             return None
         self.fused += 1
-        x, y, z = (self.value(r, "f4") for r in (*self.products[product], other))
+        x, y, z = (self._wide(x, "f32") for x in (*self.products[product], other))
         if self.head == "sub":
             x, z = (x, f"-{z}") if product == a else (f"-{x}", z)
-        return f"fma({x}, {y}, {z})"
+        return FORMULAS["fma"].format(w0=x, w1=y, w2=z)
 
     # Comparisons, moves and conversions
 
@@ -397,8 +380,9 @@ class Translator:
         if how == "ne" and of[0] in "bus" and of not in BITS_ONLY:
             how = "neu"  # integers are never NaN
         if of.endswith("x2"):  # two comparisons, of the lower halves first
-            form = "from_bf(split({}, u2)[..., {}])" if of == "bf16x2" else "split({}, f2)[..., {}]"
-            pairs = [[form.format(self.value(x, "u4"), i) for x in (a, b)] for i in (0, 1)]
+            halves = [[self.let(f"split({self.value(x, 'u4')}, u2)[..., {i}]") for x in (a, b)] for i in (0, 1)]
+            form = FROM_BF16 if of == "bf16x2" else "{0}.view(f2)"
+            pairs = [[form.format(x) for x in pair] for pair in halves]
         else:
             pairs = [[self.read(x, of) for x in (a, b)]]
         for register, pair in zip(d.split("|"), pairs, strict=True):
@@ -418,7 +402,7 @@ class Translator:
         elif "{" in a:
             self.assign(d, f"join({kind}, {', '.join(self.value(x, half) for x in parts)})", kind)
         else:
-            kind = self._alike(a, kind)
+            kind = self.natural(a, kind)
             self.assign(d, self.value(a, kind), kind)
 
     _cvta = _mov
@@ -432,9 +416,9 @@ class Translator:
         if rounding := next((x for x in self.mods if x in ROUNDINGS), None):
             texts = [f"np.{ROUNDINGS[rounding]}({x})" for x in texts]
         if single == "bf16":
-            texts = [f"to_bf({x})" for x in texts]
+            texts = [f"to_bf16({x})" for x in texts]
         elif of[0] != "f" or to[0] == "f":  # integers are cut, or extended as the source's kind says
-            texts = [f"({x}).astype({NUMPY[single]})" for x in texts]
+            texts = [x if of == "bf16" else f"({x}).astype({NUMPY[single]})" for x in texts]
         elif rounding and kind[1] != "8":  # a float as an integer: what it cannot be is cut, NaN is 0
             limits = np.iinfo(kind)
             texts = [
@@ -466,7 +450,7 @@ class Translator:
         how = f"NaN {self.mods[1]}" if "NaN" in self.mods else self.mods[1]
         kind = NUMPY[self.types[-1]]
         if self.head == "shfl":
-            kind = self._alike(a, kind)
+            kind = self.natural(a, kind)
         x = self.value(a, "b1" if self.head == "vote" else kind)
         arguments = ", ".join((f"'{how}'", x, *(self.value(number, "i4") for number in numbers)))
         self.assign(d, f"c.{self.head}({arguments})", kind)
@@ -485,11 +469,12 @@ class Translator:
         wide = space == "global" or (base.startswith("%") and self.own(base) == "u8")
         mode = next((x for x in self.mods if x in ORDERINGS), "weak")
         scope = next((x for x in self.mods if x in SCOPES), "gpu")
-        name, size = f"A{len(self.names)}", int(kind[1])
-        self.names[name] = Access(space, int(offset), size, count, size * count, self.line, mode, scope)
+        number, size = len(self.accesses), int(kind[1])
+        self.accesses.append(Access(space, int(offset), size, count, size * count, number, self.line, mode, scope))
+        self.names[f"A{number}"] = self.accesses[number]
         self.unit[space] = min(self.unit[space], size)
         mask = "m" if self.guard is None else f"({self.guard} if m is None else {self.guard} & m)"
-        return f"{name}, {self.value(base, 'u8' if wide else 'u4')}, {mask}"
+        return f"A{number}, {self.value(base, 'u8' if wide else 'u4')}, {mask}"
 
     def _ld(self, d: str, place: str) -> None:
         kind, registers = NUMPY[self.types[-1]], _listed(d)
@@ -502,14 +487,15 @@ class Translator:
 
     def _ldmatrix(self, d: str, place: str) -> None:
         self._whole_warps()
-        given = f"{self._access(place, 'u4', 4)}, {len(_listed(d))}, {'trans' in self.mods}"
-        self._spread(_listed(d), "u4", f"c.load_matrices({given})")
+        call = f"c.load_matrices({self._access(place, 'u4', 4)}, {'trans' in self.mods})"
+        self._spread(_listed(d), "u4", call)
 
     def _spread(self, registers: list[str], kind: str, call: str) -> None:
         """A row of what was loaded in each."""
-        self.lines.append(f"_x = {call}.view({kind})")
+        name = f"x{len(self.lines)}"
+        self.lines.append(f"{name} = {call}.view({kind})")
         for i, register in enumerate(registers):
-            self.assign(register, f"_x[{i}]", kind)
+            self.assign(register, f"{name}[{i}]", kind)
 
     def _st(self, place: str, operand: str) -> None:
         kind, numbers = f"u{NUMPY[self.types[-1]][1]}", _listed(operand)
