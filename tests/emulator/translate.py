@@ -339,13 +339,13 @@ class Translator:
 
     def _calculate(self, d: str, *operands: str) -> None:
         name = next((f"{self.head}.{x}" for x in self.mods if f"{self.head}.{x}" in FORMULAS), self.head)
-        of = result = self.types[-1]
+        of = self.types[-1]
         if self.types == ["f32", "bf16"] and name in ("add", "sub") and not self.ftz:
             types, result = ["bf16", "f32"], "f32"  # the first operand is widened
         elif len(self.types) != 1 or of in BITS_ONLY or of not in ONLY.get(name, NUMPY) or (self.ftz and of == "f16"):
             raise NotImplementedError(f"in {of}")
         else:
-            of = f"u{of[1:]}" if of[0] == "s" and name in WRAPPING else of
+            of = result = f"u{of[1:]}" if of[0] == "s" and name in WRAPPING else of
             types = [OPERANDS.get((name, i), of) for i in range(len(operands))]
         if "wide" in self.mods:
             result, types[2:] = WIDER[of], [WIDER[of]] * len(types[2:])
