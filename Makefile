@@ -52,15 +52,17 @@ test: install
 mutants: install
 	$(BIN)/python tests/mutate.py --jobs $(JOBS) $(MUTANTS)
 
-# As compiled for each of these architectures; an emulator with a sanitizer runs the PTX (tests/emulator).
+# As compiled for each of these architectures; an emulator with a sanitizer runs the PTX (tests/emulator). It finds the
+# same races in every order; in lockstep it takes an hour or two, in greedy order several times that.
 EMULATE ?= 80 90
+EMULATE_OPTIONS ?= --order lockstep
 EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options parts streaming token_logprobs hard_rows \
 	identities properties autograd uncounted surroundings traps weight_grad toys definition recipes))
 
 test-emulated: install
 	TRITON_INTERPRET=0 $(BIN)/python tests/compiled_cases.py "many rows"
 	for capability in $(EMULATE); do \
-		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATED) || exit 1; done
+		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATE_OPTIONS) $(EMULATED) || exit 1; done
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
 $(COMPAT)/installed: pyproject.toml setup.py

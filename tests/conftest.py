@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ulps", type=int, default=0, metavar="N", help=text)
     text = "with --emulate: a product and the sum behind it are one operation, as ptxas may make them"
     parser.addoption("--fuse", action="store_true", help=text)
+    text = "with --emulate: how a block's warps take turns: greedy (the default), lockstep (the fastest) or warps"
+    parser.addoption("--order", metavar="ORDER", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,9 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if (capability := config.getoption("--emulate")) is not None:
         os.environ["TRITON_INTERPRET"] = "0"
         how = {"ulps": config.getoption("--ulps"), "fuse": config.getoption("--fuse")}
+        how["order"] = config.getoption("--order") or "greedy"
         config.pluginmanager.register(importlib.import_module("emulator.plugin").Plugin(capability, **how))
-    elif config.getoption("--ulps") or config.getoption("--fuse"):
-        raise pytest.UsageError("--ulps and --fuse need --emulate")
+    elif any(map(config.getoption, ("--ulps", "--fuse", "--order"))):
+        raise pytest.UsageError("--ulps, --fuse and --order need --emulate")
     elif not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "interpreter(reason): needs Triton's interpreter itself; --emulate skips it")

@@ -384,13 +384,17 @@ class Threads:
             self.cta.note(RACES[bad[worst]], what, access.line, _thread(stamps))
 
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
-        """Threads of one instruction stored different bits to one address: rounding, or more than that."""
+        """Threads of one instruction stored different bits to one address: rounding, or more than that.
+
+        Their difference is set beside the largest number of the instruction: a sum whose terms cancel may be smaller
+        than what it was rounded by, and the sums of other threads, which do not all cancel, have its terms' size.
+        """
         kind, what = REPLICAS, "not numbers"
         if ours.itemsize == 4:
             one, two = (np.ascontiguousarray(x).view("f4").astype("f8") for x in (ours, kept))
-            gap = np.abs(one - two) / np.maximum(np.maximum(np.abs(one), np.abs(two)), 1e-30)
-            worst = float(np.where(np.isfinite(gap), gap, np.where(one == two, 0, np.inf)).max())
-            kind, what = (ROUNDING if worst < 1e-4 else REPLICAS), f"by {worst:.1e} of their size"
+            size = np.abs(one)[np.isfinite(one)].max(initial=1e-30)
+            gap = np.where(np.isfinite(one - two), np.abs(one - two) / size, np.where(one == two, 0, np.inf)).max()
+            kind, what = (ROUNDING if gap < 1e-4 else REPLICAS), f"by {gap:.1e} of the largest"
         self.cta.note(kind, what, line, threads[lost])
         winners = dict(zip(at.tolist(), (threads >> 5).tolist(), strict=True))
         if self.cta.grid.races and any(winners[at[i]] != threads[i] >> 5 for i in lost.nonzero()[0]):

@@ -20,12 +20,12 @@ class Plugin:
     together keeps.
     """
 
-    def __init__(self, capability: int, ulps: int, fuse: bool) -> None:
+    def __init__(self, capability: int, order: str, ulps: int, fuse: bool) -> None:
         try:
-            check(capability, ulps=ulps)
+            check(capability, order, ulps)
         except ValueError as error:
             raise pytest.UsageError(f"--emulate: {error}") from None
-        install(capability, ulps=ulps, fuse=fuse)
+        install(capability, order=order, ulps=ulps, fuse=fuse)
         import cases
 
         cases.cuts = lambda backend: False  # compiled kernels round to bfloat16, the interpreter cuts
