@@ -384,13 +384,19 @@ class Threads:
             self.cta.note(RACES[bad[worst]], what, access.line, _thread(stamps))
 
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
-        """Threads of one instruction stored different bits to one address: rounding, or more than that."""
+        """Threads of one instruction stored different bits to one address: rounding, or more than that.
+
+        Rounding is 1e-4 of the number at most. A sum that cancels has the rounding of its terms, several 2^-23 of them;
+        they are taken to be as large as the largest number that the instruction stores from the same register.
+        """
         kind, what = REPLICAS, "not numbers"
         if ours.itemsize == 4:
             one, two = (np.ascontiguousarray(x).view("f4").astype("f8") for x in (ours, kept))
-            gap = np.abs(one - two) / np.maximum(np.maximum(np.abs(one), np.abs(two)), 1e-30)
-            worst = float(np.where(np.isfinite(gap), gap, np.where(one == two, 0, np.inf)).max())
-            kind, what = (ROUNDING if worst < 1e-4 else REPLICAS), f"by {worst:.1e} of their size"
+            gap, size = np.abs(one - two), np.maximum(np.abs(one), np.abs(two))
+            terms = np.where(np.isfinite(one), np.abs(one), 0).max(1, keepdims=True)
+            rounding = (one == two) | (gap <= np.maximum(1e-4 * size, 2.0**-20 * terms))
+            kind = ROUNDING if rounding.all() else REPLICAS
+            what = f"by {gap.max():.1e}: numbers up to {size[:, lost].max():.1e}, beside {terms.max():.1e}"
         self.cta.note(kind, what, line, threads[lost])
         winners = dict(zip(at.tolist(), (threads >> 5).tolist(), strict=True))
         if self.cta.grid.races and any(winners[at[i]] != threads[i] >> 5 for i in lost.nonzero()[0]):
