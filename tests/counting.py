@@ -19,6 +19,7 @@ from typing import Any
 import emulator
 import numpy as np
 from emulator.machine import Threads
+from emulator.translate import Access
 
 Array = Any
 WARP, SECTOR, BANKS, WORD = 32, 32, 32, 4
@@ -90,13 +91,13 @@ class Turns:
 class CountedThreads(Threads):
     """Threads whose accesses are counted."""
 
-    def _access(self, space: str, address: Array, offset: int, nbytes: int, mask: Array, line: int) -> Any:
-        lanes = self.lanes if mask is None else self.lanes[self.full(mask)]
+    def _reached(self, access: Access, address: Array, mask: Array) -> Any:
+        who = slice(None) if mask is None else self.full(mask)
+        lanes = self.lanes[who]
         if len(lanes):
-            places = self.full(address)[slice(None) if mask is None else self.full(mask)].astype(np.int64) + offset
             launch: Any = self.cta.grid
-            launch.count(space, places, nbytes, lanes, line)
-        return super()._access(space, address, offset, nbytes, mask, line)
+            launch.count(access, self.full(address)[who].astype(np.int64) + access.offset, lanes)
+        return super()._reached(access, address, mask)
 
 
 class CountedGrid(emulator.Grid):
@@ -111,13 +112,13 @@ class CountedGrid(emulator.Grid):
         self.traffic: dict[str, Traffic] = {"loads": Traffic(), "stores": Traffic(), "shared": Traffic()}
         self.launches.append(self)
 
-    def count(self, space: str, address: Array, nbytes: int, lanes: Array, line: int) -> None:
+    def count(self, access: Access, address: Array, lanes: Array) -> None:
         """One access by some threads. Atomics count as instructions only: they are done where the caches meet."""
-        op = self.program.kernel.instructions[line].op
-        if space == "shared":
-            self.traffic["shared"] += waves(address, nbytes, lanes)
+        op = self.program.kernel.instructions[access.line].op
+        if access.space == "shared":
+            self.traffic["shared"] += waves(address, access.nbytes, lanes)
         elif op.startswith(("ld", "st")):
-            self.traffic["loads" if op.startswith("ld") else "stores"] += sectors(address, nbytes, lanes // WARP)
+            self.traffic["loads" if op.startswith("ld") else "stores"] += sectors(address, access.nbytes, lanes // WARP)
 
     def cost(self) -> Cost:
         """What it took."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -306,6 +307,16 @@ def test_shuffles(how: str, operands: str, wanted: Any) -> None:
     assert out.tolist() == [32 * w + wanted(i) for w in range(2) for i in range(32)]
 
 
+@pytest.mark.parametrize(("how", "wanted"), [("max", 31.0), ("min", 0.0), ("max.NaN", NAN), ("min.NaN", NAN)])
+def test_reductions_of_a_warp_with_nan(how: str, wanted: float) -> None:
+    """Of the numbers, unless the instruction says NaN."""
+    out = torch.zeros(32)
+    body = f"""{FIND} setp.eq.s32 %p1, %r0, 3; cvt.rn.f32.u32 %r1, %r0; selp.f32 %r2, 0f7FC00000, %r1, %p1;
+    redux.sync.{how}.f32 %r3, %r2, -1; st.global.b32 [%rd9], %r3;"""
+    assert run(body, out) == []
+    np.testing.assert_array_equal(out.numpy(), np.full(32, wanted, "f4"))
+
+
 def test_reductions_and_votes_of_a_warp() -> None:
     """redux of integers and floats, ballot, any and all, of each warp for itself."""
     for instruction, wanted in {
@@ -313,6 +324,8 @@ def test_reductions_and_votes_of_a_warp() -> None:
         "redux.sync.min.s32 %r1, %r0, -1": lambda w: 32 * w,
         "redux.sync.add.s32 %r1, %r0, -1": lambda w: sum(range(32 * w, 32 * w + 32)),
         "redux.sync.or.b32 %r1, %r0, -1": lambda w: 31 + 32 * w,
+        "redux.sync.and.b32 %r1, %r0, -1": lambda w: 32 * w,
+        "redux.sync.xor.b32 %r1, %r0, -1": lambda w: 0,
         "cvt.rn.f32.u32 %r3, %r0; redux.sync.max.f32 %r2, %r3, -1; cvt.rzi.s32.f32 %r1, %r2": lambda w: 32 * w + 31,
         "setp.lt.u32 %p1, %r0, 34; vote.sync.ballot.b32 %r1, %p1, -1": lambda w: -1 if w == 0 else 3,
         "setp.lt.u32 %p1, %r0, 34; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2": lambda w: int(w == 0),
@@ -421,6 +434,40 @@ def test_atomics() -> None:
     assert out.tolist() == [160, 159, 7]
 
 
+@pytest.mark.parametrize(
+    ("how", "new"),
+    {"add.u32": lambda old, i: old + i, "exch.b32": lambda old, i: i, "max.s32": max, "min.s32": min,
+     "or.b32": lambda old, i: old | i, "and.b32": lambda old, i: old & i}.items(),
+)  # fmt: skip
+def test_atomics_give_what_was_there(how: str, new: Any) -> None:
+    """One thread after the other, each with its number; cas for those that find what they look for."""
+    place, old = torch.full((1,), 12, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    body = "mad.wide.u32 %rd9, %r0, 4, %rd1; add.s32 %r2, %r0, 9; {} st.global.b32 [%rd9], %r1;"
+    assert run(body.format(f"atom.global.gpu.relaxed.{how} %r1, [%rd0], %r2;"), place, old) == []
+    assert [*old.tolist(), int(place)] == [*itertools.accumulate(range(9, 41), new, initial=12)]
+    place.fill_(12)
+    assert run(body.format("atom.global.gpu.relaxed.cas.b32 %r1, [%rd0], %r2, 15;"), place, old) == []
+    assert [*old.tolist(), int(place)] == [12] * 4 + [15] * 29
+
+
+@pytest.mark.parametrize(("order", "alone"), [("greedy", True), ("warps", False), ("lockstep", False)])
+def test_orders(order: str, alone: bool) -> None:
+    """Greedy: a warp runs as far as it gets. Each warp writes down eight times that it is its turn."""
+    count, turns = torch.zeros(1, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    body = """mov.b32 %r1, 0; shr.u32 %r2, %r0, 5; and.b32 %r3, %r0, 31; setp.eq.s32 %p1, %r3, 0;
+    $LOOP:
+    ld.global.b32 %r4, [%rd0]; mad.wide.u32 %rd9, %r4, 4, %rd1;
+    @%p1 st.global.b32 [%rd9], %r2;
+    add.s32 %r5, %r4, 1;
+    @%p1 st.global.b32 [%rd0], %r5;
+    add.s32 %r1, %r1, 1;
+    setp.lt.s32 %p2, %r1, 8;
+    @%p2 bra $LOOP;
+    """
+    run(body, count, turns, threads=64, order=order, races=False)
+    assert bool(count == 16 and (turns.diff() != 0).sum() == 1) == alone
+
+
 MESSAGE = """setp.ne.s32 %p1, %r0, 0;
 @%p1 bra $END;
 setp.eq.s32 %p2, %r59, 1;
@@ -447,6 +494,8 @@ ATOMIC = ("atom.global.gpu.acquire.add.u32", ", 0")
         ("gpu", "release", ACQUIRE, False),
         ("gpu", "acq_rel", ATOMIC, False),
         ("gpu", "relaxed", ACQUIRE, True),
+        ("gpu", "acquire", ACQUIRE, True),
+        ("gpu", "release", ("atom.global.gpu.release.add.u32", ", 0"), True),
         ("gpu", "release", ("ld.relaxed.gpu.global.b32", ""), True),
         ("cta", "release", ACQUIRE, True),
     ],
@@ -489,6 +538,70 @@ def test_a_release_covers_the_block_behind_a_barrier() -> None:
         assert sorted(set(found)) == kinds  # the order of blocks decides which accesses a race is seen at, and wins
         if not kinds:
             assert data[64:].tolist() == list(range(64))
+
+
+@pytest.mark.parametrize("between", ["", "bar.sync 0; setp.ne.s32 %p1, %r0, 32;"])
+def test_messages_are_passed_on(between: str) -> None:
+    """Of three blocks the second releases what it has acquired: the same thread, or another behind a barrier."""
+    body = f"""setp.ne.s32 %p1, %r0, 0;
+    setp.ne.s32 %p2, %r59, 0;
+    @%p2 bra $SECOND;
+    @%p1 bra $END;
+    st.global.b32 [%rd0], 42;
+    atom.global.gpu.release.exch.b32 %r2, [%rd1], 1;
+    bra.uni $END;
+    $SECOND:
+    setp.ne.s32 %p2, %r59, 1;
+    @%p2 bra $THIRD;
+    @%p1 bra $SEEN;
+    $WAIT:
+    ld.global.gpu.acquire.b32 %r3, [%rd1];
+    setp.ne.s32 %p3, %r3, 1;
+    @%p3 bra $WAIT;
+    $SEEN:
+    {between}
+    @%p1 bra $END;
+    atom.global.gpu.release.exch.b32 %r2, [%rd1+4], 1;
+    bra.uni $END;
+    $THIRD:
+    @%p1 bra $END;
+    $AGAIN:
+    ld.global.gpu.acquire.b32 %r3, [%rd1+4];
+    setp.ne.s32 %p3, %r3, 1;
+    @%p3 bra $AGAIN;
+    ld.global.b32 %r4, [%rd0];
+    st.global.b32 [%rd0+4], %r4;
+    $END:
+    """
+    data, flags = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    assert run(body, data, flags, blocks=3, threads=64) == []
+    assert data.tolist() == [42, 42]
+
+
+@pytest.mark.parametrize("change", ["red.global.gpu.relaxed.add.u32 [%rd0+4], 1;", "@%p3 st.global.b32 [%rd0+4], %r1;"])
+def test_waiting_while_others_work(change: str) -> None:
+    """However often a block asks for its flag, there is an end to it while the other block changes something."""
+    body = f"""mov.b32 %r1, 0;
+    setp.eq.s32 %p3, %r0, 0;
+    setp.eq.s32 %p1, %r59, 0;
+    @%p1 bra $WAIT;
+    $WORK:
+    {change}
+    ld.global.gpu.acquire.b32 %r2, [%rd0+8];
+    add.s32 %r1, %r1, 1;
+    setp.lt.s32 %p2, %r1, 1500;
+    @%p2 bra $WORK;
+    atom.global.gpu.release.exch.b32 %r3, [%rd0], 1;
+    bra.uni $END;
+    $WAIT:
+    ld.global.gpu.acquire.b32 %r2, [%rd0];
+    setp.ne.s32 %p2, %r2, 1;
+    @%p2 bra $WAIT;
+    $END:
+    """
+    memory = torch.zeros(3, dtype=torch.int32)
+    assert run(body, memory, blocks=2) == []
+    assert memory[0] == 1
 
 
 def test_spinning_within_a_block() -> None:
@@ -539,7 +652,8 @@ def test_out_of_bounds() -> None:
     found = fault("st.shared.b32 [global_smem+64], %r0;", shared=64)
     assert found.kind == "out of bounds" and "shared memory" in found.where
     assert fault(f"mov.b32 %r1, {SHARED_BASE - 4}; ld.shared.b32 %r2, [%r1];", shared=64).kind == "out of bounds"
-    assert fault("mov.b64 %rd1, 64; ld.global.b32 %r1, [%rd1];", whole).kind == "out of bounds"
+    for place in (64, -64):
+        assert fault(f"mov.b64 %rd1, {place}; ld.global.b32 %r1, [%rd1];", whole).kind == "out of bounds"
 
 
 def test_misaligned() -> None:
@@ -639,6 +753,42 @@ def test_what_is_no_race() -> None:
         assert run(body, x, threads=64) == [], body
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_reader_before_the_last(seed: int) -> None:
+    """Both warps read, one of them writes: it races with the other's load, whichever was the last."""
+    body = "ld.global.b32 %r1, [%rd0]; setp.eq.s32 %p1, %r0, 32; @%p1 st.global.b32 [%rd0], %r0;"
+    assert "race between warps" in run(body, torch.zeros(1, dtype=torch.int32), threads=64, seed=seed)
+
+
+def test_the_same_value_in_shared_memory() -> None:
+    """It may be there from before: two warps that store it race."""
+    body = "mov.b32 %r1, 5; st.shared.b32 [global_smem], %r1;"
+    assert run(body, torch.zeros(1), threads=64, shared=4) == ["race between warps"]
+
+
+def test_a_barrier_of_the_only_warp() -> None:
+    """bar.warp.sync is one of the block then: what all have written is released, what one acquires all may read."""
+    body = """mad.wide.u32 %rd9, %r0, 4, %rd0;
+    setp.ne.s32 %p1, %r0, 0;
+    setp.eq.s32 %p2, %r59, 1;
+    @%p2 bra $READ;
+    st.global.b32 [%rd9], %r0;
+    bar.warp.sync -1;
+    @!%p1 atom.global.gpu.release.exch.b32 %r2, [%rd1], 1;
+    bra.uni $END;
+    $READ:
+    @%p1 bra $SEEN;
+    ld.global.gpu.acquire.b32 %r3, [%rd1];
+    setp.ne.s32 %p3, %r3, 1;
+    @%p3 bra $READ;
+    $SEEN:
+    bar.warp.sync -1;
+    ld.global.b32 %r4, [%rd9];
+    $END:
+    """
+    assert run(body, torch.zeros(32, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), blocks=2) == []
+
+
 def test_replicas() -> None:
     """Threads of one instruction store what should be one number: last bits apart, or another number."""
     x = torch.zeros(1)
@@ -646,6 +796,26 @@ def test_replicas() -> None:
     assert run(rounded, x) == ["replicas differ by rounding"]
     emulator.clear()
     assert run("cvt.rn.f32.u32 %r1, %r0; st.global.b32 [%rd0], %r1;", x) == ["replicas differ"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ((1.0, 1.0 + 2.0**-12, 1.0), "replicas differ"),
+        ((1.0, NAN, 1.0), "replicas differ"),
+        ((2.80e-5, 2.79e-5, 2.7), "replicas differ by rounding"),  # a sum of terms like the other, that cancels
+        ((2.80e-5, 2.79e-5, 2.7e-5), "replicas differ"),
+        ((2.80e-5, 2.79e-5, INF), "replicas differ"),
+        ((2.80e-5, 2.80e-3, 2.7), "replicas differ"),
+    ],
+)
+def test_replicas_of_sums_that_cancel(values: tuple[float, float, float], kind: str) -> None:
+    """Two copies of one number, and another: the rounding of a sum is that of its terms."""
+    given, out = torch.tensor(values), torch.zeros(2)
+    body = """setp.lt.u32 %p1, %r0, 3;
+    mad.wide.u32 %rd8, %r0, 4, %rd0; shr.u32 %r2, %r0, 1; mad.wide.u32 %rd9, %r2, 4, %rd1;
+    @%p1 ld.global.b32 %r1, [%rd8]; @%p1 st.global.b32 [%rd9], %r1;"""
+    assert run(body, given, out) == [kind]
 
 
 def test_what_does_not_end() -> None:

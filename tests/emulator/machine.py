@@ -386,15 +386,17 @@ class Threads:
     def _replicas(self, ours: Array, kept: Array, lost: Array, line: int, threads: Array, at: Array) -> None:
         """Threads of one instruction stored different bits to one address: rounding, or more than that.
 
-        Their difference is set beside the largest number of the instruction: a sum whose terms cancel may be smaller
-        than what it was rounded by, and the sums of other threads, which do not all cancel, have its terms' size.
+        Rounding is 1e-4 of the number at most. A sum that cancels has the rounding of its terms, several 2^-23 of them;
+        they are taken to be as large as the largest number that the instruction stores from the same register.
         """
         kind, what = REPLICAS, "not numbers"
         if ours.itemsize == 4:
             one, two = (np.ascontiguousarray(x).view("f4").astype("f8") for x in (ours, kept))
-            size = np.abs(one)[np.isfinite(one)].max(initial=1e-30)
-            gap = np.where(np.isfinite(one - two), np.abs(one - two) / size, np.where(one == two, 0, np.inf)).max()
-            kind, what = (ROUNDING if gap < 1e-4 else REPLICAS), f"by {gap:.1e} of the largest"
+            gap, size = np.abs(one - two), np.maximum(np.abs(one), np.abs(two))
+            terms = np.where(np.isfinite(one), np.abs(one), 0).max(1, keepdims=True)
+            rounding = (one == two) | (gap <= np.maximum(1e-4 * size, 2.0**-20 * terms))
+            kind = ROUNDING if rounding.all() else REPLICAS
+            what = f"by {gap.max():.1e}: numbers up to {size[:, lost].max():.1e}, beside {terms.max():.1e}"
         self.cta.note(kind, what, line, threads[lost])
         winners = dict(zip(at.tolist(), (threads >> 5).tolist(), strict=True))
         if self.cta.grid.races and any(winners[at[i]] != threads[i] >> 5 for i in lost.nonzero()[0]):
