@@ -934,11 +934,11 @@ def test_what_does_not_end() -> None:
      "mov.u32 %r1, %clock;", "st.local.b32 [%r1], %r2;", "fence.acq_rel.gpu;", "cvt.rn.satfinite.bf16.f32 %rs1, %r1;",
      "cp.async.cg.shared.global [%r1], [%rd1], 16;", "add.f32 %r1, %x2, %r3;", "call.uni f, (%r1);",
      "@%p1 bar.sync 0;", "@%p1 shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", "@!%p1 bar.warp.sync -1;", "bar.sync 1;",
-     "add.ftz.f16 %rs1, %rs2, %rs3;", "cvt.rzi.s64.f32 %rd1, %r1;", "cvt.s32.f32 %r1, %r2;", "ex2.approx.f64 %fd1, %fd2;",
-     "cvt.f64.bf16 %fd1, %rs2;", "setp.lt.f32 %p1|%p2, %r1, %r2;", "mov.u16 %rs1, %tid.x;", "mad.f32 %r1, %r2, %r3, %r4;",
-     "mul.wide.s64 %rd1, %rd2, %rd3;", "div.f32 %r1, %r2, %r3;", "atom.global.gpu.relaxed.add.f16 %rs1, [%rd1], %rs2;",
-     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];", "ld.b32 %r1, [%rd1];", "ld.global.b32 %r1, [%rd1+%r2];",
-     "mov.b32 %r1, 0d3FF0000000000000;", "mov.b32 %r1, symbol;"],
+     "add.ftz.f16 %rs1, %rs2, %rs3;", "cvt.rzi.s64.f32 %rd1, %r1;", "cvt.s32.f32 %r1, %r2;", "cvt.f64.bf16 %fd1, %rs2;",
+     "ex2.approx.f64 %fd1, %fd2;", "setp.lt.f32 %p1|%p2, %r1, %r2;", "mov.u16 %rs1, %tid.x;", "mov.b32 %r1, symbol;",
+     "mul.wide.s64 %rd1, %rd2, %rd3;", "mad.f32 %r1, %r2, %r3, %r4;", "div.f32 %r1, %r2, %r3;", "ld.b32 %r1, [%rd1];",
+     "atom.global.gpu.relaxed.add.f16 %rs1, [%rd1], %rs2;", "mov.b32 %r1, 0d3FF0000000000000;",
+     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];", "ld.global.b32 %r1, [%rd1+%r2];"],
 )  # fmt: skip
 def test_unknown_instructions(instruction: str) -> None:
     """Refused when the kernel is read, with the instruction's text."""
