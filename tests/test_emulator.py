@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,9 +13,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from emulator import driver, plugin
-from emulator.machine import sparse
-from emulator.translate import SHARED_BASE
+from emulator import driver, machine, plugin, translate
 
 NAN, INF = math.nan, math.inf
 TINY = 2.0**-127  # subnormal
@@ -154,6 +153,9 @@ CALCULATIONS: dict[str, tuple[Any, ...]] = {
     "max.f32 {d}, {a}, {b};": ("f4", [3.0, 3.0], ("f4", [NAN, 3.0]), ("f4", [3.0, -INF])),
     "min.f32 {d}, {a}, {b};": ("f4", [3.0, -INF], ("f4", [NAN, 3.0]), ("f4", [3.0, -INF])),
     "max.NaN.f32 {d}, {a}, {b};": ("f4", [NAN], ("f4", [NAN]), ("f4", [3.0])),
+    "min.NaN.f32 {d}, {a}, {b};": ("f4", [NAN], ("f4", [NAN]), ("f4", [3.0])),
+    "max.f32 {d}, {a}, {b}, {c};": ("f4", [3.0, 4.0], ("f4", [1.0, NAN]), ("f4", [3.0, 2.0]), ("f4", [2.0, 4.0])),
+    "min.s32 {d}, {a}, {b}, {c};": ("s4", [-3], ("s4", [1]), ("s4", [3]), ("s4", [-3])),
     "ex2.approx.f32 {d}, {a};": ("f4", [8.0, TINY, 0.0, 1.0], ("f4", [3.0, -127.0, -INF, TINY])),
     "ex2.approx.ftz.f32 {d}, {a};": ("f4", [8.0, 0.0], ("f4", [3.0, -127.0])),
     "lg2.approx.f32 {d}, {a};": ("f4", [-3.0, -INF, NAN], ("f4", [0.125, 0.0, -1.0])),
@@ -177,11 +179,14 @@ CALCULATIONS: dict[str, tuple[Any, ...]] = {
     "cvt.rzi.s32.f32 {d}, {a};": ("s4", [-2, 2, 0, 2**31 - 1], ("f4", [-2.9, 2.9, NAN, 1e20])),
     "cvt.rni.s32.f32 {d}, {a};": ("s4", [2, 4], ("f4", [2.5, 3.5])),
     "cvt.rmi.f32.f32 {d}, {a};": ("f4", [-3.0, 2.0], ("f4", [-2.1, 2.9])),
+    "cvt.rpi.f32.f32 {d}, {a};": ("f4", [-2.0, 3.0], ("f4", [-2.1, 2.1])),
+    "cvt.rzi.f32.f32 {d}, {a};": ("f4", [-2.0, 2.0], ("f4", [-2.9, 2.9])),
     "cvt.rmi.ftz.f32.f32 {d}, {a};": ("f4", [-0.0], ("f4", [-TINY])),
     "cvt.s64.s32 {d}, {a};": ("s8", [-1], ("s4", [-1])),
     "cvt.u64.u32 {d}, {a};": ("s8", [M], ("u4", [M])),
     "cvt.u32.u64 {d}, {a};": ("u4", [5], ("u8", [2**32 + 5])),
     "mov.b32 {d}, 0f40490FDB;": ("f4", [np.float32(math.pi)], ("f4", [0.0])),
+    "mov.b64 {d}, 0dBFF8000000000000;": ("f8", [-1.5], ("f8", [0.0])),
     "mov.b64 {d}, {{{a}, {b}}};": ("u8", [2**32 + 7], ("u4", [7]), ("u4", [1])),
     "mov.b64 {{_, {d}}}, {a};": ("u4", [1], ("u8", [2**32 + 7])),
     "mov.b32 {{{d}, _}}, {a};": ("u2", [0x5678], ("u4", [0x12345678])),
@@ -196,6 +201,21 @@ def test_instructions(instruction: str) -> None:
     np.testing.assert_array_equal(found, np.asarray(wanted, "O" if out[0] in "us" else None).astype(TYPES[out]))
     if out[0] == "f":
         assert (np.signbit(found) == np.signbit(np.asarray(wanted)))[~np.isnan(found)].all()
+
+
+@pytest.mark.parametrize("instruction", CALCULATIONS)
+def test_what_a_register_holds(instruction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that is made of an instruction gives numbers of the kind that later code takes them for."""
+    assign = translate.Translator.assign
+
+    def checked(self: translate.Translator, register: str, text: str, kind: str) -> None:
+        assign(self, register, text, kind)
+        if register != "_":
+            variable, said = self.current[register]
+            self.lines.append(f"assert {variable}.dtype == {said}")
+
+    monkeypatch.setattr(translate.Translator, "assign", checked)
+    test_instructions(instruction)
 
 
 @pytest.mark.parametrize(("symbol", "wanted"), [("add", (4.0, -1.0)), ("sub", (-2.0, 3.0)), ("mul", (3.0, -2.0))])
@@ -237,8 +257,8 @@ def test_signed_and_unsigned_comparisons() -> None:
     assert calculate(choose, "u4", ("s4", [1, 1]), ("s4", [2, 9])).tolist() == [1, 0]
 
 
-def test_noise_of_approximations_and_contraction() -> None:
-    """A number is off by the same amount each time, by no more than asked; a product and a sum become one fma."""
+def test_noise_of_approximations() -> None:
+    """A number is off by the same amount each time, by no more than asked."""
     x = np.linspace(0.1, 5, 32).astype("f4")
     out = {}
     for ulps in (0, 2):
@@ -250,13 +270,31 @@ def test_noise_of_approximations_and_contraction() -> None:
     gaps = np.abs(out[2] - out[0])
     assert gaps.max() == 2
     assert (gaps > 0).sum() > 8
-    near = 1 + 2.0**-23
-    for fuse, wanted in ((False, 0.0), (True, 2.0**-46)):
-        values = torch.full((32,), near)
-        made = program("ld.global.b32 %r1, [%rd0]; mul.f32 %r2, %r1, %r1; add.f32 %r3, %r2, 0fBF800002;"
-                       "st.global.b32 [%rd0], %r3;", 1, fuse=fuse)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("instructions", "fused"),
+    [
+        ("mul.f32 %r2, %r1, %r1; add.f32 %r3, %r2, 0fBF800002;", 2.0**-46),
+        ("mul.f32 %r2, %r1, %r1; add.f32 %r3, 0fBF800002, %r2;", 2.0**-46),
+        ("mul.f32 %r2, %r1, %r1; sub.f32 %r3, %r2, 0f3F800002;", 2.0**-46),
+        ("mul.f32 %r2, %r1, %r1; sub.f32 %r3, 0f3F800002, %r2;", -(2.0**-46)),
+        ("mul.rn.f32 %r2, %r1, %r1; add.f32 %r3, %r2, 0fBF800002;", 0.0),
+        ("mul.f32 %r2, %r1, %r1; add.rn.f32 %r3, %r2, 0fBF800002;", 0.0),
+        ("setp.eq.s32 %p1, 0, 0; @%p1 mul.f32 %r2, %r1, %r1; add.f32 %r3, %r2, 0fBF800002;", 0.0),
+        ("mul.f32 %r2, %r1, %r1; mov.b32 %r2, 0f3F800002; add.f32 %r3, %r2, 0fBF800002;", 0.0),
+        ("mul.f32 %r2, %r1, %r1; mov.b32 %r1, 0f00000000; add.f32 %r3, %r2, 0fBF800002;", 2.0**-46),
+    ],
+)
+def test_contraction(instructions: str, fused: float) -> None:
+    """A product and the sum behind it become one fma where they may, and only where that is asked."""
+    for fuse in (False, True):
+        values = torch.full((32,), 1 + 2.0**-23)
+        body = f"ld.global.b32 %r1, [%rd0]; {instructions} st.global.b32 [%rd0], %r3;"
+        made = program(body, 1, fuse=fuse)
         emulator.launch(made, 1, [("*fp32", values)])
-        assert values[0] == wanted
+        assert values[0] == (fused if fuse else 0.0)
+        assert made.fused == (fuse and fused != 0)
 
 
 # Threads: predicates, branches, warps
@@ -287,6 +325,65 @@ def test_divergence_and_loops(order: str) -> None:
     """
     assert run(body, out, threads=64, order=order) == []
     assert out.tolist() == [555 if i == 5 else i if i < 40 else 1000 for i in range(64)]
+
+
+def test_guards_where_threads_have_parted() -> None:
+    """A guarded access is by the threads that are there."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = f"""{FIND} setp.ge.u32 %p1, %r0, 8;
+    @%p1 bra $END;
+    setp.gt.u32 %p2, %r0, 3;
+    @%p2 st.global.b32 [%rd9], %r0;
+    $END:
+    """
+    assert run(body, out) == []
+    assert out.tolist() == [i if 3 < i < 8 else 0 for i in range(32)]
+
+
+def test_registers_change_places() -> None:
+    """Round a loop two registers take each other's number."""
+    out = torch.zeros(2, dtype=torch.int32)
+    body = """mov.b32 %r1, 1; mov.b32 %r2, 2; mov.b32 %r3, 0;
+    $LOOP:
+    mov.b32 %r4, %r1; mov.b32 %r1, %r2; mov.b32 %r2, %r4;
+    add.s32 %r3, %r3, 1;
+    setp.lt.s32 %p1, %r3, 3;
+    @%p1 bra $LOOP;
+    st.global.v2.b32 [%rd0], {%r1, %r2};
+    """
+    assert run(body, out) == []
+    assert out.tolist() == [2, 1]
+
+
+def test_special_registers() -> None:
+    """Where a thread is, and how many there are."""
+    names = ("tid.x", "tid.y", "laneid", "ntid.x", "ntid.y", "ctaid.x", "ctaid.z", "nctaid.x", "nctaid.z")
+    out = torch.zeros(len(names), dtype=torch.int32)
+    body = "setp.eq.s32 %p1, %r59, 2; setp.eq.and.s32 %p2, %r0, 37, %p1;"
+    for i, name in enumerate(names):
+        body += f"mov.u32 %r1, %{name}; @%p2 st.global.b32 [%rd0+{4 * i}], %r1;"
+    assert run(body, out, blocks=3, threads=64) == []
+    assert out.tolist() == [37, 0, 5, 64, 1, 2, 0, 3, 1]
+
+
+def test_numbers_of_a_launch() -> None:
+    """Negative ones too."""
+    out = torch.zeros(1, dtype=torch.int64)
+    assert run("st.global.b64 [%rd0], %rd1;", out, -5) == []
+    assert out.item() == -5
+
+
+def test_counts() -> None:
+    """How many warps ran each block of instructions: the second warp goes round once more."""
+    body = """mov.b32 %r1, 0; shr.u32 %r2, %r0, 5;
+    $LOOP:
+    add.s32 %r1, %r1, 1;
+    setp.le.s32 %p1, %r1, %r2;
+    @%p1 bra $LOOP;
+    """
+    for order in emulator.ORDERS:
+        grid = emulator.launch(program(body, 0, threads=64), 3, [], order=order)
+        assert grid.counts == {0: 6, 1: 9, 2: 6}
 
 
 @pytest.mark.parametrize(
@@ -377,6 +474,14 @@ def test_vectors_and_extension() -> None:
     """
     assert run(body, given, out) == []
     assert out.tolist() == [-1, -2, -3, -4, -3, 253, -4, 2]
+
+
+def test_a_float_s_lower_half() -> None:
+    """A store of fewer bits than the register has is of the lower ones, whatever it holds."""
+    out = torch.zeros(32, dtype=torch.int16)
+    body = "mov.b32 %r1, 0f3F801234; add.f32 %r2, %r1, 0f00000000; st.global.b16 [%rd9], %r2;"
+    assert run(indexed("%rd0", 2, 9) + body, out) == []
+    assert out.tolist() == [0x1234] * 32
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
@@ -604,13 +709,14 @@ def test_waiting_while_others_work(change: str) -> None:
     assert memory[0] == 1
 
 
-def test_spinning_within_a_block() -> None:
+@pytest.mark.parametrize("load", ["ld.global.gpu.acquire.b32", "ld.volatile.global.b32"])
+def test_spinning_within_a_block(load: str) -> None:
     """One warp waits for a flag of another; in greedy order too it comes to an end."""
     flag = torch.zeros(2, dtype=torch.int32)
-    body = """setp.ge.u32 %p1, %r0, 32;
+    body = f"""setp.ge.u32 %p1, %r0, 32;
     @%p1 bra $SET;
     $WAIT:
-    ld.global.gpu.acquire.b32 %r1, [%rd0];
+    {load} %r1, [%rd0];
     setp.ne.s32 %p2, %r1, 1;
     @%p2 bra $WAIT;
     bra.uni $END;
@@ -651,7 +757,9 @@ def test_out_of_bounds() -> None:
     assert whole.any() == 0
     found = fault("st.shared.b32 [global_smem+64], %r0;", shared=64)
     assert found.kind == "out of bounds" and "shared memory" in found.where
-    assert fault(f"mov.b32 %r1, {SHARED_BASE - 4}; ld.shared.b32 %r2, [%r1];", shared=64).kind == "out of bounds"
+    assert (
+        fault(f"mov.b32 %r1, {translate.SHARED_BASE - 4}; ld.shared.b32 %r2, [%r1];", shared=64).kind == "out of bounds"
+    )
     for place in (64, -64):
         assert fault(f"mov.b64 %rd1, {place}; ld.global.b32 %r1, [%rd1];", whole).kind == "out of bounds"
 
@@ -830,7 +938,13 @@ def test_what_does_not_end() -> None:
     "instruction",
     ["tanh.approx.f32 %r1, %r2;", "add.sat.s32 %r1, %r2, %r3;", "add.bf16 %rs1, %rs2, %rs3;", "bar.sync 1, 64;",
      "mov.u32 %r1, %clock;", "st.local.b32 [%r1], %r2;", "fence.acq_rel.gpu;", "cvt.rn.satfinite.bf16.f32 %rs1, %r1;",
-     "cp.async.cg.shared.global [%r1], [%rd1], 16;", "add.f32 %r1, %x2, %r3;", "call.uni f, (%r1);"],
+     "cp.async.cg.shared.global [%r1], [%rd1], 16;", "add.f32 %r1, %x2, %r3;", "call.uni f, (%r1);",
+     "@%p1 bar.sync 0;", "@%p1 shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", "@!%p1 bar.warp.sync -1;", "bar.sync 1;",
+     "add.ftz.f16 %rs1, %rs2, %rs3;", "cvt.rzi.s64.f32 %rd1, %r1;", "cvt.s32.f32 %r1, %r2;", "cvt.f64.bf16 %fd1, %rs2;",
+     "ex2.approx.f64 %fd1, %fd2;", "setp.lt.f32 %p1|%p2, %r1, %r2;", "mov.u16 %rs1, %tid.x;", "mov.b32 %r1, symbol;",
+     "mul.wide.s64 %rd1, %rd2, %rd3;", "mad.f32 %r1, %r2, %r3, %r4;", "div.f32 %r1, %r2, %r3;", "ld.b32 %r1, [%rd1];",
+     "atom.global.gpu.relaxed.add.f16 %rs1, [%rd1], %rs2;", "mov.b32 %r1, 0d3FF0000000000000;",
+     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];", "ld.global.b32 %r1, [%rd1+%r2];"],
 )  # fmt: skip
 def test_unknown_instructions(instruction: str) -> None:
     """Refused when the kernel is read, with the instruction's text."""
@@ -843,6 +957,49 @@ def test_part_of_a_warp_is_refused() -> None:
     """Masks other than all threads are unknown, not ignored."""
     with pytest.raises(NotImplementedError, match=r"shfl\.sync\.bfly\.b32 .* for a part of a warp"):
         run("shfl.sync.bfly.b32 %r1, %r0, 1, 31, 255;")
+    assert run("mov.b32 %r2, -1; redux.sync.max.s32 %r1, %r0, %r2;") == []
+    with pytest.raises(NotImplementedError, match=r"redux\.sync\.max\.s32 .* for a part of a warp"):
+        run("mov.b32 %r2, 255; redux.sync.max.s32 %r1, %r0, %r2;")
+
+
+def test_more_than_can_be_counted() -> None:
+    """Barriers, memory instructions and blocks beyond what a stamp has room for are refused."""
+    grid = emulator.launch(program("", 0), 1, [])
+    block = machine.Cta(grid, 0)
+    block.epoch = (1 << machine._BLOCK) - (1 << machine._EPOCH)
+    with pytest.raises(NotImplementedError, match="16384 barriers"):
+        block.next_epoch()
+    with pytest.raises(NotImplementedError, match="4097 instructions"):
+        program("st.global.b32 [%rd0], %r0;" * 4097, 1)
+    with pytest.raises(NotImplementedError, match="524288 blocks"):
+        emulator.launch(program("", 0), 1 << 19, [])
+
+
+def test_a_launch_by_triton() -> None:
+    """What Triton hands over: its types, tuples in tuples, constants; and a kernel is translated as is asked now."""
+    body = "ld.global.b32 %r1, [%rd0]; mul.f32 %r2, %r1, %r1; sub.f32 %r3, %r2, 0f3F800002; st.global.b32 [%rd1], %r3;"
+    text = "\n".join(program(body, 2).kernel.lines)
+    source = types.SimpleNamespace(signature={"x": ("*fp32", ("constexpr", "*fp32"))})
+    metadata = types.SimpleNamespace(shared=0, global_scratch_size=0, profile_scratch_size=0)
+    launcher = driver._launcher(source, metadata)
+    given, out, seen = torch.full((1,), 1 + 2.0**-23), torch.zeros(1), []
+    try:
+        for driver.settings.fuse in (False, True):
+            launcher(1, 1, 1, 0, text, None, None, None, None, (given, (7, out)))
+            seen.append(out.item())
+    finally:
+        driver.settings.fuse = False
+    assert seen == [0.0, 2.0**-46]
+    with pytest.raises(NotImplementedError, match="more than one dimension"):
+        launcher(1, 2, 1, 0, text, None, None, None, None, (given, (7, out)))
+
+
+def test_lines_of_the_source() -> None:
+    """A finding names the kernel's own line where the PTX says it."""
+    body = "\n.loc 1 3 7 // here.py:3:7\nst.global.b32 [%rd0], %r0;"
+    found = fault(body + "\n.loc 1 4 7\nld.global.b32 %r1, [%rd0+2];", torch.zeros(1, dtype=torch.int32))
+    assert found.source == ".loc 1 4 7"
+    assert emulator.findings()[0].source == "here.py:3:7"
 
 
 @pytest.mark.parametrize(
@@ -868,7 +1025,7 @@ def test_unknown_options(given: dict[str, Any], words: tuple[str, ...]) -> None:
 def test_large_memory_costs_what_is_touched() -> None:
     """Offsets beyond 2^31 elements and 2^32 bytes: a late row of a tensor of 16 GiB that is mostly not there."""
     rows, width = 2, 2**31 + 64
-    storage = torch.from_numpy(sparse(rows * width, "f4")).view(rows, width)
+    storage = torch.from_numpy(machine.sparse(rows * width, "f4")).view(rows, width)
     late = storage[1, 64:96]
     late.copy_(torch.arange(32.0))
     out = torch.zeros(32)
