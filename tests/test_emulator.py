@@ -569,7 +569,7 @@ def test_orders(order: str, alone: bool) -> None:
     setp.lt.s32 %p2, %r1, 8;
     @%p2 bra $LOOP;
     """
-    run(body, count, turns, threads=64, order=order, races=False)
+    run(body, count, turns, threads=64, order=order, races=False, seed=0)
     assert bool(count == 16 and (turns.diff() != 0).sum() == 1) == alone
 
 
