@@ -37,7 +37,7 @@ help:
 install: $(VENV)/installed
 
 # torch first and alone: asked for as a dependency it could resolve to another build.
-$(VENV)/installed: pyproject.toml setup.py
+$(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test,demo,bench,plots]"
@@ -65,7 +65,7 @@ test-emulated: install
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATE_OPTIONS) $(EMULATED) || exit 1; done
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
-$(COMPAT)/installed: pyproject.toml setup.py
+$(COMPAT)/installed: pyproject.toml
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --quiet "$(TORCH)"
 	$(COMPAT)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(COMPAT)/torch.txt
@@ -76,7 +76,7 @@ test-compat: $(COMPAT)/installed
 	$(COMPAT)/bin/python -m pytest tests/compat
 
 # Without dependencies: the test extra pins the other Triton.
-$(TRITON_VENV)/installed: pyproject.toml setup.py
+$(TRITON_VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(TRITON_VENV)
 	$(TRITON_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps "triton==$(TRITON)"
@@ -97,11 +97,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The installed package, because a type checker cannot follow an editable install's package mapping.
 types: install
-	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
-	$(BIN)/basedpyright --pythonpath $(BIN)/python build/types/fusedkd
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Read from the sources: the site needs no torch and no GPU.
 docs: $(VENV)/documented
@@ -115,12 +112,10 @@ bench: install
 	$(BIN)/python -m fusedkd bench --out bench/results
 	$(BIN)/python -m fusedkd bench --out bench/results --readme README.md
 
-# With the Python that has torch, from a copy laid out as it would be installed: nothing is fetched.
+# With the Python that has torch, from the sources where they are: nothing is fetched.
 gpu:
-	rm -rf build/gpu/fusedkd && mkdir -p build/gpu/fusedkd
-	cp -r python/fusedkd/. build/gpu/fusedkd && cp -r kernels bench build/gpu/fusedkd
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/gpu $(WHEELS)/*.whl)
-	PYTHONPATH=build/gpu $(PYTHON) -m fusedkd.bench.gpu --out "$(OUT)"
+	PYTHONPATH=python:build/gpu $(PYTHON) -m fusedkd.bench.gpu --out "$(OUT)"
 
 compile-all: install
 	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/test_compile.py tests/test_figures.py

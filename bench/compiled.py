@@ -42,7 +42,7 @@ def script() -> Path:
     Raises:
         argparse.ArgumentError: this is not a source checkout.
     """
-    file = Path(__file__).parents[1] / "tests" / "compiled_figures.py"
+    file = Path(__file__).resolve().parents[1] / "tests" / "compiled_figures.py"
     if not file.is_file():
         raise argparse.ArgumentError(
             None,

@@ -6,61 +6,108 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-PYTHON = sorted((ROOT / "python").rglob("*.py"))
+PACKAGE = ROOT / "python" / "fusedkd"
+LINKED = ("kernels", "bench")  # folders at the top, of which the package has links
+KERNELS, BENCH = (sorted((PACKAGE / name).rglob("*.py")) for name in LINKED)
+PYTHON = sorted(PACKAGE.rglob("*.py"))  # rglob does not follow the links
 MOST_PARAMETERS = 20  # value and gradient: a tile is two of them, its columns and the threads that share them
 
 
 def relative_name(path: Path) -> str:
     """A readable test id."""
-    return str(path.relative_to(ROOT))
+    return str(path.relative_to(PACKAGE))
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(level, module) of every import statement and importlib call, at any depth."""
+def absolute_name(path: Path, level: int, name: str) -> str:
+    """`name` in full, as imported in a file with as many dots before it as `level`."""
+    package = path.relative_to(PACKAGE.parent).parts[:-level] if level else ()
+    return ".".join((*package, name)).rstrip(".")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of what import statements and importlib calls bring in, at any depth: modules and their members."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
+            module = absolute_name(path, node.level, node.module or "")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
             name = node.args[0]
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                dots = len(name.value) - len(name.value.lstrip("."))
-                yield dots, name.value[dots:]
+                bare = name.value.lstrip(".")
+                yield absolute_name(path, len(name.value) - len(bare), bare)
 
 
-def roots(path: Path) -> set[str]:
-    """Top-level names of the absolute imports."""
-    return {module.split(".")[0] for level, module in imports(path) if level == 0}
+def roots(names: Iterable[str]) -> set[str]:
+    """Top-level packages."""
+    return {name.split(".")[0] for name in names}
+
+
+def within(package: str, names: Iterable[str]) -> set[str]:
+    """Those of the names that are the package or in it."""
+    return {name for name in names if f"{name}.".startswith(f"{package}.")}
 
 
 def test_there_is_something_to_check() -> None:
     """The rooms are where this file looks for them, and an import is seen when there is one."""
     assert {path.name for path in KERNELS} >= {"rows.py", "language.py", "fkl.py"}
+    assert {path.name for path in BENCH} >= {"gpu.py", "measure.py"}
     assert {path.name for path in PYTHON} >= {"loss.py", "ops.py"}
-    assert "torch" in roots(ROOT / "kernels/rows.py")
-    assert "triton" in roots(ROOT / "kernels/language.py")
+    assert not {*KERNELS, *BENCH} & {*PYTHON}
+    assert "torch" in roots(imports(PACKAGE / "kernels/rows.py"))
+    assert "triton" in roots(imports(PACKAGE / "kernels/language.py"))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("import fusedkd.bench.gpu", "fusedkd.bench.gpu"),
+        ("from .. import bench", "fusedkd.bench"),
+        ("from ..bench.gpu import main", "fusedkd.bench.gpu.main"),
+        ("from fusedkd import bench as b", "fusedkd.bench"),
+        ("def f():\n    importlib.import_module('..bench', __package__)", "fusedkd.bench"),
+        ("from .bench import x", "fusedkd.compat.bench.x"),
+    ],
+)
+def test_imports_are_seen(line: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are written."""
+    monkeypatch.setattr(Path, "read_text", lambda path: line)
+    assert list(imports(PACKAGE / "compat/somewhere.py")) == [name]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_package_links_to_folders_at_the_top(name: str) -> None:
+    """One copy of each file; the type checker, which does not walk into links, is told of them."""
+    link = PACKAGE / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("../..") / name
+    assert f'"python/fusedkd/{name}"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=relative_name)
 def test_kernels_stand_alone(path: Path) -> None:
     """kernels/ imports Triton, torch and the standard library, and nothing of fusedkd outside itself."""
-    assert roots(path) <= {"torch", "triton"} | sys.stdlib_module_names
-    depth = len(path.relative_to(ROOT / "kernels").parts)
-    assert all(level <= depth for level, _ in imports(path)), "a relative import that leaves kernels/"
+    names = set(imports(path))
+    assert roots(names - within("fusedkd.kernels", names)) <= {"torch", "triton"} | sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", [*KERNELS, *PYTHON], ids=relative_name)
-def test_the_product_does_not_know_its_tests(path: Path) -> None:
-    """Imports point one way: tests, bench -> python -> kernels; numpy is torch's affair."""
-    assert not roots(path) & {"bench", "tests", "conftest", "cases", "oracle", "close", "pytest", "numpy"}
+def test_the_product_does_not_know_its_measurements(path: Path) -> None:
+    """Imports point one way, tests, bench -> python -> kernels: here from bench."""
+    assert not within("fusedkd.bench", imports(path))
+
+
+@pytest.mark.parametrize("path", [*KERNELS, *PYTHON, *BENCH], ids=relative_name)
+def test_what_is_installed_does_not_know_its_tests(path: Path) -> None:
+    """Nor numpy, which is torch's affair."""
+    assert not roots(imports(path)) & {"tests", "conftest", "cases", "oracle", "close", "pytest", "numpy"}
 
 
 def launched(path: Path) -> list[ast.FunctionDef]:
