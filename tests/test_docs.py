@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import io
+import os
 import re
+import subprocess
+import sys
 import tokenize
 import unicodedata
 from importlib import import_module
@@ -40,6 +43,16 @@ def test_examples(page: Path) -> None:
     names: dict[str, object] = {}
     for block in EXAMPLES[page]:
         exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_emulator_in_a_script() -> None:
+    """The page's example as it says: a process of its own, since this one may have Triton's interpreter."""
+    page = (DOCS / "emulator.md").read_text()
+    (script,) = re.findall(r"^``` \{ \.python \}\n(.*?)^```$", page, re.M | re.S)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_adding_a_divergence(tmp_path: Path) -> None:
