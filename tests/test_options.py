@@ -433,7 +433,6 @@ def test_divergence_by_name_and_object(backend: str) -> None:
         (fusedkd.divergence("taid", base=base), fusedkd.divergence("taid", base="ab", alpha=0.3, beta=0.4)),
         (fusedkd.divergence("dkd"), fusedkd.divergence("decoupled", base="fkl", nontarget=8.0)),
         (fusedkd.divergence("alpha", alpha=0.3), fusedkd.divergence("ab", alpha=0.3, beta=0.7)),
-        (fusedkd.divergence("taid", t=1.0), fusedkd.divergence("fkl")),
         (fusedkd.divergence("decoupled", base=base), fusedkd.divergence("decoupled", base="ab", alpha=0.3, beta=0.4)),
     ]
     for pair in twins:
