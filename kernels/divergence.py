@@ -1,8 +1,8 @@
 """The mathematical object: what one file in `divergences/` says about one divergence."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .lanes import reduction_over_lanes
@@ -38,12 +38,44 @@ class Gather(NamedTuple):
     extras: int
 
 
-def _anything(**parameters: float) -> None:
-    """Every parameter value is allowed."""
+POSITIVE = math.ulp(0.0)  # the least float above 0
 
 
-def _always(**parameters: float) -> bool:
-    return True
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a divergence: its name, its default, what it means, and which values are allowed.
+
+    The default gives the type: a float, True or False, or a word. A float lies in [low, high]; low=POSITIVE says > 0.
+    A word is one of `words`; the one called `base` names another divergence. A tensor of values is never checked.
+    one_sweep_from: the least float at which the one-sweep form of a Definition keeps its digits.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    low: float = -math.inf
+    high: float = math.inf
+    words: tuple[str, ...] = ()
+    one_sweep_from: float = -math.inf
+
+    @property
+    def domain(self) -> str:
+        """The allowed values, as an error message and the documentation say them."""
+        if self.words:
+            return f"one of {', '.join(self.words)}"
+        if isinstance(self.default, str):
+            return "the name of a divergence"
+        if isinstance(self.default, bool):
+            return "True or False"
+        if self.high < math.inf:
+            return f"in [{self.low:g}, {self.high:g}]"
+        if self.low == -math.inf:
+            return "any finite number"
+        return "> 0" if self.low == POSITIVE else f">= {self.low:g}"
+
+
+TARGET = Parameter("target", 1.0, "weight of the term of the target token", low=0.0)
+NONTARGET = Parameter("nontarget", 1.0, "weight of the term of all other tokens", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -57,24 +89,21 @@ class Definition:
         logs of about −1e30, a column with p > 0 = q has delta of about 1e30; nothing is infinite.
     reference(logp, logq, *parameters) -> (...): the published definition on (..., V) log-probabilities, written in
         another way than `term`; tests differentiate it in float64.
-    parameters: names, in the order of theta, and defaults.
-    check(**parameters): raises ValueError, with the domain in the text, for floats outside it.
+    parameters: theta, in its order.
     reads_logs: whether `term` uses logq and logp; the CPU path makes them only then (else they are None).
     gather: for parameters that the row itself decides (amid.py, akl.py): sweeps that append them to theta.
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
-    online: the one-sweep form where there is one; `one_sweep(**parameters)` says for which floats it is accurate. Its
+    online: the one-sweep form where there is one, accurate where every parameter is at least its `one_sweep_from`. Its
         `advance` sums with `lane_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
     """
 
     name: str
     term: Any
     reference: Callable[..., Any]
-    parameters: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    check: Callable[..., None] = _anything
+    parameters: tuple[Parameter, ...] = ()
     online: Online = TWO_SWEEPS
     reads_logs: bool = True
-    one_sweep: Callable[..., bool] = _always
     gather: "Gather | None" = None
     separable: bool = True
     splits: bool = True
@@ -87,6 +116,11 @@ class Definition:
             )
 
     @property
+    def arguments(self) -> tuple[Parameter, ...]:
+        """What the registered name takes."""
+        return (*self.parameters, TARGET, NONTARGET)
+
+    @property
     def extras(self) -> int:
         """How many numbers each row adds to theta."""
         return 0 if self.gather is None else self.gather.extras
@@ -94,16 +128,16 @@ class Definition:
     @property
     def sweeps(self) -> tuple[Online, ...]:
         """Every sweep that some parameters lead to."""
-        if self.one_sweep is _always:
-            return (self.online,)
-        return (self.online, TWO_SWEEPS)
+        always = all(parameter.one_sweep_from == -math.inf for parameter in self.parameters)
+        return (self.online,) if always else (self.online, TWO_SWEEPS)
 
-    def sweep(self, parameters: tuple[Any, ...]) -> Online:
+    def sweep(self, theta: tuple[Any, ...]) -> Online:
         """The statistics sweep for these parameters; values on the device cannot choose, so they take two sweeps."""
-        known = all(isinstance(value, (int, float)) for value in parameters)
-        if self.one_sweep is _always or (known and self.one_sweep(*parameters)):
-            return self.online
-        return TWO_SWEEPS
+        for parameter, value in zip(self.parameters, theta, strict=True):
+            known = isinstance(value, (int, float))
+            if parameter.one_sweep_from > -math.inf and not (known and value >= parameter.one_sweep_from):
+                return TWO_SWEEPS
+        return self.online
 
 
 class Form(NamedTuple):
@@ -129,16 +163,14 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Derived:
-    """A name for a use of other definitions: no kernel of its own, `form(**parameters)` says what runs.
+    """A name for a use of other definitions: no kernel of its own, `form(**arguments)` says what runs.
 
-    parameters: names and defaults. A parameter called `base` is a name or a Divergence outside, a Form here, and the
-    base's own parameters may be given beside it; `form` raises ValueError for a base it cannot use. check: as for a
-    Definition, without `base`.
+    arguments: what the name takes. One called `base` is a name or a Divergence outside, a Form here, and the base's own
+    arguments may be given beside it; `form` raises ValueError for a base it cannot use.
     definitions: those that nothing else registers.
     """
 
     name: str
     form: Callable[..., Form]
-    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    check: Callable[..., None] = _anything
+    arguments: tuple[Parameter, ...] = ()
     definitions: tuple[Definition, ...] = ()

@@ -6,26 +6,25 @@
 
 `kernels` compiles `value` and `value_and_gradient` of each divergence for one architecture and dtype, each in two
 variants, and stops at the first that spills. `tables` writes what c/fusedkd.c must know about divergences: which kernel
-serves one, the domain of its parameters and what they become. All of it is found by asking the registry.
+serves one, the domain of its parameters and what they become. All of it comes from the registry.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import os
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # source lines would be two thirds of every cubin
 
 from .aot import DTYPES, Call, Variant, build, resources, source, variants
-from .divergence import Definition, Form
+from .divergence import NONTARGET, TARGET, Definition, Form, Parameter
 from .divergences import REGISTRY
 from .language import triton
 from .tiles import REGISTER_FILE
@@ -50,7 +49,6 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 }
 _BYTES = {"i32": 4, "fp32": 4, "i64": 8}
 _PTX_BYTES = {"u32": 4, "b32": 4, "f32": 4, "u64": 8, "b64": 8}
-_HUGE = 1e30
 _STEP = 1 / 64  # by which a parameter is moved to see what it does
 
 
@@ -208,32 +206,17 @@ def spec(name: str) -> dict[str, Any]:
 
     Raises:
         KeyError: the registry has no such name.
-        ValueError: its parameters reach the kernel in another way than multiplied and added, or their domain is no box.
+        ValueError: its parameters reach the kernel in another way than multiplied and added.
     """
     member = REGISTRY[name]
-    defaults = {
-        key: value
-        for key, value in member.parameters.items()
-        if not isinstance(value, str) and key not in ("target", "nontarget")
-    }
+    given = [p for p in member.arguments if not isinstance(p.default, str) and p not in (TARGET, NONTARGET)]
+    defaults = {parameter.name: parameter.default for parameter in given}
     form = _form(name, defaults)
     slots = _slots(form)
     maps = {key: _affine(name, key, defaults) for key in slots}
-    boxes = {
-        key: (0.0, 1.0)
-        if isinstance(value, bool)
-        else _interval(lambda x, key=key: _accepts(name, {**defaults, key: x}), key, defaults)
-        for key, value in defaults.items()
-    }
-    _verify(name, boxes, defaults, lambda values: _accepts(name, values))
     definition = form.definition
-    choice: dict[str, tuple[float, float]] = {}
-    if definition.one_sweep is not Definition.__dataclass_fields__["one_sweep"].default:
-        theta = dict(zip(definition.parameters, form.theta, strict=True))
-        chosen = definition.one_sweep
-        choice = {key: _interval(lambda x, key=key: chosen(**{**theta, key: x}), key, theta) for key in theta}
-        _verify(name, choice, theta, lambda values: chosen(**values))
     two = "_two" if definition.online.sums is None else ""
+    chosen = [(p.one_sweep_from, math.inf) for p in definition.parameters] if len(definition.sweeps) > 1 else []
     if len(defaults) > MOST_PARAMETERS or len(form.theta) > MOST_THETA:
         raise ValueError(f"{name} has more parameters than the C library passes on")
     return {
@@ -241,25 +224,32 @@ def spec(name: str) -> dict[str, Any]:
         "kernel": ("mixed_" if form.mix is not None else "") + definition.name + two,
         "decoupled": form.decoupled,
         "separable": definition.separable and form.mix is None and not form.decoupled,
-        "weighted": "target" in member.parameters or isinstance(member, Definition),
-        "parameters": [(key, float(value), *boxes[key], isinstance(value, bool)) for key, value in defaults.items()],
+        "weighted": TARGET in member.arguments,
+        "parameters": [_range(parameter) for parameter in given],
         "theta": [maps[key] for key in slots if key.startswith("theta")],
         "target": maps["target"],
         "nontarget": maps["nontarget"],
         "mix": maps.get("mix", (0.0, [])),
-        "one_sweep": list(choice.values()),
+        "one_sweep": chosen,
     }
+
+
+def _range(parameter: Parameter) -> tuple[str, float, float, float, bool]:
+    """Name, default, least and greatest value, and whether it is True or False."""
+    if isinstance(parameter.default, bool):
+        return parameter.name, float(parameter.default), 0.0, 1.0, True
+    return parameter.name, parameter.default, parameter.low, parameter.high, False
 
 
 def _form(name: str, values: Mapping[str, Any]) -> Form:
     member = REGISTRY[name]
     if isinstance(member, Definition):
         return Form(member, tuple(float(value) for value in values.values()))
-    given: dict[str, Any] = {**member.parameters, **values}
+    given: dict[str, Any] = {parameter.name: parameter.default for parameter in member.arguments} | dict(values)
     if "base" in given:
         base = REGISTRY[given["base"]]
         assert isinstance(base, Definition)
-        given["base"] = Form(base, tuple(base.parameters.values()))
+        given["base"] = Form(base, tuple(parameter.default for parameter in base.parameters))
     return member.form(**given)
 
 
@@ -288,48 +278,6 @@ def _affine(name: str, slot: str, defaults: Mapping[str, Any]) -> tuple[float, l
         if abs(at(values) - line) > 1e-9:
             raise ValueError(f"{slot} of {name} is not offset + slope · parameter: the C library cannot have it")
     return offset, slopes
-
-
-def _accepts(name: str, values: Mapping[str, Any]) -> bool:
-    member = REGISTRY[name]
-    others = {key: value for key, value in member.parameters.items() if key not in ("base", *values)}
-    try:
-        member.check(**{**others, **values})
-    except ValueError:
-        return False
-    return True
-
-
-def _interval(accepts: Callable[[float], bool], key: str, inside: Mapping[str, Any]) -> tuple[float, float]:
-    """The accepted interval around the default, both ends in it; ±inf where nothing stops it."""
-    ends = []
-    for huge in (-_HUGE, _HUGE):
-        good, bad = float(inside[key]), huge
-        if accepts(huge):
-            ends.append(math.copysign(math.inf, huge))
-            continue
-        while (middle := (good + bad) / 2) not in (good, bad):
-            good, bad = (middle, bad) if accepts(middle) else (good, middle)
-        ends.append(good)
-    return ends[0] + 0.0, ends[1] + 0.0  # a bisection may end at −0
-
-
-def _verify(
-    name: str,
-    boxes: Mapping[str, tuple[float, float]],
-    inside: Mapping[str, Any],
-    accepts: Callable[[Mapping[str, Any]], bool],
-) -> None:
-    """Values in and around the box are accepted if and only if they are in it."""
-    edges = [
-        [float(inside[key]), *(x for end in box if math.isfinite(end) for x in (end, end - 0.1, end + 0.1))]
-        for key, box in boxes.items()
-    ]
-    for values in itertools.product(*edges):
-        within = all(low <= x <= high for x, (low, high) in zip(values, boxes.values(), strict=True))
-        flags = any(isinstance(inside[key], bool) and x not in (0, 1) for key, x in zip(boxes, values, strict=True))
-        if not flags and accepts(dict(zip(boxes, values, strict=True))) != within:
-            raise ValueError(f"the domain of {name} is no box: {boxes}, at {values}")
 
 
 def write_tables(out: Path, parts: list[str]) -> None:

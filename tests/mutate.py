@@ -15,6 +15,7 @@ import fnmatch
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -295,27 +296,23 @@ def in_registered(name: str) -> Iterator[Mutant]:
         rf"test_(arguments|options|identities)\.py::.*{name}",
         r"test_arguments\.py::",
     )
-    if member.check.__name__ != "_anything":
+    field = "parameters" if isinstance(member, Definition) else "arguments"
+    for parameter in getattr(member, field):
+        value, bounds = parameter.default, (parameter.low, parameter.high)
+        changes = {}
+        if not isinstance(value, str):
+            moved = 1 - value if isinstance(value, bool) else value * 0.99
+            changes["default changed"] = dataclasses.replace(parameter, default=moved)
+        if not all(map(math.isinf, bounds)):
+            changes["range removed"] = dataclasses.replace(parameter, low=-math.inf, high=math.inf)
+        for what, changed in changes.items():
 
-        def unchecked(counter: Counter) -> None:
-            def make(original: Callable[..., Any]) -> Callable[..., Any]:
-                def silent(*args: Any, **kwargs: Any) -> None:
-                    counter.calls += 1
-
-                return silent
-
-            replace_code(member.check, make)
-
-        yield Mutant(f"{name}.check removed", unchecked, stages[1:])
-    for key, value in member.parameters.items():
-        if isinstance(value, (int, float)):
-
-            def other(counter: Counter, key: str = key, value: float = value) -> None:
+            def other(counter: Counter, parameter: Any = parameter, changed: Any = changed) -> None:
                 counter.calls += 1
-                changed = {**member.parameters, key: 1 - value if isinstance(value, bool) else value * 0.99}
-                object.__setattr__(member, "parameters", types.MappingProxyType(changed))
+                taken = tuple(changed if p is parameter else p for p in getattr(member, field))
+                object.__setattr__(member, field, taken)
 
-            yield Mutant(f"{name}: default of {key} changed", other, stages)
+            yield Mutant(f"{name}.{parameter.name}: {what}", other, stages if "default" in what else stages[1:])
     if not isinstance(member, Definition):
         form = fusedkd.divergence(name).form
         fields = [f"theta[{i}]" for i in range(len(form.theta))] + ["target", "nontarget", "decoupled"]

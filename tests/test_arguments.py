@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from cases import each
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkd
+from fusedkd.kernels.divergence import Parameter
+from fusedkd.kernels.divergences import REGISTRY
 
 N, V, WIDTH = 3, 7, 5
 SIZE = N * V
@@ -177,6 +180,26 @@ def test_divergences(mistake: str) -> None:
     """Each argument of the factory."""
     (name, params), error, words = DIVERGENCES[mistake]
     refused(words, error, lambda: call(divergence=fusedkd.divergence(name, **params)))
+
+
+RANGED = [
+    (name, parameter)
+    for name, member in REGISTRY.items()
+    for parameter in member.arguments
+    if isinstance(parameter.default, float) and not parameter.low == -math.inf == -parameter.high
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), RANGED, ids=[f"{name}-{parameter.name}" for name, parameter in RANGED])
+def test_ranges(name: str, parameter: Parameter) -> None:
+    """Both ends of a parameter's range are accepted, the next float behind either is refused with the range."""
+    for end, beyond in ((parameter.low, -math.inf), (parameter.high, math.inf)):
+        if end != beyond:
+            made = fusedkd.divergence(name, **{parameter.name: end})
+            assert made.parameters[parameter.name] == end
+            outside = {parameter.name: math.nextafter(end, beyond)}
+            words = (parameter.name, repr(name), parameter.domain, parameter.meaning, str(outside[parameter.name]))
+            refused(words, ValueError, lambda outside=outside: fusedkd.divergence(name, **outside))
 
 
 def test_parameter_of_the_wrong_shape() -> None:

@@ -42,7 +42,7 @@ def settings() -> list[tuple[Definition, tuple[float, ...]]]:
     """Every definition at its defaults, at the limits of its parameters, and as the derived divergences use it."""
     found: list[tuple[Definition, tuple[float, ...]]] = []
     for definition in definitions().values():
-        found.append((definition, tuple(map(float, definition.parameters.values()))))
+        found.append((definition, tuple(float(p.default) for p in definition.parameters)))
         found.extend((definition, values) for values in FURTHER.get(definition.name, []))
     for name, params in ALL:
         if isinstance(REGISTRY[name], Derived):

@@ -71,16 +71,30 @@ def test_adding_a_divergence(tmp_path: Path) -> None:
     noise = torch.tensor([0.0, 1e-3], dtype=torch.float64).view(2, 1, 1) * torch.randn(2, 6, 40, dtype=torch.float64)
     logits = (torch.randn(6, 40, dtype=torch.float64) + noise).requires_grad_()
     logp, logq = logits.log_softmax(-1)
-    value = example.reference(logp, logq, *example.parameters.values())
+    defaults = [parameter.default for parameter in example.parameters]
+    value = example.reference(logp, logq, *defaults)
     gradient = torch.autograd.grad(value.sum(), logits)[0][1]
 
     (first, second), (logp, logq) = re.findall(r"δ = log ([pq]) − log ([pq])", page)[0], (logp.detach(), logq.detach())
     logs = {"p": logp, "q": logq}
-    theta = tuple(torch.tensor(x, dtype=torch.float64) for x in (*example.parameters.values(), *[0.0] * example.extras))
+    theta = tuple(torch.tensor(x, dtype=torch.float64) for x in (*defaults, *[0.0] * example.extras))
     f, phi = example.term.torch(logq.exp(), logp.exp(), logq, logp, logs[first] - logs[second], theta)
     torch.testing.assert_close(f.sum(-1), value.detach(), rtol=1e-10, atol=0)
     ours = phi - logq.exp() * phi.sum(-1, keepdim=True)
     assert (ours - gradient).norm() < 1e-10 * gradient.norm()
+
+
+def test_the_readme_s_parameters() -> None:
+    """The README's table of divergences has every name, its parameters and their defaults."""
+    readme = (DOCS.parent / "README.md").read_text()
+    section = readme[readme.index("\n## Divergences\n") : readme.index("\n## Recipes\n")]
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| (?:`([^`|]*)`)?[^|]*\|", section, re.M)
+    known = fusedkd.divergences()
+    assert [name for name, _ in rows] == list(known)
+    for name, given in rows:
+        weights = {"target": 1.0, "nontarget": 1.0}
+        own = {key: value for key, value in known[name].items() if key not in weights or name == "decoupled"}
+        assert eval(f"dict({given})") == own, name
 
 
 MATHEMATICS = (DOCS / "mathematics.md").read_text()
@@ -102,9 +116,9 @@ def test_the_summands_are_those_of_the_definitions() -> None:
 def test_summands(definition: Definition, spread: float) -> None:
     """f and phi as docs/mathematics.md#summands-and-slopes has them, evaluated, are those of `term`."""
     logp, logq = (logits.log_softmax(-1) for logits in pair(spread))
-    theta = tuple(map(float, definition.parameters.values()))
+    theta = tuple(float(parameter.default) for parameter in definition.parameters)
     symbols = {"alpha": "α", "beta": "β", "lam": "λ", "w": "w", "detach_mixture": "detached"}
-    names = {symbols[key]: value for key, value in zip(definition.parameters, theta, strict=True)}
+    names = {symbols[p.name]: value for p, value in zip(definition.parameters, theta, strict=True)}
     names |= {"p": logp.exp(), "q": logq.exp(), "δ": logp - logq}
     names |= {"expm1": torch.expm1, "sqrt": torch.sqrt, "sgn": torch.sign, "abs": torch.abs}
     names |= {"rem2": lambda x: torch.expm1(x) - x, "φ": lambda a, x: torch.expm1(a * x) / a}

@@ -18,11 +18,11 @@ Source: Cichocki, Cruces and Amari, Entropy 2011 (the α-β divergence and its l
 ICML 2025. ABKD's own code divides by α, β instead of α², β² at the limits; here they are the true limits.
 """
 
-from types import MappingProxyType
+import functools
 
 import torch
 
-from ..divergence import Definition, Online
+from ..divergence import Definition, Online, Parameter
 from ..lanes import lane_sum
 from ..language import formula, tl, torch_twin
 from ..maths import LOG2E, Summand, expm1_ratio
@@ -230,24 +230,14 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, alpha: float, beta: float)
     return -terms.sum(-1) / (alpha * beta)
 
 
-def check(alpha: float, beta: float) -> None:
-    """Any finite pair: the divergence is defined everywhere, if not finite everywhere."""
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not -16 <= value <= 16:
-            raise ValueError(f"{name} must be a number between -16 and 16 (float32 overflows beyond), got {value}")
-
-
-def one_sweep(alpha: float, beta: float) -> bool:
-    """Both exponents positive and away from the limits."""
-    return alpha >= _MARGIN and beta >= _MARGIN
-
-
+_EXPONENT = functools.partial(Parameter, low=-16.0, high=16.0, one_sweep_from=_MARGIN)
 AB = Definition(
     "ab",
     term,
     reference,
-    parameters=MappingProxyType({"alpha": 0.2, "beta": 0.7}),
-    check=check,
+    parameters=(
+        _EXPONENT("alpha", 0.2, "exponent of p; float32 overflows beyond"),
+        _EXPONENT("beta", 0.7, "exponent of q; float32 overflows beyond"),
+    ),
     online=Online(init, advance, ratio, sums, tile="heavy"),
-    one_sweep=one_sweep,
 )

@@ -15,13 +15,12 @@ Source: Wu et al., Rethinking KL divergence in knowledge distillation for LLMs, 
 to 13, and the author's code (μ = 0.5).
 """
 
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..columns import columns, load_pair
-from ..divergence import Definition, Derived, Form, Gather
+from ..divergence import Definition, Derived, Form, Gather, Parameter
 from ..language import formula, jit, tl
 from ..maths import expm1_product
 from .fkl import sums as forward_sums
@@ -145,17 +144,12 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float) -> torch.Tensor
     return torch.lerp(forward, reverse, w)
 
 
-def check(mu: float) -> None:
-    """0 ≤ μ ≤ 1."""
-    if not 0 <= mu <= 1:
-        raise ValueError(f"mu must lie in [0, 1] (probability mass of the head), got {mu}")
-
-
+HEAD = Parameter("mu", 0.5, "probability mass of the head", low=0.0, high=1.0)
 ADAPTIVE = Definition(
     "akl_rows",
     term,
     reference,
-    parameters=MappingProxyType({"mu": 0.5}),
+    parameters=(HEAD,),
     online=FRKL.online._replace(sums=sums),
     reads_logs=False,
     gather=Gather(gather, _gather_whole, 2),
@@ -168,4 +162,4 @@ def form(mu: Any) -> Form:
     return Form(ADAPTIVE, (mu,))
 
 
-AKL = Derived("akl", form, MappingProxyType({"mu": 0.5}), check, definitions=(ADAPTIVE,))
+AKL = Derived("akl", form, (HEAD,), definitions=(ADAPTIVE,))

@@ -6,10 +6,9 @@ Edge cases: those of ab.py; 0 < α < 1 is finite everywhere.
 Source: Amari 1985; for language models the family that contains both KLs (Wang et al., ABKD, ICML 2025, section 3).
 """
 
-from types import MappingProxyType
 from typing import Any
 
-from ..divergence import Derived, Form
+from ..divergence import NONTARGET, TARGET, Derived, Form, Parameter
 from .ab import AB
 
 
@@ -18,10 +17,5 @@ def form(alpha: Any, target: Any, nontarget: Any) -> Form:
     return Form(AB, (alpha, 1.0 - alpha), target=target, nontarget=nontarget)
 
 
-def check(alpha: float, target: float, nontarget: float) -> None:
-    """−15 ≤ α ≤ 16."""
-    if not -15 <= alpha <= 16:
-        raise ValueError(f"alpha must be a number between -15 and 16 (float32 overflows beyond), got {alpha}")
-
-
-ALPHA = Derived("alpha", form, MappingProxyType({"alpha": 0.5, "target": 1.0, "nontarget": 1.0}), check)
+EXPONENT = Parameter("alpha", 0.5, "exponent of p; float32 overflows beyond", low=-15.0, high=16.0)
+ALPHA = Derived("alpha", form, (EXPONENT, TARGET, NONTARGET))

@@ -17,13 +17,12 @@ Edge cases: λ = 0 is r = q, λ = 1 is r = p. Base, one of the α-β family: fkl
 Source: AMiD, arXiv 2510.15982, with the authors' code (α-mixture, Prop. 3.5; base ab there is (0.2, 0.7)).
 """
 
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..columns import columns
-from ..divergence import TWO_SWEEPS, Definition, Derived, Form, Gather
+from ..divergence import TWO_SWEEPS, Definition, Derived, Form, Gather, Parameter
 from ..language import formula, jit, tl
 from ..maths import expm1_product, log1p
 from ..mixture import log_mixture
@@ -178,7 +177,9 @@ def _mixture(logp: torch.Tensor, logq: torch.Tensor, alpha: float, lam: float) -
     return (torch.logaddexp(weight[0] + c * logp, weight[1] + c * logq) / c).log_softmax(-1)
 
 
-_PARAMETERS = MappingProxyType({"alpha": 0.5, "lam": 0.5, "base_alpha": 1.0, "base_beta": 0.0})
+ALPHA = Parameter("alpha", 0.5, "of the mixture; 1: geometric, -1: arithmetic; float32 overflows beyond", low=-16.0)
+LAM = Parameter("lam", 0.5, "0: the mixture is the student, 1: the teacher", low=0.0, high=1.0)
+BASE = (Parameter("base_alpha", 1.0, "alpha of ab"), Parameter("base_beta", 0.0, "beta of ab"))
 
 
 def _definition(name: str, term: Any, reference: Any, gather: Any, parts: Any) -> Definition:
@@ -186,7 +187,7 @@ def _definition(name: str, term: Any, reference: Any, gather: Any, parts: Any) -
         name,
         term,
         reference,
-        parameters=_PARAMETERS,
+        parameters=(ALPHA, LAM, *BASE),
         online=TWO_SWEEPS._replace(tile="gathered"),
         gather=Gather(gather, _whole_rows(parts), 2),
         separable=False,
@@ -209,20 +210,14 @@ def form(alpha: Any, lam: Any, base: Form, order: str) -> Form:
     return Form(TEACHER if "p" in order else STUDENT, (alpha, lam, *exponents))
 
 
-def check(alpha: float, lam: float, order: str) -> None:
-    """α ≥ −16, 0 ≤ λ ≤ 1, order one of four."""
-    if not alpha >= -16:
-        raise ValueError(f"alpha must be >= -16 (float32 overflows beyond), got {alpha}")
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam must lie in [0, 1] (0: the mixture is the student, 1: the teacher), got {lam}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-
-
 AMID = Derived(
     "amid",
     form,
-    MappingProxyType({"alpha": 0.5, "lam": 0.5, "base": "fkl", "order": "pr"}),
-    check,
+    (
+        ALPHA,
+        LAM,
+        Parameter("base", "fkl", "fkl, rkl, ab or alpha"),
+        Parameter("order", "pr", "the arguments of the base: p, q, or r for the mixture", words=ORDERS),
+    ),
     definitions=(TEACHER, STUDENT),
 )

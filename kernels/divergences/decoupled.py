@@ -8,10 +8,9 @@ Edge cases: an empty non-target set gives 0; a label outside the teacher's suppo
 Source: the structure is that of Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7.
 """
 
-from types import MappingProxyType
 from typing import Any
 
-from ..divergence import Derived, Form
+from ..divergence import NONTARGET, TARGET, Derived, Form, Parameter
 
 
 def form(base: Form, target: Any, nontarget: Any) -> Form:
@@ -23,4 +22,6 @@ def form(base: Form, target: Any, nontarget: Any) -> Form:
     return base._replace(decoupled=True, target=target, nontarget=nontarget)
 
 
-DECOUPLED = Derived("decoupled", form, MappingProxyType({"base": "rkl", "target": 1.0, "nontarget": 1.0}))
+DECOUPLED = Derived(
+    "decoupled", form, (Parameter("base", "rkl", "a sum over tokens without weights of its own"), TARGET, NONTARGET)
+)

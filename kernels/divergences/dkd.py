@@ -9,10 +9,9 @@ Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7; α = 1,
 there with temperature 4 and τ². The paper excludes the target by a logit of −1000; here it is excluded.
 """
 
-from types import MappingProxyType
 from typing import Any
 
-from ..divergence import Derived, Form
+from ..divergence import Derived, Form, Parameter
 from .fkl import FKL
 
 
@@ -21,11 +20,8 @@ def form(alpha: Any, beta: Any) -> Form:
     return Form(FKL, decoupled=True, target=alpha, nontarget=beta)
 
 
-def check(alpha: float, beta: float) -> None:
-    """α, β ≥ 0."""
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0 (a weight), got {value}")
-
-
-DKD = Derived("dkd", form, MappingProxyType({"alpha": 1.0, "beta": 8.0}), check)
+DKD = Derived(
+    "dkd",
+    form,
+    (Parameter("alpha", 1.0, "weight of TCKD", low=0.0), Parameter("beta", 8.0, "weight of NCKD", low=0.0)),
+)

@@ -13,10 +13,9 @@ the formula is that of an independent implementation (novelty-distill), which ci
 as target and γ = 0.5, by its account inside the range that the paper calls stable. The authors' default is not known.
 """
 
-from types import MappingProxyType
 from typing import Any
 
-from ..divergence import Derived, Form
+from ..divergence import POSITIVE, Derived, Form, Parameter
 from .rkl import RKL
 
 
@@ -25,10 +24,5 @@ def form(gamma: Any) -> Form:
     return Form(RKL, decoupled=True, nontarget=gamma)
 
 
-def check(gamma: float) -> None:
-    """γ > 0."""
-    if not gamma > 0:
-        raise ValueError(f"gamma must be > 0 (a weight; the default is 0.5, the authors' is not known), got {gamma}")
-
-
-DRKL = Derived("drkl", form, MappingProxyType({"gamma": 0.5}), check)
+GAMMA = Parameter("gamma", 0.5, "weight of the non-target part; the authors' default is not known", low=POSITIVE)
+DRKL = Derived("drkl", form, (GAMMA,))

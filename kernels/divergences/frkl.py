@@ -7,11 +7,9 @@ Edge cases: those of the two parts; at w = 1 a column with q = 0 < p is no longe
 Source: the weighted sum of DistiLLM's code (symmetric_kl) and of Wu et al., AKL, COLING 2025 (arXiv 2404.02657).
 """
 
-from types import MappingProxyType
-
 import torch
 
-from ..divergence import Definition, Online
+from ..divergence import Definition, Online, Parameter
 from ..language import formula, tl
 from ..online import moments_advance, moments_ratio, teacher_moments_advance
 from .fkl import reference as forward_reference
@@ -71,18 +69,11 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, w: float) -> torch.Tensor:
     return torch.lerp(forward_reference(logp, logq), reverse_reference(logp, logq), w)
 
 
-def check(w: float) -> None:
-    """0 ≤ w ≤ 1."""
-    if not 0 <= w <= 1:
-        raise ValueError(f"w must lie in [0, 1] (0: forward KL, 1: reverse KL), got {w}")
-
-
 FRKL = Definition(
     "frkl",
     term,
     reference,
-    parameters=MappingProxyType({"w": 0.5}),
-    check=check,
+    parameters=(Parameter("w", 0.5, "0: forward KL, 1: reverse KL", low=0.0, high=1.0),),
     online=Online(init, advance, ratio, sums, tile="heavy"),
     reads_logs=False,
 )

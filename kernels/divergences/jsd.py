@@ -11,11 +11,9 @@ Edge cases: bounded by the entropy of (β, 1−β) for 0 < β < 1, also where p 
 Source: Agarwal et al., GKD, ICLR 2024, section 2; Lin 1991 (weighted JSD).
 """
 
-from types import MappingProxyType
-
 import torch
 
-from ..divergence import Definition
+from ..divergence import Definition, Parameter
 from ..language import formula, tl
 from ..maths import expm1_product, rem2_product
 from ..mixture import SATURATING, log_mixture
@@ -44,12 +42,11 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Tens
     return (beta * logp.exp() * (logp - mixture) + (1 - beta) * logq.exp() * (logq - mixture)).sum(-1)
 
 
-def check(beta: float) -> None:
-    """0 ≤ β ≤ 1."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1] (0: forward KL, 1: reverse KL), got {beta}")
-
-
 JSD = Definition(
-    "jsd", term, reference, parameters=MappingProxyType({"beta": 0.5}), check=check, reads_logs=False, gather=SATURATING
+    "jsd",
+    term,
+    reference,
+    parameters=(Parameter("beta", 0.5, "0: forward KL, 1: reverse KL", low=0.0, high=1.0),),
+    reads_logs=False,
+    gather=SATURATING,
 )

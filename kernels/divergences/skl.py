@@ -8,11 +8,9 @@ Edge cases: λ = 0 is KL(p‖q), λ = 1 is 0. For λ > 0 bounded by −log λ, a
 Source: Ko et al., DistiLLM, ICML 2024, eq. 4 (λ = 0.1); Lee 1999 (skew divergence).
 """
 
-from types import MappingProxyType
-
 import torch
 
-from ..divergence import Definition
+from ..divergence import Definition, Parameter
 from ..language import formula, tl
 from ..maths import expm1_product, rem2_product
 from ..mixture import SATURATING, log_mixture
@@ -37,12 +35,5 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float) -> torch.Tenso
     return torch.where(p > 0, p * (torch.where(p > 0, logp, 0.0) - torch.where(p > 0, mixture, 0.0)), 0.0).sum(-1)
 
 
-def check(lam: float) -> None:
-    """0 ≤ λ ≤ 1."""
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam must lie in [0, 1] (0: the plain KL, 1: zero), got {lam}")
-
-
-SKL = Definition(
-    "skl", term, reference, parameters=MappingProxyType({"lam": 0.1}), check=check, reads_logs=False, gather=SATURATING
-)
+LAM = Parameter("lam", 0.1, "weight in the mixture; 0: the plain KL, 1: zero", low=0.0, high=1.0)
+SKL = Definition("skl", term, reference, parameters=(LAM,), reads_logs=False, gather=SATURATING)

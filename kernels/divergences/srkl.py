@@ -8,15 +8,13 @@ Edge cases: λ = 0 is KL(q‖p), λ = 1 is 0. For λ > 0 bounded by −log λ, a
 Source: Ko et al., DistiLLM, ICML 2024, eq. 5 (λ = 0.1); Ko et al., DistiLLM-2, ICML 2025 (detached mixture).
 """
 
-from types import MappingProxyType
-
 import torch
 
-from ..divergence import Definition
+from ..divergence import Definition, Parameter
 from ..language import formula, tl
 from ..maths import expm1_product, rem2_product
 from ..mixture import SATURATING, log_mixture
-from .skl import check as check_weight
+from .skl import LAM
 
 
 @formula
@@ -39,19 +37,11 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float, detach_mixture
     return torch.where(q > 0, q * (torch.where(q > 0, logq, 0.0) - torch.where(q > 0, mixture, 0.0)), 0.0).sum(-1)
 
 
-def check(lam: float, detach_mixture: float) -> None:
-    """0 ≤ λ ≤ 1."""
-    check_weight(lam)
-    if detach_mixture not in (0, 1):
-        raise ValueError(f"detach_mixture must be True or False, got {detach_mixture}")
-
-
 SRKL = Definition(
     "srkl",
     term,
     reference,
-    parameters=MappingProxyType({"lam": 0.1, "detach_mixture": False}),
-    check=check,
+    parameters=(LAM, Parameter("detach_mixture", False, "no gradient flows through the mixture")),
     reads_logs=False,
     gather=SATURATING,
 )

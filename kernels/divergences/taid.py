@@ -11,10 +11,9 @@ Source: Shing et al., TAID, ICLR 2025, eq. 3-4. The authors' value is the cross-
 KL(m‖q) plus the entropy of m and has the same gradient.
 """
 
-from types import MappingProxyType
 from typing import Any
 
-from ..divergence import Derived, Form
+from ..divergence import Derived, Form, Parameter
 
 
 def form(t: Any, base: Form) -> Form:
@@ -24,10 +23,11 @@ def form(t: Any, base: Form) -> Form:
     return base._replace(mix=t)
 
 
-def check(t: float) -> None:
-    """0 ≤ t ≤ 1."""
-    if not 0 <= t <= 1:
-        raise ValueError(f"t must lie in [0, 1] (0: the student itself, 1: the teacher), got {t}")
-
-
-TAID = Derived("taid", form, MappingProxyType({"t": 0.4, "base": "fkl"}), check)
+TAID = Derived(
+    "taid",
+    form,
+    (
+        Parameter("t", 0.4, "0: the student itself, 1: the teacher", low=0.0, high=1.0),
+        Parameter("base", "fkl", "any divergence but taid, amid and akl"),
+    ),
+)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .kernels.divergence import Definition, Derived, Form
+from .kernels.divergence import Definition, Derived, Form, Parameter
 from .kernels.divergences import REGISTRY
 
-Parameter = float | torch.Tensor
 TARGETS = ("label", "teacher_argmax")
 
 
@@ -71,7 +70,7 @@ def _equal(left: Any, right: Any) -> bool:
     return not isinstance(left, torch.Tensor) and not isinstance(right, torch.Tensor) and left == right
 
 
-def _same(left: Parameter, right: Parameter) -> bool:
+def _same(left: float | torch.Tensor, right: float | torch.Tensor) -> bool:
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         return left is right
     return left == right
@@ -79,7 +78,7 @@ def _same(left: Parameter, right: Parameter) -> bool:
 
 def divergences() -> dict[str, dict[str, Any]]:
     """Every divergence name with its parameters and their defaults."""
-    return {name: _signature(member) for name, member in REGISTRY.items()}
+    return {name: _defaults(member) for name, member in REGISTRY.items()}
 
 
 def divergence(name: str, *, target_token: str = "label", **parameters: Any) -> Divergence:
@@ -100,22 +99,27 @@ def divergence(name: str, *, target_token: str = "label", **parameters: Any) -> 
         raise ValueError(f"divergence {name!r} is unknown; known names: {', '.join(REGISTRY)}")
     if target_token not in TARGETS:
         raise ValueError(f"target_token must be one of {', '.join(map(repr, TARGETS))}, got {target_token!r}")
-    known = _signature(member)
-    base: Any = parameters.get("base", known.get("base"))
-    own = dict(known)
-    if "base" in known and not isinstance(base, (str, Divergence)):
-        raise TypeError(f"base of {name!r} must be a name such as 'rkl' or a fusedkd.Divergence, got {base!r}")
-    if isinstance(base, str) and "base" in known:
-        of_base = _signature(_base_member(name, base))
-        known = {**{key: value for key, value in of_base.items() if key not in ("base",)}, **known}
+    own = {parameter.name: parameter for parameter in member.arguments}
+    known = list(own)
+    base: Any = None
+    if "base" in own:
+        base = parameters.get("base", own["base"].default)
+        if not isinstance(base, (str, Divergence)):
+            raise TypeError(f"base of {name!r} must be a name such as 'rkl' or a fusedkd.Divergence, got {base!r}")
+        if isinstance(base, str):
+            of_base = [parameter.name for parameter in _base_member(name, base).arguments]
+            known = [*(key for key in of_base if key not in own), *known]
     for key in parameters:
         if key not in known:
             raise ValueError(f"divergence {name!r} has no parameter {key!r}; it takes: {', '.join(known) or 'none'}")
-    values = {key: _parameter(name, key, parameters.get(key, own[key])) for key in own if key != "base"}
+    values = {
+        key: _checked(name, parameter, parameters.get(key, parameter.default))
+        for key, parameter in own.items()
+        if key != "base"
+    }
     if "base" in own:
         further = {key: value for key, value in parameters.items() if key not in own}
         values["base"] = base if isinstance(base, Divergence) else divergence(base, **further)
-    _check(member, values)
     return Divergence(name, values, target_token)
 
 
@@ -139,7 +143,7 @@ def _form(name: str, values: Mapping[str, Any]) -> Form:
             return member.form(**forms)
         except ValueError as error:  # only a base can be wrong here: the numbers have been checked
             raise ValueError(f"{error}, got {values['base'].name!r}") from None
-    theta = tuple(values[key] for key in member.parameters)
+    theta = tuple(values[parameter.name] for parameter in member.parameters)
     return Form(member, theta, target=values["target"], nontarget=values["nontarget"])
 
 
@@ -148,39 +152,34 @@ def as_divergence(value: "str | Divergence") -> Divergence:
     return value if isinstance(value, Divergence) else divergence(value)
 
 
-def _signature(member: Definition | Derived) -> dict[str, Any]:
-    if isinstance(member, Derived):
-        return dict(member.parameters)
-    return {**member.parameters, "target": 1.0, "nontarget": 1.0}
+def _defaults(member: Definition | Derived) -> dict[str, Any]:
+    return {parameter.name: parameter.default for parameter in member.arguments}
 
 
-def _parameter(name: str, key: str, value: Any) -> Any:
-    """A parameter as the forms take it: a float, a tensor, or the word it is."""
-    known = REGISTRY[name].parameters.get(key)
-    if isinstance(known, str):
+def _checked(name: str, parameter: Parameter, value: Any) -> Any:
+    """A parameter of divergence `name` as the forms take it: a float, a tensor, or the word it is."""
+    key, default = f"{parameter.name} of {name!r}", parameter.default
+    if isinstance(default, str):
         if not isinstance(value, str):
-            raise TypeError(f"{key} of {name!r} must be a str, got {type(value).__name__}")
+            raise TypeError(f"{key} must be a str, got {type(value).__name__}")
+        if parameter.words and value not in parameter.words:
+            raise ValueError(f"{key} must be {parameter.domain} ({parameter.meaning}), got {value!r}")
         return value
     if isinstance(value, torch.Tensor):
         if not value.dtype.is_floating_point:
-            raise TypeError(f"{key} of {name!r} must be a float or a floating-point tensor, got {value.dtype}")
+            raise TypeError(f"{key} must be a float or a floating-point tensor, got {value.dtype}")
         if value.requires_grad:
-            raise ValueError(f"{key} of {name!r} requires grad; no gradient flows to parameters, pass {key}.detach()")
+            detached = f"{parameter.name}.detach()"
+            raise ValueError(f"{key} requires grad; no gradient flows to parameters, pass {detached}")
         return value
-    if isinstance(known, bool):
+    if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise TypeError(f"{key} of {name!r} must be True or False, got {value!r}")
+            raise TypeError(f"{key} must be {parameter.domain}, got {value!r}")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{key} of {name!r} must be a float or a tensor, got {type(value).__name__}")
-    if not -math.inf < float(value) < math.inf:
-        raise ValueError(f"{key} of {name!r} must be finite, got {value}")
-    if key in ("target", "nontarget") and float(value) < 0:
-        raise ValueError(f"{key} of {name!r} is a weight and must be >= 0, got {value}")
-    return float(value)
-
-
-def _check(member: Definition | Derived, values: Mapping[str, Any]) -> None:
-    """The domain check of a member, on the parameters that are floats (a tensor's default stands in for it)."""
-    own = {key: values[key] for key in member.parameters if key != "base"}
-    member.check(**{key: member.parameters[key] if isinstance(v, torch.Tensor) else v for key, v in own.items()})
+        raise TypeError(f"{key} must be a float or a tensor, got {type(value).__name__}")
+    if not math.isfinite(value := float(value)):
+        raise ValueError(f"{key} must be finite, got {value}")
+    if not parameter.low <= value <= parameter.high:
+        raise ValueError(f"{key} must be {parameter.domain} ({parameter.meaning}), got {value}")
+    return value

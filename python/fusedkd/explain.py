@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import divergences, kd_value_and_grad
 from .commands import known_divergence, make_folder, require
+from .kernels.divergences import REGISTRY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,17 +237,16 @@ def _beside(others: dict[str, str]) -> str:
 
 
 def _parameters(name: str) -> str:
-    known = divergences()[name]
-    if not known:
+    taken = REGISTRY[name].arguments
+    if not taken:
         return "None."
-    call = ", ".join([f'"{name}"', *(f"{key}={_code(value)}" for key, value in known.items())])
-    text = [_table(("parameter", "default"), [(f"`{key}`", f"`{_code(value)}`") for key, value in known.items()])]
-    check = getattr(_module(name), "check", None)
-    allowed = f"Allowed: {inspect.getdoc(check)} " if check else ""
-    weights = "`target` and `nontarget`, ≥ 0, weigh the two terms of the loss. " if "nontarget" in known else ""
-    base = "`base` is another divergence; its own parameters may be given beside it. " if "base" in known else ""
-    text.append(_fill(f"{allowed}{weights}{base}A number may be a tensor with one value per token."))
-    return "\n\n".join([*text, f"    fusedkd.divergence({call})"])
+    rows = [(f"`{p.name}`", f"`{_code(p.default)}`", p.domain, p.meaning) for p in taken]
+    call = ", ".join([f'"{name}"', *(f"{p.name}={_code(p.default)}" for p in taken)])
+    base = "A base's own parameters may be given beside it. " if any(p.name == "base" for p in taken) else ""
+    text = _fill(f"{base}A number may be a tensor with one value per token.")
+    return "\n\n".join(
+        [_table(("parameter", "default", "allowed", "meaning"), rows), text, f"    fusedkd.divergence({call})"]
+    )
 
 
 def _module(name: str) -> Any:
