@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", metavar="S", type=partial(positive, float), help="most time for all sections")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write the results, tables, plots and report to DIR")
     parser.add_argument(
-        "--readme", metavar="FILE", type=Path, help="measure nothing: write the tables of the results in --out to FILE"
+        "--readme",
+        metavar="FILE",
+        type=Path,
+        help="measure nothing: write the results in --out as tables to FILE, and goals.md beside them",
     )
 
 

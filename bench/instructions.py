@@ -3,7 +3,7 @@
     python -m fusedkd.bench.instructions --out bench/results
 
 Instructions per logit pair of each loop: the divergences below are compiled by kernels/aot.py and counted by
-kernels/sass.py, in about two minutes. The README takes its table from the file. Any other kernel:
+kernels/sass.py, in about two minutes. docs/measured.md has the table. Any other kernel:
 python -m fusedkd.kernels.aot sm_90 bfloat16 NAME --instructions.
 
 What runs of whole kernels take, instructions, memory and barriers: compiled.py, in about half an hour.
@@ -76,7 +76,7 @@ def _budget(loops: dict[int, float]) -> str:
 
 
 def committed(folder: Path) -> Table | None:
-    """Return the README's table of the counts in a folder of results, None if they are not there."""
+    """Return the table of the counts in a folder of results, None if they are not there."""
     file = folder / FILE
     return table(json.loads(file.read_text())) if file.exists() else None
 

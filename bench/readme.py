@@ -1,4 +1,4 @@
-"""The measured part of the README, written from the committed result files so that it cannot drift."""
+"""The measured parts of the README and of the documentation, written from the committed result files."""
 
 from __future__ import annotations
 
@@ -7,30 +7,59 @@ from pathlib import Path
 from typing import Any
 
 from . import instructions, targets
-from .results import committed, is_gpu, machine
-from .tables import SECTIONS, markdown
+from .results import cases, committed, is_gpu, machine, median
+from .tables import Table, about, duration, floors, grouped, markdown, size, where
 
 BEGIN = "<!-- measured: made by `python -m fusedkd bench --out bench/results --readme README.md` -->"
 END = "<!-- /measured -->"
-CPU_WORDS = (
-    "One training step of the loss head, `make bench` on a CPU: hidden states in, loss and the gradients of hidden\n"
-    "states and weight out. Runs are interleaved, times are medians ± half the distance between the quartiles; memory\n"
-    "is the peak above inputs and gradients; everything is checked against float64 before it is timed, errors are\n"
-    'relative L2. "eager torch" is the loss as one writes it. The floor is of torch.mm; on a CPU the products of\n'
-    "fusedkd that read a weight are those of oneDNN, which the ceilings time beside it. Samples, plots and the other\n"
-    "sections: [bench/results](bench/results)."
+GOALS = "goals.md"  # beside the result files; docs/measured.md includes it
+WORDS = (
+    "One training step of the loss head, `make bench`: hidden states in, loss and the gradients of hidden states and\n"
+    "weight out; time, and peak memory above inputs and gradients."
 )
-GOALS_WORDS = "Goals, in units of the products or of eager torch:"
+MORE = (
+    '"eager torch" is the loss as one writes it. Everything is checked against float64 before it is timed;\n'
+    "*imprecise* means wrong by more than the benchmark allows. Spreads, roofline, other sections and goals:\n"
+    "[docs/measured.md](docs/measured.md)."
+)
+NO_GPU = "On a GPU: not measured."
+GOALS_WORDS = "Goals on a CPU, in units of the products or of eager torch:"
 GPU_WORDS = "On a GPU (`make gpu`; the goals are for an H200, N = 8192, bfloat16, loss and gradients):"
 
 
 def block(folder: Path) -> str:
-    """Return the measured part for the result files in a folder."""
+    """Return the README's measured part for the result files in a folder."""
     results = committed(folder)
-    parts = [BEGIN]
+    found = [markdown(table).strip() for result in results if "heads" in result["sections"] for table in _heads(result)]
+    unmeasured = [] if any(map(is_gpu, results)) else [NO_GPU]
+    return "\n\n".join([BEGIN, *([WORDS, *found, MORE] if found else []), *unmeasured, END])
+
+
+def _heads(result: dict[str, Any]) -> list[Table]:
+    """One table for each shape: a line per divergence, a column per implementation that was measured."""
+    made = []
+    members = [case for case in cases(result, "heads") if case["cells"]]
+    for (sizes,), group in grouped(members, lambda case: (about(case),)):
+        measured = [(case, cell) for case in group for cell in case["cells"] if cell["seconds"]]
+        columns = list(dict.fromkeys(cell["implementation"] for _, cell in measured))
+        rows: dict[str, dict[str, str]] = {}
+        for case, cell in measured:
+            memory = "memory not measured" if cell["extra_bytes"] is None else size(cell["extra_bytes"])
+            mark = "" if cell["status"] == "measured" else f", *{cell['status']}*"
+            text = f"{duration(median(cell['seconds']))}, {memory}{mark}"
+            rows.setdefault(case["case"]["divergence"], {})[cell["implementation"]] = text
+        table = [[name, *(found.get(column, "") for column in columns)] for name, found in rows.items()]
+        line = f"{sizes}. {floors(group)}. {where(result['sections']['heads'])}."
+        made.append(Table("", line, ("divergence", *columns), table, []))
+    return made
+
+
+def goals(folder: Path) -> str:
+    """Return what is asked of the library, beside what was measured, and the instruction counts."""
+    results = committed(folder)
+    parts = ["# Goals"]
     for result in results:
         if not is_gpu(result) and "heads" in result["sections"]:
-            parts += [CPU_WORDS, *(markdown(found).strip() for found in SECTIONS["heads"](result))]
             parts += [GOALS_WORDS, _goals(targets.CPU, result)]
     parts.append(GPU_WORDS)
     for result in [result for result in results if is_gpu(result)] or [None]:
@@ -38,15 +67,15 @@ def block(folder: Path) -> str:
         parts.append(_goals(targets.GPU, result))
     if counts := instructions.committed(folder):
         parts.append(markdown(counts).strip())
-    return "\n\n".join([*parts, END])
+    return "\n\n".join(parts) + "\n"
 
 
-def _goals(goals: tuple[targets.Target, ...], result: dict[str, Any] | None) -> str:
-    return markdown(targets.table("", goals, result)).strip()
+def _goals(wanted: tuple[targets.Target, ...], result: dict[str, Any] | None) -> str:
+    return markdown(targets.table("", wanted, result)).strip()
 
 
 def write(readme: Path, folder: Path) -> None:
-    """Replace the measured part of a README.
+    """Replace the measured part of a README, and write the goals beside the result files.
 
     Raises:
         argparse.ArgumentError: there is no such file, or it has no such part.
@@ -59,3 +88,4 @@ def write(readme: Path, folder: Path) -> None:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     readme.write_text(before + block(folder) + after, encoding="utf-8")
+    (folder / GOALS).write_text(goals(folder), encoding="utf-8")

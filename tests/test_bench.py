@@ -179,10 +179,11 @@ def test_a_section_replaces_only_itself(quick: QuickRun) -> None:
 
 
 def test_the_readme_is_up_to_date() -> None:
-    """Its measured part is what the committed result files say: python -m fusedkd bench --readme writes it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Its measured part and the goals are what the committed result files say: bench --readme writes them."""
+    text, folder = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "bench/results"
     found = readme.BEGIN + text.split(readme.BEGIN)[1].split(readme.END)[0] + readme.END
-    assert found == readme.block(ROOT / "bench/results")
+    assert found == readme.block(folder)
+    assert (folder / readme.GOALS).read_text(encoding="utf-8") == readme.goals(folder)
 
 
 def test_committed_results_are_of_full_runs() -> None:
@@ -204,7 +205,8 @@ def test_readme_is_rewritten_in_place(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert text.count("not measured") == len(targets.GPU)
+    assert text.count("not measured") == 1
+    assert (tmp_path / readme.GOALS).read_text().count("not measured") == len(targets.GPU)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from fusedkd.kernels.divergences import ALL
 
 DEFINITIONS = [member for member in ALL if isinstance(member, Definition)]
 DOCS = Path(__file__).parent.parent / "docs"
-EXAMPLES = {page: re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) for page in DOCS.glob("*.md")}
+PAGES = (*DOCS.glob("*.md"), DOCS.parent / "CONTRIBUTING.md")
+EXAMPLES = {page: re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) for page in PAGES}
 
 
 def test_there_is_something_to_run() -> None:
@@ -174,7 +175,7 @@ def test_the_reference_is_complete() -> None:
 
 def test_the_table_of_drop_ins() -> None:
     """Every module of compat has a row, and every name in a row exists."""
-    table = (DOCS.parent / "README.md").read_text()
+    table = (DOCS / "drop-ins.md").read_text()
     named = set(re.findall(r"fusedkd\.compat\.(\w+)\.(\w+)", table))
     for module, names in re.findall(r"from fusedkd\.compat\.(\w+) import ([\w, ]+)", table):
         named |= {(module, name) for name in re.findall(r"\w+", names)}
