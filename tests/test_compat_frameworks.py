@@ -1,4 +1,4 @@
-"""compat.torchtune, modelopt, automodel, megatron, swift and verl beside the originals' formulas in float64."""
+"""compat.torchtune, modelopt, automodel, megatron and swift beside the originals' formulas in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from close import assert_close, relative, rounding
 from torch import Tensor
 from torch.nn import functional
 
-from fusedkd.compat import automodel, megatron, modelopt, swift, torchtune, verl
+from fusedkd.compat import automodel, megatron, modelopt, swift, torchtune
 
 SHAPE = (3, 8, 67)  # B, T, V
 DTYPES = (torch.float32, torch.bfloat16)
@@ -395,8 +395,6 @@ def test_swift_without_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_supported_is_named() -> None:
     """NotImplementedError with the argument and what works instead."""
-    with pytest.raises(NotImplementedError, match=r"needs a sparse teacher \(teacher_topk_log_probs"):
-        verl.compute_forward_kl_topk(*(torch.ones(1, 2, 3) for _ in range(3)), None, "thd")
     with pytest.raises(NotImplementedError, match=r"tensor_model_parallel_size is 2: .* use a tensor-parallel"):
         megatron.LogitsKLLoss(config(ranks=2))
     with pytest.raises(NotImplementedError, match=r"tp_group has 4 ranks: .* gather the logits"):
@@ -441,7 +439,7 @@ def test_wrong_arguments_are_named() -> None:
         swift.jsd_loss(logits[0], logits[0], 1.5)
 
 
-SIGNATURES = {  # torchtune 0.6.1, nvidia-modelopt 0.47.0, nemo-automodel 0.7.0, ms-swift 4.6.0, verl 0.9.1
+SIGNATURES = {  # torchtune 0.6.1, nvidia-modelopt 0.47.0, nemo-automodel 0.7.0, ms-swift 4.6.0
     torchtune.ForwardKLLoss: "ignore_index=-100",
     torchtune.ReverseKLLoss: "ignore_index=-100",
     torchtune.SymmetricKLLoss: "sym_kd_ratio=0.5, ignore_index=-100",
@@ -457,7 +455,6 @@ SIGNATURES = {  # torchtune 0.6.1, nvidia-modelopt 0.47.0, nemo-automodel 0.7.0,
     megatron.LogitsKLLoss: "model_config, temperature=1.0, reverse=False",
     megatron.LogitsKLLoss.forward: "self, predictions, targets",
     swift.jsd_loss: "s_logits, t_logits, beta, log_softmax_fn=None, kl_div_fn=None, chunk_size=512",
-    verl.compute_forward_kl_topk: "student_logits, teacher_topk_log_probs, teacher_topk_ids, config, data_format",
 }
 
 
@@ -468,7 +465,7 @@ def test_signatures(shim: Callable[..., Any]) -> None:
     assert ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters) == SIGNATURES[shim]
 
 
-@pytest.mark.parametrize("module", [automodel, megatron, modelopt, swift, torchtune, verl], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [automodel, megatron, modelopt, swift, torchtune], ids=lambda m: m.__name__)
 def test_nothing_of_the_originals_is_imported(module: Any) -> None:
     """torch, the standard library and fusedkd, at any depth of the file."""
     nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
