@@ -11,6 +11,7 @@ from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
 from .kernels.divergence import Form
+from .kernels.rows import STATS
 from .ops import heads, logits, streamed
 from .planner import Shape, choose_schedule, sweeps_of, whole_rows
 from .sides import Side, both_autocast, flattened
@@ -414,7 +415,11 @@ def _streamed(call: LossCall, counted: torch.Tensor | None) -> streaming.Rows:
     found = streamed.streamed(call._replace(token_weights=None, drop_ignored=False))
     if kept is None or counted is None:
         return found
-    return found._replace(loss=_at_all_rows(found.loss, kept, counted), stats=_at_all_rows(found.stats, kept, counted))
+    n = len(counted)
+    found = found._replace(loss=found.loss.new_zeros(n).index_copy(0, kept, found.loss))
+    if call.return_stats:
+        found = found._replace(stats=found.stats.new_zeros((n, STATS)).index_copy(0, kept, found.stats))
+    return found
 
 
 def _shape(call: LossCall, checked: _Checked) -> Shape:
@@ -456,11 +461,6 @@ def _check_logits_dtype(call: LossCall) -> None:
 def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """(N,) contiguous values of a tensor broadcast to the leading shape."""
     return value.detach().expand(shape).reshape(-1).contiguous()
-
-
-def _at_all_rows(values: torch.Tensor, kept: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Back to (N, ...), 0 in the rows that were left out; empty statistics stay so."""
-    return values.new_zeros((len(counted), *values.shape[1:])).index_copy(0, kept, values) if len(values) else values
 
 
 def _weighted(loss: torch.Tensor, checked: _Checked) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Operator(Generic[P, R]):
 
     def __init__(self, name: str, implementation: Callable[P, R], mutates_args: Sequence[str]) -> None:
         kinds = get_type_hints(implementation)
-        self.returns = kinds.pop("return")
+        self.name, self.returns = name, kinds.pop("return")
         self.kinds = list(kinds.values())
         schema: dict[str, Any] = {}
         for parameter, kind in kinds.items():
@@ -87,8 +87,10 @@ class Operator(Generic[P, R]):
 
         def run(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
             refuse_double_backward(upstream)
-            (kind,) = self.kinds
-            return tuple(no_gradients(kind) if upstream is None else backward(*_nested(kinds, saved_of(ctx)), upstream))
+            if upstream is None:
+                return (None,) * len(self.parameters)
+            call, results = _nested(kinds, saved_of(ctx))
+            return tuple(backward(call, results, upstream))
 
         self.definition.register_autograd(run, setup_context=setup)
 
@@ -118,9 +120,8 @@ def _nested(kinds: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def no_gradients(kind: type[C]) -> C:
-    """A NamedTuple of None, which a backward pass returns where no operand has a gradient."""
-    fields: Sequence[str] = getattr(kind, "_fields", ())
-    return kind(*[None] * len(fields))
+    """A NamedTuple of None, in which a backward pass replaces what has a gradient."""
+    return _nested([kind], [None] * len(get_type_hints(kind)))[0]
 
 
 def save(ctx: Any, names: Sequence[str], values: Sequence[Any]) -> None:

@@ -39,6 +39,11 @@ class Numbers(NamedTuple):
     softcap: float  # 0: none
 
 
+def functions_of(backend: str) -> Any:
+    """The module whose value and gradient serve a resolved backend."""
+    return tuned(triton_logprobs) if backend == "triton" else cpu_logprobs
+
+
 class _Chunk(NamedTuple):
     """Some rows and their logits."""
 
@@ -58,8 +63,8 @@ class _Pass(NamedTuple):
     def of(cls, call: TokensCall) -> "_Pass":
         """Over the rows of a call."""
         temperature, scale, softcap = Numbers(*call.numbers.tolist())
-        functions = tuned(triton_logprobs) if call.backend == "triton" else cpu_logprobs
-        return cls(functions, Source(call.x, call.weight, call.bias, scale, softcap), temperature, call.rows)
+        source = Source(call.x, call.weight, call.bias, scale, softcap)
+        return cls(functions_of(call.backend), source, temperature, call.rows)
 
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks in turn, in one buffer."""
