@@ -37,15 +37,15 @@ class LossCall(NamedTuple):
     support: str  # teacher, floor
     backend: str  # triton, torch, compiled
     return_stats: bool
-    drop_ignored: bool
-    needs_student: bool  # whether a gradient is wanted, here and below
-    needs_weight: bool
-    needs_bias: bool
-    outer_rows: int  # chunked: tokens per gradient chunk
-    inner_rows: int  # chunked: tokens per product
-    columns: int  # streaming: vocabulary per chunk
     logits_dtype: Optional[torch.dtype]
     weight_grad: Optional[Tensor]  # (V, D) to which the backward pass adds the weight's gradient, returning none
+    drop_ignored: bool = False
+    needs_student: bool = False  # whether a gradient is wanted, here and below
+    needs_weight: bool = False
+    needs_bias: bool = False
+    outer_rows: int = 0  # chunked: tokens per gradient chunk
+    inner_rows: int = 0  # chunked: tokens per product
+    columns: int = 0  # streaming: vocabulary per chunk
 
 
 class Numbers(NamedTuple):

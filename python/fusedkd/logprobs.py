@@ -14,7 +14,7 @@ from .backends import choose_backend
 from .call import packed
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
-from .ops.token_logprobs import Numbers, TokensCall, logprob_rows
+from .ops.token_logprobs import TokenNumbers, TokensCall, logprob_rows
 from .planner import Shape, choose
 from .sides import Side, autocast, flattened
 
@@ -75,7 +75,7 @@ def token_logprobs(
         weight=weight,
         bias=bias,
         token_ids=torch.where((ids != ignore_index) & (ids >= 0) & (ids < vocabulary), ids, -1),
-        numbers=packed(Numbers(float(temperature), scale, softcap)),
+        numbers=packed(TokenNumbers(float(temperature), scale, softcap)),
         backend=resolved,
         rows=rows if weight is None else choose(_shape(rows, x, weight), memory_budget).inner,
         needs_x=live and x.requires_grad,

@@ -44,7 +44,7 @@ class KDStats(NamedTuple):
 class _Checked(NamedTuple):
     """A checked call with what its operators need not know."""
 
-    call: LossCall  # as for logits: no gradients asked for, no chunks
+    call: LossCall
     numbers: Numbers
     form: Form
     shape: torch.Size  # the leading one
@@ -354,13 +354,6 @@ def _check(
         support=support,
         backend=resolved,
         return_stats=return_stats,
-        drop_ignored=False,
-        needs_student=False,
-        needs_weight=False,
-        needs_bias=False,
-        outer_rows=0,
-        inner_rows=0,
-        columns=0,
         logits_dtype=logits_dtype,
         weight_grad=weight_grad,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import chunked, cpu_streaming, gemm
 from .call import LossCall, problem_of, sources_of, wide_dtype
 from .cpu import conclude, values_at
-from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
+from .dtypes import accumulation_dtype, gradient_dtype, size_of
 from .kernels import streaming as triton_streaming
 from .kernels.online import log_sum
 from .kernels.rows import SAVED, STATS, Problem, Side
@@ -73,7 +73,8 @@ class _Pass(NamedTuple):
     student: Source
     teacher: Source
     width: int  # columns per chunk
-    buffers: tuple[Tensor | None, Tensor | None]
+    student_buffer: Tensor | None  # (N, width) products, of a Head
+    teacher_buffer: Tensor | None
 
     def __iter__(self) -> Iterator[tuple[int, int, Problem, Side, Side]]:  # type: ignore[override]
         """(first column, last, the problem on these columns, student, teacher)."""
@@ -81,22 +82,19 @@ class _Pass(NamedTuple):
         for start in range(0, total, self.width):
             stop = min(start + self.width, total)
             compared = max(0, min(stop, self.problem.vocab_size) - start)
-            student = _chunks(self.student, start, stop, self.buffers[0])
+            student = _chunks(self.student, start, stop, self.student_buffer)
             # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
             until = max(start + compared, start + 1) if start < self.teacher.width else start
-            teacher = student if until == start else _chunks(self.teacher, start, until, self.buffers[1])
+            teacher = student if until == start else _chunks(self.teacher, start, until, self.teacher_buffer)
             yield start, stop, self.problem._replace(vocab_size=compared), student, teacher
 
 
 def _pass(call: LossCall) -> _Pass:
     student, teacher = sources_of(call)
-    buffers = [
-        None
-        if source.weight is None
-        else source.x.new_empty((source.rows, call.columns), dtype=logit_dtype(source.x.dtype, call.logits_dtype))
-        for source in (student, teacher)
-    ]
-    return _Pass(problem_of(call), student, teacher, call.columns, (buffers[0], buffers[1]))
+    buffers = (
+        chunked.buffer(source, source.rows, call.columns, None, call.logits_dtype) for source in (student, teacher)
+    )
+    return _Pass(problem_of(call), student, teacher, call.columns, *buffers)
 
 
 class Rows(NamedTuple):
@@ -219,7 +217,7 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> chunked.Gradien
     direct = weight_grad is not None and dtype != torch.float16
     size = upstream.new_ones(()) if direct else size_of(upstream)
     scaled = (upstream / size).contiguous()
-    room = sweep.buffers[0]  # dZ lies over the student's logits where it has their dtype
+    room = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if room is not None and room.dtype != dtype:
         room = x.new_empty((n, sweep.width), dtype=dtype)
     for start, stop, part, s, t in sweep:
@@ -325,7 +323,11 @@ def empty_gradients(call: LossCall) -> chunked.Gradients:
     x, weight, bias = call.student, call.student_weight, call.student_bias
     empty = chunked.Gradients(*(x.new_empty(0) for _ in chunked.Gradients._fields))
     if weight is None:
-        return empty._replace(x=torch.empty(x.shape, dtype=x.dtype, device=x.device)) if call.needs_student else empty
+        return (
+            empty._replace(x=torch.empty_like(x, memory_format=torch.contiguous_format))
+            if call.needs_student
+            else empty
+        )
     return chunked.Gradients(
         x.new_empty(x.shape) if call.needs_student else empty.x,
         weight.new_empty(weight.shape) if call.needs_weight and call.weight_grad is None else empty.weight,

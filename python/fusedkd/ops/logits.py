@@ -44,7 +44,7 @@ def _empty_rows(call: LossCall) -> Rows:
 
 
 def _empty_gradient(call: LossCall) -> Tensor:
-    return torch.empty(call.student.shape, dtype=call.student.dtype, device=call.student.device)
+    return torch.empty_like(call.student, memory_format=torch.contiguous_format)
 
 
 def _raise_floors(call: LossCall, problem: Problem, floors: Tensor) -> Side:

@@ -9,14 +9,14 @@ from ..chunked import Gradients
 from .operator import no_gradients, operator
 
 
-def _like_contiguous(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _empty(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 @operator("scaled")
 def scaled(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
     """grad · by in the shape and dtype of `like`: one rounding, no temporary, and `grad` stays for another backward."""
-    out = _like_contiguous(like)
+    out = _empty(grad, by, like)
     grad = grad.view(like.shape)
     if out.dtype == grad.dtype or not out.is_cpu:
         torch.mul(grad, by, out=out)
@@ -26,7 +26,7 @@ def scaled(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-scaled.register_fake(lambda grad, by, like: _like_contiguous(like))
+scaled.register_fake(_empty)
 
 
 @operator("add_scaled", mutates_args=("out",))

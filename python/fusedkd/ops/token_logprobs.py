@@ -23,7 +23,7 @@ class TokensCall(NamedTuple):
     weight: Optional[Tensor]
     bias: Optional[Tensor]
     token_ids: Tensor  # (N,) int64, negative in rows that do not count
-    numbers: Tensor  # `Numbers`, packed
+    numbers: Tensor  # `TokenNumbers`, packed
     backend: str
     rows: int  # of logits at a time, for a Head
     needs_x: bool  # whether a gradient is wanted, here and below
@@ -31,7 +31,7 @@ class TokensCall(NamedTuple):
     needs_bias: bool
 
 
-class Numbers(NamedTuple):
+class TokenNumbers(NamedTuple):
     """The floats of a call, which may change from step to step."""
 
     temperature: float
@@ -62,7 +62,7 @@ class _Pass(NamedTuple):
     @classmethod
     def of(cls, call: TokensCall) -> "_Pass":
         """Over the rows of a call."""
-        temperature, scale, softcap = Numbers(*call.numbers.tolist())
+        temperature, scale, softcap = TokenNumbers(*call.numbers.tolist())
         source = Source(call.x, call.weight, call.bias, scale, softcap)
         return cls(functions_of(call.backend), source, temperature, call.rows)
 
