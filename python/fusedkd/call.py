@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .dtypes import accumulation_dtype
 from .kernels.divergences import definitions
-from .kernels.rows import Problem
+from .kernels.rows import STATS, Problem
 from .sides import Source
 
 
@@ -117,6 +117,20 @@ def sources_of(call: LossCall) -> Sources:
         Source(call.student, call.student_weight, call.student_bias, numbers.student_scale, numbers.student_softcap),
         Source(call.teacher, call.teacher_weight, call.teacher_bias, numbers.teacher_scale, numbers.teacher_softcap),
     )
+
+
+class Rows(NamedTuple):
+    """Loss (N,) and statistics (N, STATS), or (0, STATS) where they are not wanted."""
+
+    loss: Tensor
+    stats: Tensor
+
+
+def empty_rows(call: LossCall) -> Rows:
+    """Room for them, which are float64 if a side is, else float32."""
+    n = row_count(call)
+    loss = call.student.new_empty(n, dtype=wide_dtype(call))
+    return Rows(loss, loss.new_empty((n if call.return_stats else 0, STATS)))
 
 
 def row_count(call: LossCall) -> int:

@@ -64,7 +64,7 @@ def _(call: LossCall, *_: Tensor) -> int:
 
 
 def _tokens(call: TokensCall, products: int) -> int:
-    return 0 if call.weight is None else products * _product(len(call.x), len(call.weight), call.weight)
+    return 0 if call.weight is None else products * _product(call.x.shape[0], call.weight.shape[0], call.weight)
 
 
 @_formula(logprob_rows)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import chunked
-from ..call import LossCall, row_count, wide_dtype
+from ..call import LossCall, Rows, empty_rows
 from ..dtypes import size_of
-from ..kernels.rows import STATS
 from ..sides import Source
 from .operator import no_gradients, operator
 from .scaled import delivered
@@ -25,13 +24,6 @@ class Sum(NamedTuple):
     bias: Tensor
 
 
-class Rows(NamedTuple):
-    """Loss (N,) and statistics (N, STATS) or (0, STATS)."""
-
-    loss: Tensor
-    stats: Tensor
-
-
 @operator("heads")
 def heads(call: LossCall) -> Sum:
     """The backward pass multiplies the gradients by the upstream scalar."""
@@ -43,7 +35,7 @@ def heads(call: LossCall) -> Sum:
 
 @heads.register_fake
 def _(call: LossCall) -> Sum:
-    loss, stats = _empty_rows(call)
+    loss, stats = empty_rows(call)
     student = Source(call.student, call.student_weight, call.student_bias)
     gradients = chunked.empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
     return Sum(loss.new_empty(()), loss, stats, *gradients)
@@ -76,12 +68,6 @@ def heads_rows(call: LossCall) -> Rows:
     return Rows(found.loss, found.stats)
 
 
-def _empty_rows(call: LossCall) -> Rows:
-    n = row_count(call)
-    loss = call.student.new_empty(n, dtype=wide_dtype(call))
-    return Rows(loss, loss.new_empty((n if call.return_stats else 0, STATS)))
-
-
 def _rows_backward(call: LossCall, _: Rows, upstream: Tensor) -> LossCall:
     upstream = chunked.counted_upstream(upstream, call.labels)
     size = size_of(upstream)
@@ -89,5 +75,5 @@ def _rows_backward(call: LossCall, _: Rows, upstream: Tensor) -> LossCall:
     return delivered(call, chunked.Gradients(made.x, made.weight, made.bias), size)
 
 
-heads_rows.register_fake(_empty_rows)
+heads_rows.register_fake(empty_rows)
 heads_rows.register_autograd(lambda call, made: (call, no_gradients(Rows)), _rows_backward)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backends import logit_functions, row_functions
-from ..call import LossCall, problem_of, row_count, wide_dtype
+from ..call import LossCall, empty_rows, problem_of
 from ..chunked import FLOOR_DEPTH
-from ..kernels.rows import SAVED, STATS, Problem, Side
+from ..kernels.rows import SAVED, Problem, Side
 from .operator import no_gradients, operator
 
 
@@ -33,18 +33,16 @@ class RowsBoth(NamedTuple):
 
 
 def _empty_rows(call: LossCall) -> Rows:
-    n = row_count(call)
-    loss = call.student.new_empty(n, dtype=wide_dtype(call))
-    return Rows(
-        loss,
-        stats=loss.new_empty((n if call.return_stats else 0, STATS)),
-        saved=loss.new_empty((n, SAVED)),
-        floors=loss.new_empty(n if call.support == "floor" else 0),
-    )
+    loss, stats = empty_rows(call)
+    return Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)), floors=_empty_floors(call, loss))
 
 
 def _empty_gradient(call: LossCall) -> Tensor:
     return torch.empty_like(call.student, memory_format=torch.contiguous_format)
+
+
+def _empty_floors(call: LossCall, loss: Tensor) -> Tensor:
+    return loss.new_empty(loss.shape[0] if call.support == "floor" else 0)
 
 
 def _raise_floors(call: LossCall, problem: Problem, floors: Tensor) -> Side:
@@ -81,17 +79,13 @@ def rows_gradient(call: LossCall, saved: Tensor, floors: Tensor, upstream: Tenso
 @operator("rows_both")
 def rows_both(call: LossCall) -> RowsBoth:
     """Value sweep and gradient sweep of a row run back to back."""
-    problem, (loss, stats, _, floors), gradient = problem_of(call), _empty_rows(call), _empty_gradient(call)
+    problem, (loss, stats), gradient = problem_of(call), empty_rows(call), _empty_gradient(call)
+    floors = _empty_floors(call, loss)
     logit_functions(call.backend, problem, call.student).value_and_gradient(
         problem, Side(call.student), _raise_floors(call, problem, floors), call.labels,
         call.token_weights, gradient.view(-1, gradient.shape[2]), loss, stats if call.return_stats else None,
     )  # fmt: skip
     return RowsBoth(loss, stats, gradient)
-
-
-def _fake_rows_both(call: LossCall) -> RowsBoth:
-    loss, stats, _, _ = _empty_rows(call)
-    return RowsBoth(loss, stats, _empty_gradient(call))
 
 
 def _backward(call: LossCall, made: Rows, upstream: Tensor) -> LossCall:
@@ -102,4 +96,4 @@ def _backward(call: LossCall, made: Rows, upstream: Tensor) -> LossCall:
 rows.register_fake(_empty_rows)
 rows.register_autograd(lambda call, made: (call, made._replace(loss=None, stats=None)), _backward)
 rows_gradient.register_fake(lambda call, saved, floors, upstream: _empty_gradient(call))
-rows_both.register_fake(_fake_rows_both)
+rows_both.register_fake(lambda call: RowsBoth(*empty_rows(call), _empty_gradient(call)))

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from .. import chunked, streaming
-from ..call import LossCall, row_count, wide_dtype
-from ..kernels.rows import SAVED, STATS
+from ..call import LossCall, empty_rows
+from ..kernels.rows import SAVED
 from .operator import no_gradients, operator
 
 
@@ -16,9 +16,8 @@ def streamed(call: LossCall) -> streaming.Rows:
 
 @streamed.register_fake
 def _(call: LossCall) -> streaming.Rows:
-    n = row_count(call)
-    loss = call.student.new_empty(n, dtype=wide_dtype(call))
-    return streaming.Rows(loss, loss.new_empty((n if call.return_stats else 0, STATS)), loss.new_empty((n, SAVED)))
+    loss, stats = empty_rows(call)
+    return streaming.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)))
 
 
 @operator("streamed_gradient", mutates_args=("weight_grad",))
