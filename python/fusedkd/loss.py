@@ -408,7 +408,7 @@ def _streamed(call: LossCall, counted: torch.Tensor | None) -> streaming.Rows:
     found = streamed.streamed(call._replace(token_weights=None, drop_ignored=False))
     if kept is None or counted is None:
         return found
-    n = len(counted)
+    n = counted.shape[0]
     found = found._replace(loss=found.loss.new_zeros(n).index_copy(0, kept, found.loss))
     if call.return_stats:
         found = found._replace(stats=found.stats.new_zeros((n, STATS)).index_copy(0, kept, found.stats))
