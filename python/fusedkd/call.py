@@ -135,7 +135,8 @@ def empty_rows(call: LossCall) -> Rows:
 
 def row_count(call: LossCall) -> int:
     """N."""
-    return call.student.shape[0] if call.student_weight is not None else call.student.shape[:2].numel()
+    outer, inner = call.student.shape[:2]
+    return outer if call.student_weight is not None else outer * inner
 
 
 def wide_dtype(call: LossCall) -> torch.dtype:
