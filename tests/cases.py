@@ -374,3 +374,15 @@ def kl_of(truth: oracle.Truth, logits: list[Tensor], labels: Tensor | None, opti
     loss = oracle.distill(student, teacher, labels, oracle.meaning("fkl"), **same).loss
     counted = loss[truth.stats["student_lse"] != 0]
     return float(counted.mean()) if counted.numel() else 1.0
+
+
+def opcheck(name: str, call: tuple[Any, ...], differentiable: bool = False) -> None:
+    """torch's check of an operator, on copies of a call's arguments without their history."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        made = value.detach().clone()
+        return made.requires_grad_(differentiable and value.requires_grad)
+
+    torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, tuple(map(leaf, call)))

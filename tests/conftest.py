@@ -151,6 +151,21 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """The last arguments that each operator was called with, as its schema has them."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    operator = importlib.import_module("fusedkd.ops.operator")
+    original = operator.Operator.__call__
+
+    def run(self: Any, *args: Any) -> Any:
+        seen[self.name] = operator._flat(*args)
+        return original(self, *args)
+
+    monkeypatch.setattr(operator.Operator, "__call__", run)
+    return seen
+
+
 @pytest.fixture(scope="session")
 def clib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C library, built by CMake for a few divergences, once for all files that run it."""

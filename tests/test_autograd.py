@@ -12,20 +12,17 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
-from cases import DEFAULTS, IGNORE, VALUE, Case, each, expected
+from cases import DEFAULTS, IGNORE, VALUE, Case, each, expected, opcheck
 from close import assert_close, relative
 from torch import Tensor
 
 import fusedkd
-from fusedkd import ops
 from fusedkd.backends import interpreted
+from fusedkd.ops.operator import OPERATORS
 
 N, V, D, K = 4, 12, 4, 3
 KINDS = ("logits", "heads", "rows of heads")
-OPERATORS = {
-    name: getattr(ops, name)
-    for name in ("rows", "rows_gradient", "rows_both", "heads", "heads_rows", "scaled", "add_scaled")
-}
+DIFFERENTIABLE = ("rows", "heads", "heads_rows", "streamed", "logprob_rows")
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own
 triton = pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="Triton's interpreter"))
 
@@ -73,38 +70,6 @@ class Problem:
         return torch.autograd.grad(self.loss().sum(), self.student, **options)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
-    """The last arguments that each operator was called with."""
-    seen: dict[str, tuple[Any, ...]] = {}
-
-    def recorded(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            seen[name] = args
-            return op(*args)
-
-        return run
-
-    for name, op in OPERATORS.items():
-        monkeypatch.setattr(ops, name, recorded(name, op))
-    return seen
-
-
-def test_every_operator_is_checked() -> None:
-    """A new one belongs in the list."""
-    assert {
-        name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)
-    } == OPERATORS.keys()
-
-
-def leaf(value: Any, needs: bool) -> Any:
-    """A copy of an argument without its history."""
-    if isinstance(value, Tensor):
-        made = value.detach().clone()
-        return made.requires_grad_(needs and value.requires_grad) if made.is_floating_point() else made
-    return [leaf(x, False) for x in value] if isinstance(value, list) else value
-
-
 OPCHECK: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -124,31 +89,34 @@ OPCHECK: dict[str, dict[str, Any]] = {
 @each("name", OPERATORS)
 def test_opcheck(name: str, options: str, calls: dict[str, tuple[Any, ...]]) -> None:
     """Schema, fake tensors, autograd registration and compilation, on the arguments of real calls."""
-    for kind in KINDS:
+    for kind in (*KINDS, "streamed"):
         problem = Problem(kind, **OPCHECK[options])
+        if kind == "streamed":
+            problem.options |= {"schedule": "streaming", "support": "teacher"}
         if name == "add_scaled" and kind != "logits":
             problem.options["weight_grad"] = torch.randn(V, D)
         result = fusedkd.kd_loss(*problem.sides(), problem.labels, **problem.options)
         loss = (result[0] if isinstance(result, tuple) else result).sum()
         loss.backward(retain_graph=True)  # a last one has less to do
+        backend = problem.options.get("backend", "auto")
+        fusedkd.token_logprobs(problem.sides()[0], problem.labels, backend=backend).sum().backward()
         if kind == "logits":
             logits = [x.detach() for x in problem.sides()]
             fusedkd.kd_value_and_grad(*logits, problem.labels, **problem.options)
-    differentiable = name in ("rows", "heads", "heads_rows")
-    torch.library.opcheck(OPERATORS[name]._opoverload, tuple(leaf(x, differentiable) for x in calls[name]))
+    opcheck(name, calls[name], differentiable=name in DIFFERENTIABLE)
 
 
 @pytest.mark.unpoisoned
 @each("frozen", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2)])
-@each("kind", ["heads", "rows of heads"])
+@each("kind", ["heads", "rows of heads", "streamed"])
 def test_opcheck_of_frozen_parts(frozen: tuple[int, ...], kind: str, calls: dict[str, tuple[Any, ...]]) -> None:
     """Outputs that nobody wants are empty, in the fake version too, and never share memory."""
-    problem = Problem(kind)
+    problem = Problem(kind, schedule="streaming" if kind == "streamed" else "chunked")
     for i in frozen:
         problem.student[i].requires_grad_(False)
     problem.loss()
     (name,) = calls
-    torch.library.opcheck(OPERATORS[name]._opoverload, tuple(leaf(x, True) for x in calls[name]))
+    opcheck(name, calls[name], differentiable=True)
 
 
 DIVERGENCES = {"name": "drkl", "object": fusedkd.divergence("ab", alpha=0.3, beta=0.6)}

@@ -59,7 +59,7 @@ def test_there_is_something_to_check() -> None:
     """The rooms are where this file looks for them, and an import is seen when there is one."""
     assert {path.name for path in KERNELS} >= {"rows.py", "language.py", "fkl.py"}
     assert {path.name for path in BENCH} >= {"gpu.py", "measure.py"}
-    assert {path.name for path in PYTHON} >= {"loss.py", "ops.py"}
+    assert {path.name for path in PYTHON} >= {"loss.py", "operator.py"}
     assert not {*KERNELS, *BENCH} & {*PYTHON}
     assert "torch" in roots(imports(PACKAGE / "kernels/rows.py"))
     assert "triton" in roots(imports(PACKAGE / "kernels/language.py"))
@@ -108,6 +108,18 @@ def test_the_product_does_not_know_its_measurements(path: Path) -> None:
 def test_what_is_installed_does_not_know_its_tests(path: Path) -> None:
     """Nor numpy, which is torch's affair."""
     assert not roots(imports(path)) & {"tests", "conftest", "cases", "oracle", "close", "pytest", "numpy"}
+
+
+def knows_torch_library(path: Path) -> bool:
+    """Whether a file imports or names torch.library."""
+    named = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    return bool(within("torch.library", [*imports(path), *named]))
+
+
+def test_operators_are_in_one_folder() -> None:
+    """ops/ alone knows torch.library, and of it one file does."""
+    files = [path for path in (*KERNELS, *PYTHON, *BENCH) if knows_torch_library(path)]
+    assert files == [PACKAGE / "ops" / "operator.py"]
 
 
 def launched(path: Path) -> list[ast.FunctionDef]:

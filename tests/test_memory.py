@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkd
 from fusedkd import chunked, gemm, loss, planner
+from fusedkd.call import LossCall
 from fusedkd.kernels.language import interpreted
 
 N, V, D, K = 640, 20_000, 8, 12  # rows, vocabulary, widths of student and teacher; a chunk of rows is 214 on a CPU
@@ -369,27 +370,20 @@ def test_autocast_casts_what_is_shared_once(shared: tuple[str, ...]) -> None:
         assert copies[1] - copies[0] == (part in shared)
 
 
-class Run(NamedTuple):
-    """One call of chunked.run."""
-
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def again(self, **changes: Any) -> chunked.Result:
-        """The same call, with other chunks if asked."""
-        chunks = changes.pop("chunks", self.args[6])
-        with torch.no_grad():
-            return chunked.run(*self.args[:6], chunks, **self.options | changes)
+def again(call: LossCall) -> chunked.Result:
+    """The same call once more."""
+    with torch.no_grad():
+        return chunked.run(call)
 
 
-def runs(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[LossCall]:
     """What forward and backward of a call ask chunked.run to do."""
-    seen: list[Run] = []
+    seen: list[LossCall] = []
     original = chunked.run
 
-    def run(*args: Any, **options: Any) -> chunked.Result:
-        seen.append(Run(args, options))
-        return original(*args, **options)
+    def run(call: LossCall) -> chunked.Result:
+        seen.append(call)
+        return original(call)
 
     with monkeypatch.context() as patch:
         patch.setattr(chunked, "run", run)
@@ -415,7 +409,7 @@ def flops(call: Call, monkeypatch: pytest.MonkeyPatch) -> int:
     replayed = runs(call, monkeypatch)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         for run in replayed:
-            run.again()
+            again(run)
     return counter.get_total_flops()
 
 
@@ -483,14 +477,14 @@ def test_chunk_loop_of_triton(student: str, ce_weight: float, monkeypatch: pytes
     (run,) = runs(heads(rows=12, columns=130, **options), monkeypatch)
     results, allocations = [], []
     for outer, inner in ((12, 12), (6, 3), (2, 1)):
-        chunks = planner.Chunks(outer, inner, 0)
+        call = run._replace(outer_rows=outer, inner_rows=inner)
         operators = Operators()
         with operators:
-            results.append(run.again(chunks=chunks))
+            results.append(again(call))
         assert operators.count["mm"] > 0
-        memory = measure(lambda chunks=chunks: run.again(chunks=chunks))
+        memory = measure(lambda call=call: again(call))
         allocations.append(len([size for size in memory.sizes if size > 0]))
     assert allocations[0] > 0
     assert len(set(allocations)) == 1, allocations
-    assert results[0].x.any()
-    assert all(relative(result.x, results[0].x.double()) < 1e-5 for result in results)
+    assert results[0].gradients.x.any()
+    assert all(relative(result.gradients.x, results[0].gradients.x.double()) < 1e-5 for result in results)

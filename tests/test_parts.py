@@ -15,7 +15,7 @@ from cases import DISTINCT, Case, Rows, check_logits, each, unrelated
 from close import relative
 
 import fusedkd
-from fusedkd import backends, ops
+from fusedkd import backends
 from fusedkd.backends import interpreted
 from fusedkd.kernels import parts, rows
 from fusedkd.kernels.tiles import Tile
@@ -168,7 +168,7 @@ def test_few_rows_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(name: str, rows_: int, *, is_cuda: bool) -> Any:
         form = fusedkd.divergence(name).form
         problem = rows.Problem(form.definition, form.decoupled, form.theta, (1.0, 1.0), VOCABULARY)
-        return ops.logit_functions("triton", problem, Logits(rows_, is_cuda=is_cuda))  # type: ignore[arg-type]
+        return backends.logit_functions("triton", problem, Logits(rows_, is_cuda=is_cuda))  # type: ignore[arg-type]
 
     assert chosen("rkl", backends.FEW_ROWS, is_cuda=True) is parts
     assert chosen("rkl", backends.FEW_ROWS + 1, is_cuda=True) is rows

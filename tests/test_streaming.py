@@ -17,13 +17,15 @@ from cases import (
     device,
     each,
     named,
+    opcheck,
     random_labels,
     side,
 )
 from close import assert_close
 
 import fusedkd
-from fusedkd import ops, planner
+from fusedkd import planner
+from fusedkd.call import LossCall
 
 LEAD, VOCABULARY = (2, 3), 515
 WHOLE_ROWS = ("amid", "akl")
@@ -205,7 +207,7 @@ def test_products(case: tuple[str, int]) -> None:
 
 
 @pytest.mark.unpoisoned
-def test_operators() -> None:
+def test_operators(calls: dict[str, tuple[Any, ...]]) -> None:
     """opcheck, torch.compile, retain_graph, and no second derivative."""
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
     teacher = fusedkd.Head(torch.randn(5, 12), torch.randn(300, 12))
@@ -215,16 +217,11 @@ def test_operators() -> None:
         return fusedkd.kd_loss(fusedkd.Head(h, weight), teacher, labels, divergence="drkl", schedule="streaming")
 
     value = loss(hidden)
+    opcheck("streamed", LossCall(*calls["streamed"])._replace(columns=128, return_stats=True), differentiable=True)
     grads = [torch.autograd.grad(value, (hidden, weight), retain_graph=True) for _ in range(2)]
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
     assert torch.allclose(torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden), value)
-    others = [teacher.hidden, teacher.weight, None, labels.clamp(min=-1), None, None, None, None]
-    names = " ".join(ops.Names("rkl", "decoupled", "torch", "teacher", "label", "own"))
-    numbers = ops.packed([300.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.0])
-    flags = [True, False, True, True, False]
-    given = (hidden, weight, None, others, names, numbers, 128, flags, None, None)
-    torch.library.opcheck(torch.ops.fusedkd.streamed.default, given)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(loss(hidden), hidden, create_graph=True)
 

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusedkd
-from fusedkd import backends, checks, logprobs, ops, planner, streaming
+from fusedkd import backends, checks, planner
 from fusedkd.kernels import rows as triton_rows
 from fusedkd.kernels.language import HAS_TRITON
+from fusedkd.ops.operator import OPERATORS
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -31,12 +32,7 @@ pytestmark = pytest.mark.unpoisoned
 N, V, D, K = 20, 300, 8, 12
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "allclose", "masked_select")
 SCALARS = ("add", "sub", "mul", "div")  # whose kernels take a 0-d tensor of the CPU as an argument
-IMPLEMENTATIONS = {
-    getattr(torch.ops.fusedkd, name).default: made._init_fn
-    for module in (ops, streaming, logprobs)
-    for name, made in vars(module).items()
-    if isinstance(made, torch.library.CustomOpDef)
-}
+IMPLEMENTATIONS = {made.overload: made.implementation for made in OPERATORS.values()}
 
 
 class Host(TorchDispatchMode):

@@ -18,6 +18,7 @@ from cases import (
     device,
     each,
     named,
+    opcheck,
     random_labels,
     side,
     unrelated,
@@ -26,7 +27,7 @@ from close import assert_close, relative, rounding
 from torch import Tensor
 
 import fusedkd
-from fusedkd import ops
+from fusedkd.ops.token_logprobs import TokensCall
 
 
 def truth(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -166,13 +167,13 @@ def test_same_as_cross_entropy() -> None:
     assert torch.allclose(mine, torch.autograd.grad(theirs, logits)[0], atol=1e-6)
 
 
-def test_operator() -> None:
+def test_operator(calls: dict[str, tuple[Any, ...]]) -> None:
     """opcheck, torch.compile, and no second derivative."""
     x = torch.randn(4, 6, requires_grad=True)
     weight = torch.randn(33, 6, requires_grad=True)
     ids = torch.tensor([1, -1, 5, 32])
-    numbers = ops.packed([1.0, 1.0, 0.0])
-    torch.library.opcheck(torch.ops.fusedkd.logprob_rows, (x, weight, None, ids, numbers, "torch", 2))
+    fusedkd.token_logprobs(fusedkd.Head(x, weight), ids.masked_fill(ids < 0, IGNORE))
+    opcheck("logprob_rows", TokensCall(*calls["logprob_rows"])._replace(rows=2), differentiable=True)
     run = torch.compile(lambda h: fusedkd.token_logprobs(fusedkd.Head(h, weight), ids.abs()).sum(), fullgraph=True)
     assert torch.allclose(run(x), fusedkd.token_logprobs(fusedkd.Head(x, weight), ids.abs()).sum())
     (grad,) = torch.autograd.grad(fusedkd.token_logprobs(x, torch.zeros(4, dtype=torch.int64)).sum(), x)

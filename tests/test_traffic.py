@@ -331,7 +331,7 @@ def test_streaming(case: Case, dtype: torch.dtype, teacher_kind: str, passes: li
         torch.autograd.grad(loss, [hidden, weight])
     assert [made.width < V for made in passes] == [True, True]
     for moved, made, reads, writes in ((forward, passes[0], sweeps(case), 0), (backward, passes[1], 1, N * V)):
-        student, kept = made.buffers
+        student, kept = made.student_buffer, made.teacher_buffer
         kept = theirs if kept is None else kept
         assert_reads(moved, student, reads)
         assert_reads(moved, kept, reads)

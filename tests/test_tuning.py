@@ -14,12 +14,14 @@ from test_commands import fusedkd_command
 from torch import Tensor
 
 import fusedkd
-from fusedkd import backends, chunked, logprobs, ops, streaming, tuning
+from fusedkd import backends, chunked, streaming, tuning
 from fusedkd.kernels import aot, tiles
 from fusedkd.kernels import logprobs as logprob_kernels
 from fusedkd.kernels import rows as row_kernels
 from fusedkd.kernels import streaming as streaming_kernels
 from fusedkd.kernels.tiles import ANY, TABLE, Line, Tile
+from fusedkd.ops import logits as logits_operators
+from fusedkd.ops import token_logprobs as token_operators
 from fusedkd.tuning import Search, Tuned
 
 if not row_kernels.triton:
@@ -56,11 +58,11 @@ def timed(work: Callable[[], object], seconds: dict[Tile, float]) -> float:
 
 def through(monkeypatch: pytest.MonkeyPatch, found: Search) -> None:
     """All of fusedkd launches its kernels by way of this search."""
-    monkeypatch.setattr(ops, "row_functions", lambda backend: Tuned(row_kernels, found))
-    monkeypatch.setattr(ops, "logit_functions", lambda backend, problem, x: Tuned(row_kernels, found))
+    monkeypatch.setattr(logits_operators, "row_functions", lambda backend: Tuned(row_kernels, found))
+    monkeypatch.setattr(logits_operators, "logit_functions", lambda backend, problem, x: Tuned(row_kernels, found))
     monkeypatch.setattr(chunked, "row_functions", lambda backend: Tuned(row_kernels, found))
     monkeypatch.setattr(streaming, "functions_of", lambda backend: Tuned(streaming_kernels, found))
-    monkeypatch.setattr(logprobs, "_functions", lambda backend: Tuned(logprob_kernels, found))
+    monkeypatch.setattr(token_operators, "functions_of", lambda backend: Tuned(logprob_kernels, found))
 
 
 def logits(rows: int = 3) -> tuple[Tensor, Tensor]:

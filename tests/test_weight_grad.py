@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from cases import IGNORE, VALUE, check_heads, each, random_labels, side
+from cases import IGNORE, VALUE, check_heads, each, opcheck, random_labels, side
 from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd import gemm, ops, planner, streaming
-from fusedkd.kernels.rows import SAVED
+from fusedkd import gemm, planner, streaming
 
 LEAD, VOCABULARY = (2, 4), 130
 SCHEDULES = ("chunked", "streaming")
@@ -297,17 +296,12 @@ def test_compile() -> None:
 
 @pytest.mark.unpoisoned
 @each("given", [False, True])
-def test_operator(given: bool) -> None:
+def test_operator(given: bool, calls: dict[str, tuple[Any, ...]]) -> None:
     """opcheck of the streamed backward, which writes to the buffer: schema, mutation, fake tensors."""
-    names = " ".join(ops.Names("rkl", "joint", "torch", "teacher", "label", "own"))
-    numbers = ops.packed([float(V), 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
-    others = [torch.randn(1, N, V), None, None, None, None, None, None, None]
-    operands = (torch.randn(N, D), torch.randn(V, D), None, others)
-    _, _, saved = streaming.streamed(*operands, names, numbers, 32, [False, False, True, True, False], None, None)
-    assert saved.shape == (N, SAVED)
     buffer = torch.randn(V, D) if given else None
-    call = (*operands, saved, torch.rand(N), names, numbers, 32, [True, True, False], None, buffer)
-    torch.library.opcheck(torch.ops.fusedkd.streamed_gradient.default, call)
+    student = fusedkd.Head(torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True))
+    fusedkd.kd_loss(student, torch.randn(N, V), schedule="streaming", weight_grad=buffer).backward()
+    opcheck("streamed_gradient", calls["streamed_gradient"])
 
 
 def test_product_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:

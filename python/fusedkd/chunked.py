@@ -17,99 +17,61 @@ import torch
 
 from . import gemm
 from .backends import row_functions
+from .call import LossCall, at_rows, problem_of, row_count, sources_of, wide_dtype
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .kernels.rows import STATS, Problem, Side
-from .planner import Chunks
+from .sides import Source
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 
 
-class Source(NamedTuple):
-    """One side of the comparison: hidden states (N, D) with a weight (V, D), or logits (outer, inner, V) without."""
+class Gradients(NamedTuple):
+    """Gradients of a side's x, weight and bias; empty where not wanted."""
 
-    x: torch.Tensor
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    scale: float | None
-    softcap: float | None
-
-    @property
-    def width(self) -> int:
-        """V."""
-        return self.x.shape[-1] if self.weight is None else self.weight.shape[0]
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.x.shape[0] * self.x.shape[1] if self.weight is None else self.x.shape[0]
-
-
-class Result(NamedTuple):
-    """Losses and statistics per row; gradients of Σ weight·loss (float32 for heads), empty where not asked for."""
-
-    rows: torch.Tensor
-    stats: torch.Tensor
     x: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
 
 
-class _Gathered(NamedTuple):
-    """The rows that count, of everything that has rows."""
+class Result(NamedTuple):
+    """Losses (N,), statistics (N, STATS) or (0, STATS), gradients of Σ weight·loss (float32 for heads)."""
 
-    kept: torch.Tensor | None
-    labels: torch.Tensor | None
-    weights: torch.Tensor | None
-    problem: Problem
-    student: Source
-    teacher: Source
+    loss: torch.Tensor
+    stats: torch.Tensor
+    gradients: Gradients
 
 
-def run(
-    problem: Problem,
-    student: Source,
-    teacher: Source,
-    labels: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    needs: tuple[bool, bool, bool],
-    chunks: Chunks,
-    *,
-    backend: str,
-    floor: bool = False,
-    with_stats: bool = False,
-    drop_ignored: bool = False,
-    logits_dtype: torch.dtype | None = None,
-) -> Result:
-    """Loss rows, statistics and the gradients with respect to the student's x, weight and bias (`needs`)."""
-    functions = row_functions(backend)
-    total_rows = student.rows
-    part = _gather(problem, student, teacher, labels, weights, drop_ignored)
-    student, teacher = part.student, part.teacher
-    n = total_rows if part.kept is None else part.kept.shape[0]
-    wide = accumulation_dtype(student.x, teacher.x)
-    loss = student.x.new_empty(n, dtype=wide)
-    stats = student.x.new_empty((n, STATS), dtype=wide) if with_stats else None
-    floors = student.x.new_empty(n, dtype=wide) if floor else None
+def run(call: LossCall) -> Result:
+    """Loss rows, statistics and the gradients that `call` needs, of the sum weighted by its token weights."""
+    functions = row_functions(call.backend)
+    total_rows, kept = row_count(call), _kept(call)
+    if kept is not None:
+        call = at_rows(call, kept)
+    problem, (student, teacher) = problem_of(call), sources_of(call)
+    n = total_rows if kept is None else kept.shape[0]
+    loss = student.x.new_empty(n, dtype=wide_dtype(call))
+    stats = loss.new_empty((n, STATS)) if call.return_stats else None
+    floors = torch.empty_like(loss) if call.support == "floor" else None
 
     width = student.width if problem.ce_weight else problem.vocab_size
-    differentiate = any(needs)
+    differentiate = call.needs_student or call.needs_weight or call.needs_bias
     is_head = student.weight is not None
-    inner, outer = min(chunks.inner, max(n, 1)), min(chunks.outer, max(n, 1))
-    teacher_buffer = buffer(teacher, inner, problem.vocab_size, part.kept, logits_dtype)
+    inner, outer = min(call.inner_rows, max(n, 1)), min(call.outer_rows, max(n, 1))
+    teacher_buffer = buffer(teacher, inner, problem.vocab_size, kept, call.logits_dtype)
     in_place, dz, student_buffer = False, None, None
     if is_head and differentiate:
         dz = student.x.new_empty((outer, width), dtype=gradient_dtype(student.x))
-        in_place = dz.dtype == logit_dtype(student.x.dtype, logits_dtype)
+        in_place = dz.dtype == logit_dtype(student.x.dtype, call.logits_dtype)
     if not in_place:
-        student_buffer = buffer(student, inner, width, part.kept, logits_dtype)
+        student_buffer = buffer(student, inner, width, kept, call.logits_dtype)
     own = accumulation_dtype(student.x)
-    grad_x, grad_weight, grad_bias = _outputs(student, n if is_head else total_rows, needs, own)
+    grad_x, grad_weight, grad_bias = empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
     picked = None
-    if differentiate and not is_head and part.kept is not None:
+    if differentiate and not is_head and kept is not None:
         grad_x.zero_()
         picked = grad_x.new_empty((inner, student.width))
-    bias_buffer = None if not (is_head and needs[2]) else student.x.new_empty(width, dtype=own)
-    uncounted = uncounted_rows(part.labels, part.weights) if is_head and needs[1] else None
+    bias_buffer = None if not (is_head and call.needs_bias) else student.x.new_empty(width, dtype=own)
+    uncounted = uncounted_rows(call.labels, call.token_weights) if is_head and call.needs_weight else None
     hidden_buffer = None if uncounted is None else student.x.new_empty((outer, student.x.shape[1]))
 
     for start in range(0, n, outer):
@@ -122,10 +84,10 @@ def run(
                 out = dz[i - start : j - start]
             elif differentiate:
                 out = grad_x[rows] if picked is None else picked[: j - i]
-            t = side(teacher, part.kept, i, j, teacher_buffer, problem.vocab_size)
-            s = side(student, part.kept, i, j, out if in_place else student_buffer, width)
-            here = _at_rows(part.problem, rows)
-            label = None if part.labels is None else part.labels[rows]
+            t = side(teacher, kept, i, j, teacher_buffer, problem.vocab_size)
+            s = side(student, kept, i, j, out if in_place else student_buffer, width)
+            here = _at_rows(problem, rows)
+            label = None if call.labels is None else call.labels[rows]
             if floors is not None:
                 functions.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
                 t = t._replace(floor=floors[rows])
@@ -133,17 +95,17 @@ def run(
             if out is None:
                 functions.value(here, s, t, label, loss[rows], None, stat)
             else:
-                weight = None if part.weights is None else part.weights[rows]
+                weight = None if call.token_weights is None else call.token_weights[rows]
                 functions.value_and_gradient(here, s, t, label, weight, out, loss[rows], stat)
-                if picked is not None and part.kept is not None:
-                    grad_x[part.kept[rows]] = picked[: j - i]
+                if picked is not None and kept is not None:
+                    grad_x[kept[rows]] = picked[: j - i]
         if dz is None:
             continue
         assert student.weight is not None
         chunk, rows = dz[: stop - start], slice(start, stop)
-        if needs[0]:
+        if call.needs_student:
             gemm.hidden_gradient(chunk, student.weight[:width], grad_x[rows])
-        if needs[1]:
+        if call.needs_weight:
             hidden = student.x[rows]
             if uncounted is not None and hidden_buffer is not None:
                 hidden = only_counted(hidden, uncounted[rows], hidden_buffer[: stop - start])
@@ -157,11 +119,11 @@ def run(
         grad_weight[width:] = 0
     if stats is None:
         stats = loss.new_empty((0, STATS))
-    if part.kept is not None:
-        loss = _spread(loss, part.kept, total_rows)
-        stats = _spread(stats, part.kept, total_rows) if with_stats else stats
-        grad_x = _spread(grad_x, part.kept, total_rows) if needs[0] and is_head else grad_x
-    return Result(loss, stats, grad_x, grad_weight, grad_bias)
+    if kept is not None:
+        loss = _spread(loss, kept, total_rows)
+        stats = _spread(stats, kept, total_rows) if call.return_stats else stats
+        grad_x = _spread(grad_x, kept, total_rows) if call.needs_student and is_head else grad_x
+    return Result(loss, stats, Gradients(grad_x, grad_weight, grad_bias))
 
 
 def uncounted_rows(labels: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -184,37 +146,25 @@ def only_counted(hidden: torch.Tensor, uncounted: torch.Tensor | None, out: torc
     return hidden.masked_fill(uncounted, 0) if out is None else out.copy_(hidden).masked_fill_(uncounted, 0)
 
 
+def counted_upstream(upstream: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """An upstream gradient (N, ...) that is 0 in rows that do not count, whatever it holds there."""
+    if labels is None:
+        return upstream
+    counted = (labels >= 0).view(-1, *(1,) * (upstream.dim() - 1))
+    return torch.where(counted, upstream, 0.0)
+
+
 def _spread(values: torch.Tensor, kept: torch.Tensor, total: int) -> torch.Tensor:
     """Back to all rows, zero where they were dropped."""
     return values.new_zeros((total, *values.shape[1:])).index_copy_(0, kept, values)
 
 
-def _gather(
-    problem: Problem,
-    student: Source,
-    teacher: Source,
-    labels: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    drop_ignored: bool,
-) -> _Gathered:
-    if labels is None or not drop_ignored:
-        return _Gathered(None, labels, weights, problem, student, teacher)
-    counted = labels >= 0
-    if bool(counted.all()):
-        return _Gathered(None, labels, weights, problem, student, teacher)
-    kept = counted.nonzero().squeeze(-1)
-    return _Gathered(
-        kept,
-        labels[kept],
-        None if weights is None else weights[kept],
-        _at_rows(problem, kept),
-        _take(student, kept),
-        _take(teacher, kept),
-    )
-
-
-def _take(source: Source, kept: torch.Tensor) -> Source:
-    return source if source.weight is None else source._replace(x=source.x[kept])
+def _kept(call: LossCall) -> torch.Tensor | None:
+    """The rows that count, where others are to be left out and there are any."""
+    if call.labels is None or not call.drop_ignored:
+        return None
+    counted = call.labels >= 0
+    return None if bool(counted.all()) else counted.nonzero().squeeze(-1)
 
 
 def _at_rows(problem: Problem, rows: slice | torch.Tensor) -> Problem:
@@ -247,17 +197,17 @@ def side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torc
         return Side(buffer[: j - i].unsqueeze(0))
     assert buffer is not None
     gemm.project(source.x[i:j], source.weight[:width], buffer[: j - i])
-    return Side(buffer[: j - i].unsqueeze(0), source.bias, source.scale, source.softcap)
+    return source.side(buffer[: j - i], source.bias)
 
 
-def _outputs(
-    student: Source, n: int, needs: tuple[bool, bool, bool], wide: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, weight, bias = (student.x.new_empty(0) for _ in needs)
-    if student.weight is None:
-        return (student.x.new_empty((n, student.width)) if needs[0] else x), weight, bias
-    return (
-        student.x.new_empty(student.x.shape, dtype=wide) if needs[0] else x,
-        student.weight.new_empty(student.weight.shape, dtype=wide) if needs[1] else weight,
-        student.weight.new_zeros(student.width, dtype=wide) if needs[2] else bias,
+def empty_gradients(side: Source, needs_x: bool, needs_weight: bool, needs_bias: bool) -> Gradients:
+    """Room for the gradients of a side: of a Head in the accumulators' dtype, of logits as (N, V) in theirs."""
+    empty = Gradients(*(side.x.new_empty(0) for _ in Gradients._fields))
+    if side.weight is None:
+        return empty._replace(x=side.x.new_empty((side.rows, side.width))) if needs_x else empty
+    wide = accumulation_dtype(side.x)
+    return Gradients(
+        side.x.new_empty(side.x.shape, dtype=wide) if needs_x else empty.x,
+        side.weight.new_empty(side.weight.shape, dtype=wide) if needs_weight else empty.weight,
+        side.weight.new_zeros(side.width, dtype=wide) if needs_bias else empty.bias,
     )

@@ -501,7 +501,7 @@ def by_row(formula: Any, numbers: tuple[Any, ...], *constants: Any) -> tuple[tor
 
     Few rows on a CPU go one by one through Python's numbers: a call of torch takes as long as a row of a formula.
     """
-    like = numbers[0]
+    like, *_ = numbers
     version = "scalar" if like.device.type == "cpu" and 0 < len(like) <= _FEW else "torch"
     constants = tuple(getattr(constant, version, constant) for constant in constants)
     if version == "torch":

@@ -399,6 +399,15 @@ def _top1(side: Head) -> Tensor:
     return torch.cat([F.linear(part, side.weight).argmax(-1) for part in rows]).view(side.hidden.shape[:-1])
 
 
+class Operands(NamedTuple):
+    """Hidden states (N, D) and output layers (V, D) of a student and a teacher."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+
+
 def compare_step(
     divergence: str, student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, batch: Windows, plan: Plan
 ) -> dict[str, Any]:
@@ -406,21 +415,21 @@ def compare_step(
     with torch.no_grad(), _autocast(plan):
         own, guide = head(student, batch.ids), head(teacher, batch.ids)
     dtype = torch.float32 if torch.device(plan.device).type == "cpu" else torch.bfloat16
-    operands = [x.detach().to(dtype) for x in (own.hidden, own.weight, guide.hidden, guide.weight)]
+    operands = Operands(*(x.detach().to(dtype) for x in (own.hidden, own.weight, guide.hidden, guide.weight)))
 
-    def fused(h: Tensor, w: Tensor, teacher_h: Tensor, teacher_w: Tensor) -> Tensor:
-        sides = Head(h, w), Head(teacher_h, teacher_w)
+    def fused(x: Operands) -> Tensor:
+        sides = Head(x.hidden, x.weight), Head(x.teacher_hidden, x.teacher_weight)
         return kd_loss(*sides, batch.labels, divergence=divergence)
 
-    def plain(h: Tensor, w: Tensor, teacher_h: Tensor, teacher_w: Tensor) -> Tensor:
+    def plain(x: Operands) -> Tensor:
         kept = batch.labels != IGNORED
-        logits = F.linear(h[kept], w), F.linear(teacher_h[kept], teacher_w)
+        logits = F.linear(x.hidden[kept], x.weight), F.linear(x.teacher_hidden[kept], x.teacher_weight)
         s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits)
         return EAGER[divergence](s, t, batch.labels[kept]).mean()
 
     if divergence not in EAGER:
         return {"fused": _measure(fused, operands)[0]._asdict()}
-    higher = [x.to(torch.float64 if dtype is torch.float32 else torch.float32) for x in operands]
+    higher = Operands(*(x.to(torch.float64 if dtype is torch.float32 else torch.float32) for x in operands))
     truth = _step(plain, higher)
     result: dict[str, Any] = {}
     for name, loss_of in (("fused", fused), ("eager", plain)):
@@ -430,15 +439,15 @@ def compare_step(
     return result
 
 
-def _step(loss_of: Callable[..., Tensor], operands: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = (x.detach().requires_grad_() for x in operands[:2])
-    loss = loss_of(hidden, weight, *operands[2:])
+def _step(loss_of: Callable[[Operands], Tensor], operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = (x.detach().requires_grad_() for x in (operands.hidden, operands.weight))
+    loss = loss_of(operands._replace(hidden=hidden, weight=weight))
     hidden_grad, weight_grad = torch.autograd.grad(loss, (hidden, weight))
     return loss.detach(), hidden_grad, weight_grad
 
 
-def _measure(loss_of: Callable[..., Tensor], operands: Sequence[Tensor]) -> tuple[Step, Sequence[Tensor]]:
-    device = torch.get_device_module(operands[0].device)
+def _measure(loss_of: Callable[[Operands], Tensor], operands: Operands) -> tuple[Step, Sequence[Tensor]]:
+    device = torch.get_device_module(operands.hidden.device)
     loss, *gradients = _step(loss_of, operands)
     seconds: list[float] = []
     for _ in range(REPEATS):
@@ -447,7 +456,7 @@ def _measure(loss_of: Callable[..., Tensor], operands: Sequence[Tensor]) -> tupl
         _step(loss_of, operands)
         device.synchronize()
         seconds.append(time.perf_counter() - started)
-    peak = _peak_bytes(lambda: _step(loss_of, operands), operands[0].device)
+    peak = _peak_bytes(lambda: _step(loss_of, operands), operands.hidden.device)
     return Step(loss.item(), statistics.median(seconds), peak), gradients
 
 

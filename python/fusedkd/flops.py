@@ -3,24 +3,28 @@
 A row kernel's arithmetic is not counted, as that of torch's own elementwise operators is not.
 """
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import logprobs, ops, streaming
+from .call import LossCall, numbers_of, problem_of, row_count
 from .kernels.streaming import online_of
+from .ops.heads import heads, heads_rows
+from .ops.operator import Operator
+from .ops.streamed import streamed, streamed_gradient
+from .ops.token_logprobs import TokensCall, logprob_rows, logprob_rows_gradient
 
 
-def _formula(operator: Any) -> Any:
-    return register_flop_formula(operator._opoverload.overloadpacket, get_raw=True)
+def _formula(operator: Operator[..., Any]) -> Callable[[Callable[..., int]], None]:
+    def register(formula: Callable[..., int]) -> None:
+        def raw(*args: Any, **_: Any) -> int:
+            return formula(*operator.nested(args))
 
+        register_flop_formula(operator.overload.overloadpacket, get_raw=True)(raw)
 
-def _rows(x: Tensor, weight: Optional[Tensor], labels: Optional[Tensor], dropped: bool) -> int:
-    """Rows that enter the products."""
-    if dropped and labels is not None and not labels.is_meta:
-        return int((labels >= 0).sum())
-    return x.shape[0] if weight is not None else x.shape[0] * x.shape[1]
+    return register
 
 
 def _product(rows: int, columns: int, weight: Optional[Tensor]) -> int:
@@ -28,48 +32,46 @@ def _product(rows: int, columns: int, weight: Optional[Tensor]) -> int:
     return 0 if weight is None else 2 * rows * columns * weight.shape[1]
 
 
-def _heads(
-    x: Tensor,
-    weight: Optional[Tensor],
-    others: ops.Operands,
-    numbers: Tensor,
-    dropped: bool,
-    forwards: int,
-    backwards: int,
-) -> int:
-    rows = _rows(x, weight, others[3], dropped)
-    compared, _, _, ce_weight = numbers[:4].tolist()
-    columns = weight.shape[0] if ce_weight and weight is not None else int(compared)
-    student, teacher = _product(rows, columns, weight), _product(rows, int(compared), others[1])
+def _heads(call: LossCall, forwards: int, backwards: int) -> int:
+    rows = row_count(call)
+    if call.drop_ignored and call.labels is not None and not call.labels.is_meta:
+        rows = int((call.labels >= 0).sum())
+    weight = call.student_weight
+    columns = weight.shape[0] if weight is not None and numbers_of(call).ce_weight else call.vocab_size
+    student, teacher = _product(rows, columns, weight), _product(rows, call.vocab_size, call.teacher_weight)
     return forwards * (student + teacher) + backwards * student
 
 
-@_formula(ops.heads)
-def _(x, weight, bias, others, names, numbers, chunks, flags, *_: Any, **__: Any) -> int:
-    return _heads(x, weight, others, numbers, flags[1], 1, flags[2] + flags[3])
+@_formula(heads)
+def _(call: LossCall) -> int:
+    return _heads(call, 1, call.needs_student + call.needs_weight)
 
 
-@_formula(ops.heads_rows)
-def _(x, weight, bias, others, names, numbers, chunks, flags, *_: Any, **__: Any) -> int:
-    return _heads(x, weight, others, numbers, flags[1], 1, 0)
+@_formula(heads_rows)
+def _(call: LossCall) -> int:
+    return _heads(call, 1, 0)
 
 
-@_formula(streaming.streamed)
-def _(x, weight, bias, others, names, numbers, *_: Any, **__: Any) -> int:
-    two_sweeps = online_of(ops.problem_of([x, weight, bias, *others], names, numbers)).sums is None
-    return _heads(x, weight, others, numbers, False, 1 + two_sweeps, 0)
+@_formula(streamed)
+def _(call: LossCall) -> int:
+    two_sweeps = online_of(problem_of(call)).sums is None
+    return _heads(call, 1 + two_sweeps, 0)
 
 
-@_formula(streaming.streamed_gradient)
-def _(x, weight, bias, others, saved, upstream, names, numbers, width, needs, *_: Any, **__: Any) -> int:
-    return _heads(x, weight, others, numbers, False, 1, needs[0] + needs[1])
+@_formula(streamed_gradient)
+def _(call: LossCall, *_: Tensor) -> int:
+    return _heads(call, 1, call.needs_student + call.needs_weight)
 
 
-@_formula(logprobs.logprob_rows)
-def _(x, weight, *_: Any, **__: Any) -> int:
-    return 0 if weight is None else _product(x.shape[0], weight.shape[0], weight)
+def _tokens(call: TokensCall, products: int) -> int:
+    return 0 if call.weight is None else products * _product(call.x.shape[0], call.weight.shape[0], call.weight)
 
 
-@_formula(logprobs.logprob_rows_gradient)
-def _(x, weight, bias, ids, saved, upstream, numbers, backend, inner, needs, *_: Any, **__: Any) -> int:
-    return 0 if weight is None else (1 + needs[0] + needs[1]) * _product(x.shape[0], weight.shape[0], weight)
+@_formula(logprob_rows)
+def _(call: TokensCall) -> int:
+    return _tokens(call, 1)
+
+
+@_formula(logprob_rows_gradient)
+def _(call: TokensCall, *_: Tensor) -> int:
+    return _tokens(call, 1 + call.needs_x + call.needs_weight)

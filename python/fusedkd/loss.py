@@ -4,15 +4,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import checks, ops, streaming
+from . import checks, streaming
 from .backends import choose_backend
+from .call import LossCall, Numbers, at_rows, packed
 from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
 from .kernels.divergence import Form
-from .ops import given, packed
+from .kernels.rows import STATS
+from .ops import heads, logits, streamed
 from .planner import Shape, choose_schedule, sweeps_of, whole_rows
-from .sides import Side, both_autocast, flattened, transform
+from .sides import Side, both_autocast, flattened
 
 
 class KDStats(NamedTuple):
@@ -39,17 +41,16 @@ class KDStats(NamedTuple):
     teacher_lse: torch.Tensor
 
 
-class _Call(NamedTuple):
-    """A checked call, flattened to rows and to what the operators take."""
+class _Checked(NamedTuple):
+    """A checked call with what its operators need not know."""
 
-    operands: list[torch.Tensor | None]
-    names: str
-    numbers: list[float]
-    shape: torch.Size
-    weights: torch.Tensor | None  # (N,) token weights
-    counted: torch.Tensor | None  # (N,) bool
+    call: LossCall
+    numbers: Numbers
     form: Form
-    weight_grad: torch.Tensor | None  # (V, D)
+    shape: torch.Size  # the leading one
+    counted: torch.Tensor | None  # (N,) bool
+    reduction: str
+    num_items: float | torch.Tensor | None
 
 
 def kd_loss(
@@ -148,21 +149,24 @@ def kd_loss(
         adds the float32 one of the forward in one pass, "streaming" has each chunk's product added where it belongs and
         makes none at all.
     """
-    _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
-    call = _prepare(
-        student, teacher, labels, divergence, temperature, temperature_squared, token_weights, ce_weight,
-        ignore_index, vocab_size, support, backend, weight_grad,
+    _check_options(
+        num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
+        reduction=reduction, logits_dtype=logits_dtype, return_stats=return_stats,
+    )  # fmt: skip
+    checked = _check(
+        student, teacher, labels, divergence=divergence, temperature=temperature,
+        temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, token_weights=token_weights,
+        ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
+        logits_dtype=logits_dtype, backend=backend, return_stats=return_stats, weight_grad=weight_grad,
     )  # fmt: skip
     if isinstance(student, Head) or isinstance(teacher, Head):
-        loss, stats = _from_heads(call, reduction, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
+        loss, stats = _from_heads(checked, schedule, memory_budget, drop_ignored)
     else:
         _no_head_options(schedule, memory_budget, logits_dtype)
-        rows, stats, _, _ = ops.rows(
-            call.operands[0], call.operands[3:], call.names, packed(call.numbers), [return_stats]
-        )
-        loss = _weighted(rows, call) if reduction == "none" else _weighted(rows, call).sum()
-    loss = loss.view(call.shape) if reduction == "none" else _reduce(loss, call, reduction, num_items)
-    return (loss, _stats(stats, call)) if return_stats else loss
+        found = logits.rows(checked.call._replace(token_weights=None))
+        loss, stats = _weighted(found.loss, checked), found.stats
+    loss = _reduced(loss, checked)
+    return (loss, _stats(stats, checked)) if return_stats else loss
 
 
 def kd_value_and_grad(
@@ -200,34 +204,36 @@ def kd_value_and_grad(
         if isinstance(value, Head):
             raise TypeError(f"{name} must be logits, got a Head: use kd_loss and backward for hidden states")
         checks.side(name, value)
-    _check_options(reduction, num_items, schedule, memory_budget, drop_ignored, logits_dtype, return_stats)
-    _no_head_options(schedule, memory_budget, logits_dtype)
-    call = _prepare(
-        student_logits.detach(), teacher_logits, labels, divergence, temperature, temperature_squared, token_weights,
-        ce_weight, ignore_index, vocab_size, support, backend,
+    _check_options(
+        num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
+        reduction=reduction, logits_dtype=logits_dtype, return_stats=return_stats,
     )  # fmt: skip
-    weights = call.weights
+    _no_head_options(schedule, memory_budget, logits_dtype)
+    checked = _check(
+        student_logits.detach(), teacher_logits, labels, divergence=divergence, temperature=temperature,
+        temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, token_weights=token_weights,
+        ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
+        logits_dtype=logits_dtype, backend=backend, return_stats=return_stats,
+    )  # fmt: skip
+    weights = checked.call.token_weights
     if reduction == "mean":
-        scale = 1.0 / _denominator(call, num_items)
-        weights = scale.expand(call.shape.numel()).contiguous() if weights is None else weights * scale
-    call.operands[7] = weights
-    rows, stats, grad = ops.rows_both(
-        call.operands[0], call.operands[3:], call.names, packed(call.numbers), [return_stats]
-    )
-    loss = _weighted(rows, call)
-    loss = loss.view(call.shape) if reduction == "none" else _reduce(loss.sum(), call, reduction, num_items)
-    grad = grad.view(student_logits.shape)
-    return (loss, grad, _stats(stats, call)) if return_stats else (loss, grad)
+        scale = 1.0 / _denominator(checked)
+        weights = scale.expand(checked.shape.numel()).contiguous() if weights is None else weights * scale
+    found = logits.rows_both(checked.call._replace(token_weights=weights))
+    loss = _reduced(_weighted(found.loss, checked), checked)
+    grad = found.gradient.view(student_logits.shape)
+    return (loss, grad, _stats(found.stats, checked)) if return_stats else (loss, grad)
 
 
 def _check_options(
-    reduction: Any,
-    num_items: Any,
-    schedule: Any,
-    memory_budget: Any,
-    drop_ignored: Any,
-    logits_dtype: Any,
-    return_stats: Any,
+    *,
+    reduction: str,
+    num_items: float | torch.Tensor | None,
+    schedule: str,
+    memory_budget: int | None,
+    drop_ignored: bool | str,
+    logits_dtype: torch.dtype | None,
+    return_stats: bool,
 ) -> None:
     """Checks what does not depend on the tensors."""
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
@@ -260,21 +266,27 @@ def _no_head_options(schedule: str, memory_budget: int | None, logits_dtype: tor
             raise ValueError(f"{name}={value!r} is about heads, and both sides are logits: leave it at {default!r}")
 
 
-def _prepare(
+def _check(
     student: Side,
     teacher: Side,
     labels: torch.Tensor | None,
+    *,
     divergence: str | Divergence,
     temperature: float,
     temperature_squared: bool,
+    reduction: str,
+    num_items: float | torch.Tensor | None,
     token_weights: torch.Tensor | None,
     ce_weight: float,
     ignore_index: int,
     vocab_size: int | None,
     support: str,
+    logits_dtype: torch.dtype | None,
     backend: str,
+    return_stats: bool,
     weight_grad: torch.Tensor | None = None,
-) -> _Call:
+) -> _Checked:
+    """Checks what depends on the tensors, and flattens them to rows."""
     checks.side("student", student)
     checks.side("teacher", teacher)
     checks.pair(student, teacher)
@@ -294,10 +306,8 @@ def _prepare(
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
     student, teacher = both_autocast(student, teacher)
-    operands = [*flattened(student), *flattened(teacher)]
-    x, teacher_x = operands[0], operands[3]
-    assert x is not None and teacher_x is not None
-    wide = accumulation_dtype(x, teacher_x)
+    ours, theirs = flattened(student), flattened(teacher)
+    wide = accumulation_dtype(ours.x, theirs.x)
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
 
@@ -312,45 +322,57 @@ def _prepare(
     for key, value in chosen.tensors().items():
         checks.per_token(f"{key} of divergence {chosen.name!r}", value, shape, where)
     form = chosen.form
-    values = (*form.theta, form.target, form.nontarget, 0.0 if form.mix is None else form.mix)
-    per_row = [_rows_of(value, shape).to(wide) if isinstance(value, torch.Tensor) else None for value in values]
-    factor = temperature * temperature if temperature_squared else 1.0
-    numbers = [float(columns), float(temperature), float(factor), float(ce_weight)]
-    numbers += [*transform(student), *transform(teacher)]
-    numbers += [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
-    names = ops.Names(
-        form.definition.name,
-        "decoupled" if form.decoupled else "joint",
-        resolved,
-        support,
-        chosen.target_token,
-        "own" if form.mix is None else "mixed",
+    parameters = (form.target, form.nontarget, 0.0 if form.mix is None else form.mix, *form.theta)
+    tensors = [_rows_of(value, shape).to(wide) for value in parameters if isinstance(value, torch.Tensor)]
+    numbers = Numbers(
+        temperature=float(temperature),
+        factor=float(temperature * temperature if temperature_squared else 1.0),
+        ce_weight=float(ce_weight),
+        student_scale=ours.scale,
+        student_softcap=ours.softcap,
+        teacher_scale=theirs.scale,
+        teacher_softcap=theirs.softcap,
+        parameters=tuple(0.0 if isinstance(value, torch.Tensor) else float(value) for value in parameters),
     )
-    return _Call([*operands, y, None, *per_row], " ".join(names), numbers, shape, weights, counted, form, weight_grad)
+    call = LossCall(
+        student=ours.x,
+        student_weight=ours.weight,
+        student_bias=ours.bias,
+        teacher=theirs.x,
+        teacher_weight=theirs.weight,
+        teacher_bias=theirs.bias,
+        labels=y,
+        token_weights=weights,
+        token_parameters=torch.stack(tensors) if tensors else None,
+        per_token=[isinstance(value, torch.Tensor) for value in parameters],
+        numbers=packed(numbers),
+        vocab_size=columns,
+        definition=form.definition.name,
+        decoupled=form.decoupled,
+        mixed=form.mix is not None,
+        target_token=chosen.target_token,
+        support=support,
+        backend=resolved,
+        return_stats=return_stats,
+        logits_dtype=logits_dtype,
+        weight_grad=weight_grad,
+    )
+    return _Checked(call, numbers, form, shape, counted, reduction, num_items)
 
 
 def _from_heads(
-    call: _Call,
-    reduction: str,
-    schedule: str,
-    memory_budget: int | None,
-    drop_ignored: bool | str,
-    logits_dtype: torch.dtype | None,
-    return_stats: bool,
+    checked: _Checked, schedule: str, memory_budget: int | None, drop_ignored: bool | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ weight·loss, or weight·loss per row for reduction="none", and the statistics."""
-    x, weight, bias = call.operands[:3]
-    assert x is not None
-    _check_logits_dtype(call, logits_dtype)
+    """weight·loss per row, or its sum where the reduction takes one, and the statistics."""
+    call, counted = checked.call, checked.counted
+    _check_logits_dtype(call)
     live = torch.is_grad_enabled()
-    wanted = [live and part is not None and part.requires_grad for part in (x, weight, bias)]
-    drop = x.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
-    drop = drop and call.counted is not None
-    if call.counted is not None and not torch.compiler.is_compiling():
-        drop = drop and checks.has_data(call.counted)  # how many rows are left is not known without
-    words = ops.Names.of(call.names)
-    needs_rows = whole_rows(call.form, words.target == "teacher_argmax", words.support == "floor")
-    beside_logits = drop and (call.operands[1] is None or call.operands[4] is None)
+    drop = call.student.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
+    drop = drop and counted is not None
+    if counted is not None and not torch.compiler.is_compiling():
+        drop = drop and checks.has_data(counted)  # how many rows are left is not known without
+    needs_rows = whole_rows(checked.form, call.target_token == "teacher_argmax", call.support == "floor")
+    beside_logits = drop and (call.student_weight is None or call.teacher_weight is None)
     if beside_logits and drop_ignored is True:
         if schedule == "streaming":
             raise ValueError(
@@ -358,93 +380,74 @@ def _from_heads(
                 'rows would be copied whole: leave it at "auto", or use schedule="chunked"'
             )
         needs_rows = needs_rows or "drop_ignored=True beside logits"
-    drop = drop and not (beside_logits and schedule == "streaming")
-    shape = _shape(call, wanted, drop, logits_dtype)
-    chosen = choose_schedule(shape, memory_budget, schedule, reduction, needs_rows, sweeps_of(call.form))
-    flags = [return_stats, drop, *wanted]
+    call = call._replace(
+        drop_ignored=drop and not (beside_logits and schedule == "streaming"),
+        needs_student=live and call.student.requires_grad,
+        needs_weight=live and call.student_weight is not None and call.student_weight.requires_grad,
+        needs_bias=live and call.student_bias is not None and call.student_bias.requires_grad,
+    )
+    shape, sweeps = _shape(call, checked), sweeps_of(checked.form)
+    chosen = choose_schedule(shape, memory_budget, schedule, checked.reduction, needs_rows, sweeps)
     if chosen.chunks is None:
-        rows, stats = _streamed(call, chosen.width, flags, logits_dtype)
-        return (rows if reduction == "none" else rows.sum()), stats
-    sizes = [chosen.chunks.outer, chosen.chunks.inner]
-    if reduction == "none":
-        rows, stats = ops.heads_rows(
-            *call.operands[:3], call.operands[3:], call.names, packed(call.numbers), sizes, flags, logits_dtype,
-            call.weight_grad,
-        )  # fmt: skip
-        return _weighted(rows, call), stats
-    call.operands[7] = call.weights
-    total, _, stats, *_ = ops.heads(
-        *call.operands[:3],
-        call.operands[3:],
-        call.names,
-        packed(call.numbers),
-        sizes,
-        flags,
-        logits_dtype,
-        call.weight_grad,
-    )
-    return total, stats
+        found = _streamed(call._replace(columns=chosen.width), counted)
+    else:
+        call = call._replace(outer_rows=chosen.chunks.outer, inner_rows=chosen.chunks.inner)
+        if checked.reduction != "none":
+            found = heads.heads(call)
+            return found.total, found.stats
+        found = heads.heads_rows(call._replace(token_weights=None))
+    return _weighted(found.loss, checked), found.stats
 
 
-def _streamed(
-    call: _Call, width: int, flags: list[bool], logits_dtype: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight·loss per row, and the statistics, by the streaming schedule."""
-    operands, kept = call.operands, None
-    if flags[1] and call.counted is not None and operands[1] is not None and operands[4] is not None:
-        kept = call.counted.nonzero().squeeze(-1)
-        operands = _at(operands, kept)
-    rows, stats, _ = streaming.streamed(
-        *operands[:3], operands[3:], call.names, packed(call.numbers), width, flags, logits_dtype, call.weight_grad
-    )
-    if kept is not None:
-        n = call.shape.numel()
-        rows = rows.new_zeros(n).index_copy(0, kept, rows)
-        stats = stats.new_zeros((n, stats.shape[1])).index_copy(0, kept, stats) if flags[0] else stats
-    return _weighted(rows, call), stats
+def _streamed(call: LossCall, counted: torch.Tensor | None) -> streaming.Rows:
+    """Loss of each row, and the statistics, by the streaming schedule."""
+    kept = None
+    if call.drop_ignored and counted is not None and not (call.student_weight is None or call.teacher_weight is None):
+        kept = counted.nonzero().squeeze(-1)
+        call = at_rows(call, kept)
+    found = streamed.streamed(call._replace(token_weights=None, drop_ignored=False))
+    if kept is None or counted is None:
+        return found
+    n = counted.shape[0]
+    found = found._replace(loss=found.loss.new_zeros(n).index_copy(0, kept, found.loss))
+    if call.return_stats:
+        found = found._replace(stats=found.stats.new_zeros((n, STATS)).index_copy(0, kept, found.stats))
+    return found
 
 
-def _at(operands: list[torch.Tensor | None], kept: torch.Tensor) -> list[torch.Tensor | None]:
-    """Operands of two heads cut to some rows."""
-    per_row = (0, 3, *range(6, len(operands)))
-    return [x[kept] if i in per_row and x is not None else x for i, x in enumerate(operands)]
-
-
-def _shape(call: _Call, wanted: list[bool], gather: bool, logits_dtype: torch.dtype | None) -> Shape:
-    x, weight, _, teacher_x, teacher_weight, _ = call.operands[:6]
-    assert x is not None and teacher_x is not None
-    columns = int(call.numbers[0])
-    operand = x if weight is not None else teacher_x
+def _shape(call: LossCall, checked: _Checked) -> Shape:
+    x, weight, teacher, teacher_weight = call.student, call.student_weight, call.teacher, call.teacher_weight
+    operand = x if weight is not None else teacher
+    full = checked.numbers.ce_weight != 0
     return Shape(
-        rows=call.shape.numel(),
-        student_width=0 if weight is None else (weight.shape[0] if call.numbers[3] else columns),
-        teacher_width=0 if teacher_weight is None else columns,
+        rows=checked.shape.numel(),
+        student_width=0 if weight is None else (weight.shape[0] if full else call.vocab_size),
+        teacher_width=0 if teacher_weight is None else call.vocab_size,
         student_dim=0 if weight is None else weight.shape[1],
         teacher_dim=0 if teacher_weight is None else teacher_weight.shape[1],
         weight_rows=0 if weight is None else weight.shape[0],
-        logit_bytes=logit_dtype(operand.dtype, logits_dtype).itemsize,
+        logit_bytes=logit_dtype(operand.dtype, call.logits_dtype).itemsize,
         dz_bytes=gradient_dtype(x).itemsize,
         hidden_bytes=operand.element_size(),
-        accumulator_bytes=accumulation_dtype(x, teacher_x).itemsize,
+        accumulator_bytes=accumulation_dtype(x, teacher).itemsize,
         on_cpu=x.device.type == "cpu",
-        gather=gather,
-        masked=call.weights is not None or (call.counted is not None and not gather),
-        student_logit_bytes=x.element_size() if weight is None else teacher_x.element_size(),
+        gather=call.drop_ignored,
+        masked=call.token_weights is not None or (call.labels is not None and not call.drop_ignored),
+        student_logit_bytes=x.element_size() if weight is None else teacher.element_size(),
         student_logits=x.shape[2] if weight is None else 0,
-        needs_hidden=wanted[0],
-        needs_weight=wanted[1] or wanted[2],
+        needs_hidden=call.needs_student,
+        needs_weight=call.needs_weight or call.needs_bias,
     )
 
 
-def _check_logits_dtype(call: _Call, logits_dtype: torch.dtype | None) -> None:
-    if logits_dtype is None:
-        return
-    for i, name in ((0, "student"), (3, "teacher")):
-        x, weight = call.operands[i : i + 2]
-        assert x is not None
-        if weight is not None and logits_dtype == torch.bfloat16 and x.dtype != torch.bfloat16:
+def _check_logits_dtype(call: LossCall) -> None:
+    sides = (("student", call.student, call.student_weight), ("teacher", call.teacher, call.teacher_weight))
+    for name, x, weight in sides:
+        if call.logits_dtype is None or weight is None:
+            continue
+        if call.logits_dtype == torch.bfloat16 and x.dtype != torch.bfloat16:
             raise ValueError(f"logits_dtype=torch.bfloat16 needs a bfloat16 {name} Head, got {x.dtype}")
-        if weight is not None and x.dtype == torch.float64:
+        if x.dtype == torch.float64:
             raise ValueError(f"logits_dtype must be None for a float64 {name} Head")
 
 
@@ -453,32 +456,40 @@ def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return value.detach().expand(shape).reshape(-1).contiguous()
 
 
-def _weighted(rows: torch.Tensor, call: _Call) -> torch.Tensor:
-    return rows if call.weights is None else torch.where(call.weights == 0, 0.0, rows * call.weights)
+def _weighted(loss: torch.Tensor, checked: _Checked) -> torch.Tensor:
+    """weight·loss of each row (N,), or its sum where the reduction takes one."""
+    weights = checked.call.token_weights
+    loss = loss if weights is None else torch.where(weights == 0, 0.0, loss * weights)
+    return loss if checked.reduction == "none" else loss.sum()
 
 
-def _denominator(call: _Call, num_items: float | torch.Tensor | None) -> torch.Tensor:
+def _denominator(checked: _Checked) -> torch.Tensor:
     """What "mean" divides by, 0-d. 0 becomes 1: where nothing counts the sum is 0, and so is its mean."""
-    x = given(call.operands[0])
+    x, num_items = checked.call.student, checked.num_items
     if isinstance(num_items, torch.Tensor):
         # From a CPU the host goes on once the number is staged; to a CPU it must wait, or would read too early.
         items = num_items.detach().to(x.device, torch.float32, non_blocking=not x.is_cpu)
     elif num_items is not None:
         items = x.new_ones((), dtype=torch.float32) * float(num_items)
-    elif call.counted is None:
-        items = x.new_full((), float(call.shape.numel()), dtype=torch.float32)
+    elif checked.counted is None:
+        items = x.new_full((), float(checked.shape.numel()), dtype=torch.float32)
     else:
-        items = call.counted.sum().float()
+        items = checked.counted.sum().float()
     return torch.where(items == 0, 1.0, items)
 
 
-def _reduce(total: torch.Tensor, call: _Call, reduction: str, num_items: float | torch.Tensor | None) -> torch.Tensor:
-    return total / _denominator(call, num_items) if reduction == "mean" else total
+def _reduced(loss: torch.Tensor, checked: _Checked) -> torch.Tensor:
+    """From `_weighted` to what the caller asked for."""
+    if checked.reduction == "none":
+        return loss.view(checked.shape)
+    return loss / _denominator(checked) if checked.reduction == "mean" else loss
 
 
-def _stats(stats: torch.Tensor, call: _Call) -> KDStats:
-    columns = list(stats.float().t().contiguous())
-    if not call.form.definition.splits:
-        unknown = stats.new_full((), torch.nan) if call.counted is None else torch.where(call.counted, torch.nan, 0.0)
-        columns[1:5] = [unknown.expand(len(stats)) for _ in range(4)]
-    return KDStats(*(column.view(call.shape) for column in columns))
+def _stats(stats: torch.Tensor, checked: _Checked) -> KDStats:
+    found = KDStats(*stats.float().t().contiguous())
+    if not checked.form.definition.splits:
+        counted = checked.counted
+        unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
+        unknown = unknown.expand(len(stats))
+        found = found._replace(target_loss=unknown, nontarget_loss=unknown, target_grad=unknown, nontarget_grad=unknown)
+    return KDStats(*(column.view(checked.shape) for column in found))

@@ -1,11 +1,39 @@
 """A side of the comparison as given, logits or a Head, and as the operators take it."""
 
+from typing import NamedTuple
+
 import torch
 
 from .head import Head
+from .kernels.rows import Side as KernelSide
 
 Side = torch.Tensor | Head
 _PARTS = ("hidden", "weight", "bias")
+
+
+class Source(NamedTuple):
+    """A side as a schedule takes it: hidden states (N, D) with a weight (V, D), or logits (outer, inner, V) alone."""
+
+    x: torch.Tensor
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return self.x.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.x.shape[0] * self.x.shape[1] if self.weight is None else self.x.shape[0]
+
+    def side(self, products: torch.Tensor, bias: torch.Tensor | None) -> KernelSide:
+        """Products (n, v) of hidden states with rows of the weight, and these rows' bias, as kernels take them."""
+        scale = None if self.scale == 1.0 else self.scale
+        return KernelSide(products.unsqueeze(0), bias, scale, self.softcap or None)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -44,21 +72,17 @@ def detached(side: Side) -> Side:
     return side._replace(hidden=side.hidden.detach(), weight=side.weight.detach(), bias=bias)
 
 
-def flattened(side: Side) -> list[torch.Tensor | None]:
-    """x, weight, bias: hidden states as (N, D), logits as (outer, inner, V) without a copy wherever strides allow."""
+def flattened(side: Side) -> Source:
+    """Hidden states as (N, D), logits as (outer, inner, V) without a copy wherever strides allow."""
     if isinstance(side, Head):
-        return [side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias]
+        hidden = side.hidden.reshape(-1, side.hidden.shape[-1])
+        return Source(hidden, side.weight, side.bias, float(side.scale), float(side.softcap or 0.0))
     if side.dim() <= 3:
-        return [side[(None,) * (3 - side.dim())], None, None]
+        return Source(side[(None,) * (3 - side.dim())])
     for split in range(1, side.dim() - 1):
         try:
             outer, inner = side.shape[:split].numel(), side.shape[split:-1].numel()
-            return [side.view(outer, inner, side.shape[-1]), None, None]
+            return Source(side.view(outer, inner, side.shape[-1]))
         except RuntimeError:
             continue
-    return [side.reshape(1, -1, side.shape[-1]), None, None]
-
-
-def transform(side: Side) -> tuple[float, float]:
-    """Scale and softcap (0: none)."""
-    return (float(side.scale), float(side.softcap or 0.0)) if isinstance(side, Head) else (1.0, 0.0)
+    return Source(side.reshape(1, -1, side.shape[-1]))

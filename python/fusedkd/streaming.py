@@ -10,34 +10,23 @@ Six GEMMs (eight without a one-sweep form) instead of four. The forward keeps a 
 every upstream gradient is exact, because the gradient is formed where it is known.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import chunked, cpu_streaming, gemm
+from .call import LossCall, problem_of, sources_of, wide_dtype
 from .cpu import conclude, values_at
-from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
+from .dtypes import accumulation_dtype, gradient_dtype, size_of
 from .kernels import streaming as triton_streaming
 from .kernels.online import log_sum
 from .kernels.rows import SAVED, STATS, Problem, Side
 from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
-from .ops import (
-    Names,
-    Operands,
-    counted_upstream,
-    given,
-    no_gradients,
-    outside_autocast,
-    problem_of,
-    refuse_double_backward,
-    save,
-    saved_of,
-    sources_of,
-)
 from .planner import LIKELIEST_ROWS
+from .sides import Source
 from .tuning import tuned
 
 
@@ -65,7 +54,7 @@ class _Met(NamedTuple):
     stats: tuple[Tensor, ...] | None
 
 
-def _chunks(source: chunked.Source, start: int, stop: int, buffer: Tensor | None) -> Side:
+def _chunks(source: Source, start: int, stop: int, buffer: Tensor | None) -> Side:
     """All rows' logits of some vocabulary columns."""
     if source.weight is None:
         return Side(source.x[..., start:stop])
@@ -74,17 +63,18 @@ def _chunks(source: chunked.Source, start: int, stop: int, buffer: Tensor | None
     # Addressed as a matrix of its own: a narrower last chunk fills the front of the buffer.
     out = buffer.view(-1)[: source.rows * (stop - start)].view(source.rows, stop - start)
     gemm.project(source.x, source.weight[start:stop], out)
-    return Side(out.unsqueeze(0), bias, source.scale, source.softcap)
+    return source.side(out, bias)
 
 
 class _Pass(NamedTuple):
     """One sweep over the vocabulary."""
 
     problem: Problem
-    student: chunked.Source
-    teacher: chunked.Source
+    student: Source
+    teacher: Source
     width: int  # columns per chunk
-    buffers: tuple[Tensor | None, Tensor | None]
+    student_buffer: Tensor | None  # (N, width) products, of a Head
+    teacher_buffer: Tensor | None
 
     def __iter__(self) -> Iterator[tuple[int, int, Problem, Side, Side]]:  # type: ignore[override]
         """(first column, last, the problem on these columns, student, teacher)."""
@@ -92,35 +82,41 @@ class _Pass(NamedTuple):
         for start in range(0, total, self.width):
             stop = min(start + self.width, total)
             compared = max(0, min(stop, self.problem.vocab_size) - start)
-            student = _chunks(self.student, start, stop, self.buffers[0])
+            student = _chunks(self.student, start, stop, self.student_buffer)
             # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
             until = max(start + compared, start + 1) if start < self.teacher.width else start
-            teacher = student if until == start else _chunks(self.teacher, start, until, self.buffers[1])
+            teacher = student if until == start else _chunks(self.teacher, start, until, self.teacher_buffer)
             yield start, stop, self.problem._replace(vocab_size=compared), student, teacher
 
 
-def _pass(problem: Problem, student: chunked.Source, teacher: chunked.Source, width: int, asked: Any) -> _Pass:
-    buffers = [
-        None
-        if source.weight is None
-        else source.x.new_empty((source.rows, width), dtype=logit_dtype(source.x.dtype, asked))
-        for source in (student, teacher)
-    ]
-    return _Pass(problem, student, teacher, width, (buffers[0], buffers[1]))
+def _pass(call: LossCall) -> _Pass:
+    student, teacher = sources_of(call)
+    buffers = (
+        chunked.buffer(source, source.rows, call.columns, None, call.logits_dtype) for source in (student, teacher)
+    )
+    return _Pass(problem_of(call), student, teacher, call.columns, *buffers)
 
 
-def _forward(sweep: _Pass, labels: Tensor | None, backend: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (n,), statistics and saved row scalars."""
-    functions, problem = functions_of(backend), sweep.problem
-    x, n = sweep.student.x, sweep.student.rows
-    wide = accumulation_dtype(x, sweep.teacher.x)
+class Rows(NamedTuple):
+    """Loss (N,), statistics (N, STATS) or (0, STATS), and saved row scalars (N, SAVED)."""
+
+    loss: Tensor
+    stats: Tensor
+    saved: Tensor
+
+
+def forward(call: LossCall) -> Rows:
+    """The value of every row, and what the backward pass needs to know of it."""
+    sweep, functions, labels = _pass(call), functions_of(call.backend), call.labels
+    problem, x, n = sweep.problem, sweep.student.x, sweep.student.rows
+    wide = wide_dtype(call)
     count = len(online_of(problem).init.torch())
     carry = x.new_zeros((n, CARRY + count), dtype=wide)
     for i, value in enumerate(EMPTY):
         carry[:, i] = value
     for start, _, part, student, teacher in sweep:
-        functions.absorb(part, student, teacher, labels, carry, start, with_stats)
-    met = _meet(problem, carry, labels, with_stats)
+        functions.absorb(part, student, teacher, labels, carry, start, call.return_stats)
+    met = _meet(problem, carry, labels, call.return_stats)
     sums_of = online_of(problem).sums
     if sums_of is None:
         sums = x.new_zeros((n, 3), dtype=wide)
@@ -168,9 +164,7 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     return _Met(saved, pair, tuple(extras), present, empty, tuple(state), stats)
 
 
-def _close(
-    problem: Problem, carry: Tensor, met: _Met, total: Tensor, mass: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _close(problem: Problem, carry: Tensor, met: _Met, total: Tensor, mass: Tensor, labels: Tensor | None) -> Rows:
     """Loss, statistics and saved scalars from the sums; zeros in ignored rows."""
     theta = (*values_at(problem.parameters, slice(None), carry), *met.extras)
     result, split, slopes = conclude(problem, slice(None), met.pair, met.present, met.empty, theta, total, mass)
@@ -193,35 +187,28 @@ def _close(
         out = torch.where(counted, out, 0.0)
         stats = torch.where(counted.unsqueeze(-1), stats, 0.0) if len(stats) else stats
         met.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
-    return out, stats, met.saved
+    return Rows(out, stats, met.saved)
 
 
-def _backward_pass(
-    sweep: _Pass,
-    labels: Tensor | None,
-    saved: Tensor,
-    upstream: Tensor,
-    backend: str,
-    needs: Sequence[bool],
-    weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias in their own dtypes; empty where not wanted or added to `weight_grad`."""
-    functions, problem, student = functions_of(backend), sweep.problem, sweep.student
+def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> chunked.Gradients:
+    """Gradients of Σ upstream_n · loss_n in the operands' dtypes; empty where not wanted or added to `weight_grad`."""
+    sweep, functions, labels, weight_grad = _pass(call), functions_of(call.backend), call.labels, call.weight_grad
+    problem, student = sweep.problem, sweep.student
     x, weight, n = student.x, student.weight, student.rows
     wide = accumulation_dtype(x)
-    saved, upstream = saved.to(wide), counted_upstream(upstream.to(wide), labels)
+    saved, upstream = saved.to(wide), chunked.counted_upstream(upstream.to(wide), labels)
     hidden = x
-    if weight is not None and needs[1]:
+    if weight is not None and call.needs_weight:
         hidden = chunked.only_counted(x, chunked.uncounted_rows(labels, upstream))
     total = student.width if problem.ce_weight else problem.vocab_size
-    grad_x, grad_weight, grad_bias = gradients(student, needs, weight_grad)
+    made = grad_x, grad_weight, grad_bias = empty_gradients(call)
     if weight is None:
         grad_x[..., total:] = 0
     else:
         grad_weight[total:] = 0
         grad_bias[total:] = 0
     sum_x = None
-    if weight is not None and needs[0]:
+    if weight is not None and call.needs_student:
         sum_x = grad_x.zero_() if grad_x.dtype == wide else torch.zeros_like(grad_x, dtype=wide)
     found = x.new_zeros((n, FOUND), dtype=wide)
     found[:, 1] = -1
@@ -230,7 +217,7 @@ def _backward_pass(
     direct = weight_grad is not None and dtype != torch.float16
     size = upstream.new_ones(()) if direct else size_of(upstream)
     scaled = (upstream / size).contiguous()
-    room = sweep.buffers[0]  # dZ lies over the student's logits where it has their dtype
+    room = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if room is not None and room.dtype != dtype:
         room = x.new_empty((n, sweep.width), dtype=dtype)
     for start, stop, part, s, t in sweep:
@@ -245,18 +232,17 @@ def _backward_pass(
             gemm.hidden_gradient(dz, weight[start:stop], sum_x, accumulate=True)
         if weight_grad is not None:
             _add_product(dz, hidden, size, weight_grad[start:stop])
-        elif needs[1]:
+        elif call.needs_weight:
             _product_into(dz, hidden, size, grad_weight[start:stop])
-        if needs[2]:
+        if call.needs_bias:
             grad_bias[start:stop] = dz.sum(0, dtype=wide) * size
     if sum_x is not None:
         sum_x *= size
-    whole_weight = grad_weight if weight_grad is None else weight_grad
-    grads = (grad_x, whole_weight, grad_bias)
-    _likeliest(problem, labels, saved, upstream, found, student._replace(x=hidden), grads, sum_x, needs)
+    whole = made if weight_grad is None else made._replace(weight=weight_grad)
+    _likeliest(call, sweep, hidden, saved, upstream, found, whole, sum_x)
     if sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
-    return grad_x, grad_weight, grad_bias
+    return made
 
 
 def _product_into(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None:
@@ -284,17 +270,17 @@ def _add_product(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None:
 
 
 def _likeliest(
-    problem: Problem,
-    labels: Tensor | None,
+    call: LossCall,
+    sweep: _Pass,
+    hidden: Tensor,
     saved: Tensor,
     upstream: Tensor,
     found: Tensor,
-    student: chunked.Source,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: chunked.Gradients,
     sum_x: Tensor | None,
-    needs: Sequence[bool],
 ) -> None:
     """Adds the entry of the token that holds most of a row's mass: minus the sum of the row's others."""
+    problem, labels, weight = sweep.problem, call.labels, call.student_weight
     rest, top, s_top, slope = found.unbind(-1)
     has = top >= 0 if labels is None else (top >= 0) & (labels >= 0)
     at = top.clamp(min=0).long()
@@ -303,25 +289,24 @@ def _likeliest(
         one = 0.0 if labels is None else (labels == at).to(g.dtype)
         g = g + upstream * problem.ce_weight * ((s_top - saved[:, 10]).exp() - one)
     g = torch.where(has, g * slope, 0.0)
-    grad_x, grad_weight, grad_bias = grads
-    if student.weight is None:
-        flat = grad_x.view(len(g), student.width)
+    if weight is None:
+        flat = grads.x.view(len(g), sweep.student.width)
         entry = flat.gather(1, at[:, None])
         flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
         return
     if sum_x is not None:
         for sums, slopes, tokens in zip(*(x.split(LIKELIEST_ROWS) for x in (sum_x, g, at)), strict=True):
-            sums += slopes.unsqueeze(-1) * student.weight[tokens].to(sums.dtype)
-    if not (needs[1] or needs[2]):
+            sums += slopes.unsqueeze(-1) * weight[tokens].to(sums.dtype)
+    if not (call.needs_weight or call.needs_bias):
         return
     # Many rows may share a token: their entries are summed in the wide dtype first, one segment per token.
     at, order = at.sort(stable=True)
     segment = torch.cat((at[:1] * 0, (at.diff() != 0).cumsum(0)))
     g = g[order]
-    if needs[1]:
-        _add_segments(grad_weight, at, segment, g.unsqueeze(-1) * student.x[order].to(g.dtype))
-    if needs[2]:
-        _add_segments(grad_bias, at, segment, g)
+    if call.needs_weight:
+        _add_segments(grads.weight, at, segment, g.unsqueeze(-1) * hidden[order].to(g.dtype))
+    if call.needs_bias:
+        _add_segments(grads.bias, at, segment, g)
 
 
 def _add_segments(out: Tensor, at: Tensor, segment: Tensor, values: Tensor) -> None:
@@ -333,126 +318,18 @@ def _add_segments(out: Tensor, at: Tensor, segment: Tensor, values: Tensor) -> N
     out[at] = (out[at].to(values.dtype) + sums[segment]).to(out.dtype)
 
 
-def gradients(
-    student: chunked.Source, needs: Sequence[bool], weight_grad: Optional[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(call: LossCall) -> chunked.Gradients:
     """Room for the gradients in the operands' dtypes; none for the weight's where `weight_grad` takes it."""
-    x, weight, bias = student.x, student.weight, student.bias
-    empty = (x.new_empty(0), x.new_empty(0), x.new_empty(0))
+    x, weight, bias = call.student, call.student_weight, call.student_bias
+    empty = chunked.Gradients(*(x.new_empty(0) for _ in chunked.Gradients._fields))
     if weight is None:
-        return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else empty[0]), empty[1], empty[2]
-    return (
-        x.new_empty(x.shape) if needs[0] else empty[0],
-        weight.new_empty(weight.shape) if needs[1] and weight_grad is None else empty[1],
-        bias.new_empty(bias.shape) if needs[2] and bias is not None else empty[2],
+        return (
+            empty._replace(x=torch.empty_like(x, memory_format=torch.contiguous_format))
+            if call.needs_student
+            else empty
+        )
+    return chunked.Gradients(
+        x.new_empty(x.shape) if call.needs_student else empty.x,
+        weight.new_empty(weight.shape) if call.needs_weight and call.weight_grad is None else empty.weight,
+        bias.new_empty(bias.shape) if call.needs_bias and bias is not None else empty.bias,
     )
-
-
-@torch.library.custom_op("fusedkd::streamed", mutates_args=())
-@outside_autocast
-def streamed(
-    x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    others: Operands,
-    names: str,
-    numbers: Tensor,
-    width: int,
-    flags: Sequence[bool],
-    logits_dtype: Optional[torch.dtype],
-    weight_grad: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,), statistics, saved row scalars. flags as for `heads`; width: vocabulary columns per chunk."""
-    operands = [x, weight, bias, *others]
-    sweep = _pass(problem_of(operands, names, numbers), *sources_of(operands, numbers), width, logits_dtype)
-    return _forward(sweep, operands[6], Names.of(names).backend, flags[0])
-
-
-@streamed.register_fake
-def _(
-    x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    others: Operands,
-    names: str,
-    numbers: Tensor,
-    width: int,
-    flags: Sequence[bool],
-    logits_dtype: Optional[torch.dtype],
-    weight_grad: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = x.shape[0] if weight is not None else x.shape[0] * x.shape[1]
-    wide = accumulation_dtype(x, given(others[0]))
-    return (
-        x.new_empty(n, dtype=wide),
-        x.new_empty((n if flags[0] else 0, STATS), dtype=wide),
-        x.new_empty((n, SAVED), dtype=wide),
-    )
-
-
-@torch.library.custom_op("fusedkd::streamed_gradient", mutates_args=("weight_grad",))
-@outside_autocast
-def streamed_gradient(
-    x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    others: Operands,
-    saved: Tensor,
-    upstream: Tensor,
-    names: str,
-    numbers: Tensor,
-    width: int,
-    needs: Sequence[bool],
-    logits_dtype: Optional[torch.dtype],
-    weight_grad: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Σ upstream_n · loss_n with respect to x, weight and bias, in their dtypes.
-
-    The weight's is added to `weight_grad` instead, if there is one.
-    """
-    operands = [x, weight, bias, *others]
-    sweep = _pass(problem_of(operands, names, numbers), *sources_of(operands, numbers), width, logits_dtype)
-    return _backward_pass(sweep, operands[6], saved, upstream, Names.of(names).backend, needs, weight_grad)
-
-
-@streamed_gradient.register_fake
-def _(
-    x: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    others: Operands,
-    saved: Tensor,
-    upstream: Tensor,
-    names: str,
-    numbers: Tensor,
-    width: int,
-    needs: Sequence[bool],
-    logits_dtype: Optional[torch.dtype],
-    weight_grad: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients(chunked.Source(x, weight, bias, None, None), needs, weight_grad)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, others, ctx.names, numbers, ctx.width, flags, ctx.logits_dtype, ctx.weight_grad = inputs
-    ctx.needs = list(flags[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    save(ctx, numbers, output[2], x, weight, bias, *others)
-
-
-def _backward(ctx: Any, upstream: Optional[Tensor], *_: Any) -> tuple[Any, ...]:
-    refuse_double_backward(upstream)
-    numbers, saved, x, weight, bias, *others = saved_of(ctx)
-    rest = (no_gradients(others), None, None, None, None, None, None)
-    if upstream is None:
-        return None, None, None, *rest
-    grads = streamed_gradient(
-        x, weight, bias, others, saved, upstream.contiguous(), ctx.names, numbers, ctx.width, ctx.needs,
-        ctx.logits_dtype, ctx.weight_grad,
-    )  # fmt: skip
-    returned = (ctx.needs[0], ctx.needs[1] and ctx.weight_grad is None, ctx.needs[2])
-    return *(grad if wanted else None for grad, wanted in zip(grads, returned, strict=True)), *rest
-
-
-streamed.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,41 @@
+"""A Head on at least one side, some of the vocabulary at a time (streaming.py)."""
+
+from torch import Tensor
+
+from .. import chunked, streaming
+from ..call import LossCall, empty_rows
+from ..kernels.rows import SAVED
+from .operator import no_gradients, operator
+
+
+@operator("streamed")
+def streamed(call: LossCall) -> streaming.Rows:
+    """Token weights are ignored."""
+    return streaming.forward(call)
+
+
+@streamed.register_fake
+def _(call: LossCall) -> streaming.Rows:
+    loss, stats = empty_rows(call)
+    return streaming.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)))
+
+
+@operator("streamed_gradient", mutates_args=("weight_grad",))
+def streamed_gradient(call: LossCall, saved: Tensor, upstream: Tensor) -> chunked.Gradients:
+    """Gradients of Σ upstream_n · loss_n in the operands' dtypes; the weight's is added to `weight_grad` if given."""
+    return streaming.backward(call, saved, upstream)
+
+
+streamed_gradient.register_fake(lambda call, saved, upstream: streaming.empty_gradients(call))
+
+
+def _backward(call: LossCall, made: streaming.Rows, upstream: Tensor) -> LossCall:
+    found = streamed_gradient(call, made.saved, upstream.contiguous())
+    return no_gradients(LossCall)._replace(
+        student=found.x if call.needs_student else None,
+        student_weight=found.weight if call.needs_weight and call.weight_grad is None else None,
+        student_bias=found.bias if call.needs_bias else None,
+    )
+
+
+streamed.register_autograd(lambda call, made: (call, made._replace(loss=None, stats=None)), _backward)
