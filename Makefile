@@ -118,7 +118,7 @@ gpu:
 	PYTHONPATH=python:build/gpu $(PYTHON) -m fusedkd.bench.gpu --out "$(OUT)"
 
 compile-all: install
-	FUSEDKD_COMPILE=all $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/test_compile.py tests/test_figures.py
+	FUSEDKD_TESTS=all $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/test_compile.py tests/test_figures.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) .venv-triton-* build

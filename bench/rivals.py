@@ -7,19 +7,17 @@ package's own defaults, the ones that its users get.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from .. import Head, cpu_compiled, kd_loss, kd_value_and_grad
+from .. import Head, kd_loss, kd_value_and_grad
 from ..divergence import as_divergence
 from ..eager import EAGER
 from ..kernels import parts
@@ -103,10 +101,10 @@ def _fused_rows(divergence: str) -> Loss:
     return lambda x: kd_loss(x.student, x.teacher, x.labels if divergence == "drkl" else None, divergence=divergence)
 
 
-def _fused_rows_at_once(divergence: str) -> Loss:
+def _fused_rows_at_once(divergence: str, **options: Any) -> Loss:
     def loss(x: RowInputs) -> tuple[Tensor, ...]:
         labels = x.labels if divergence == "drkl" else None
-        return kd_value_and_grad(x.student, x.teacher, labels, divergence=divergence)
+        return kd_value_and_grad(x.student, x.teacher, labels, divergence=divergence, **options)
 
     return loss
 
@@ -127,16 +125,6 @@ def _fused_rows_read_once(divergence: str) -> Loss:
         return rows.mean(), gradient
 
     return loss
-
-
-def _fused_compiled(divergence: str, fused: Callable[[str], Loss]) -> Loss:
-    loss = fused(divergence)
-
-    def compiled(x: Any) -> Any:
-        with patch.dict(os.environ, {cpu_compiled.VARIABLE: "1"}):
-            return loss(x)
-
-    return compiled
 
 
 def _compiled(divergence: str) -> Loss:
@@ -203,7 +191,7 @@ RIVALS = (
     Rival("eager torch", "eager", "heads", eager_loss, softcap=True),
     Rival("torch.compile", "compile", "heads", _compiled, softcap=True, compiles=True),
     Rival(
-        "fusedkd compiled", "compile", "heads", partial(_fused_compiled, fused=_fused_heads),
+        "fusedkd compiled", "compile", "heads", partial(_fused_heads, backend="compiled"),
         cpu=True, compiles=True, softcap=True,
     ),
     Rival("Liger FusedLinearJSD", "liger", "heads", _liger_fused_linear_jsd, BETAS, triton=True),
@@ -220,7 +208,7 @@ RIVALS = (
     Rival("eager torch", "eager", "rows", eager_loss),
     Rival("torch.compile", "compile", "rows", _compiled, compiles=True),
     Rival(
-        "fusedkd compiled", "compile", "rows", partial(_fused_compiled, fused=_fused_rows_at_once),
+        "fusedkd compiled", "compile", "rows", partial(_fused_rows_at_once, backend="compiled"),
         cpu=True, compiles=True,
     ),
     Rival("Liger JSD", "liger", "rows", _liger_jsd, BETAS, triton=True),

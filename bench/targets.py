@@ -117,7 +117,7 @@ GPU = (
 CPU = (
     Target("heads", "≤ 1.4 × four bare products", "heads", shapes.CPU, ONE_SWEEP, _over_floor(1.4)),
     Target(
-        "heads, FUSEDKD_COMPILE=1",
+        'heads, backend="compiled"',
         "≤ 1.4 × four bare products",
         "heads",
         shapes.CPU,

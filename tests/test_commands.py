@@ -103,12 +103,11 @@ def test_info_as_json(interpret: bool) -> None:
     assert cpu["threads"] >= 1
 
 
-def test_info_says_that_rows_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What FUSEDKD_COMPILE=1 changes, or why it cannot."""
-    monkeypatch.setenv("FUSEDKD_COMPILE", "1")
-    assert "compiled into loops (FUSEDKD_COMPILE=1)" in fusedkd_command("info").stdout
+def test_info_says_whether_rows_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What backend="compiled" does, or why it cannot."""
+    assert 'backend="compiled" makes loops of them' in fusedkd_command("info").stdout
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "is refused: FUSEDKD_COMPILE=1 needs a C++ compiler" in fusedkd_command("info").stdout
+    assert 'backend="compiled" needs a C++ compiler' in fusedkd_command("info").stdout
 
 
 def test_info_without_triton_says_how_to_get_it() -> None:

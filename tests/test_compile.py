@@ -18,7 +18,7 @@ aot = pytest.importorskip("fusedkd.kernels.aot")
 if not aot.rows.triton:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-FULL = os.environ.get("FUSEDKD_COMPILE") == "all"
+FULL = os.environ.get("FUSEDKD_TESTS") == "all"
 # In CI everything for sm_90 in bfloat16, and of the other architectures one divergence of each kind of sweep, structure
 # and tile, in another dtype; the full product by `make compile-all`.
 KINDS = (

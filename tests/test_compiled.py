@@ -1,6 +1,8 @@
-"""FUSEDKD_COMPILE=1: the rows of a CPU through torch.compile, against the same float64 oracle and bounds."""
+"""backend="compiled": the rows of a CPU through torch.compile, against the same float64 oracle and bounds."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -22,31 +24,25 @@ from cases import (
 )
 
 import fusedkd
-from fusedkd import cpu, cpu_compiled
+from fusedkd import cpu
 
 pytestmark = pytest.mark.xdist_group("compiled")  # one process, so that a graph is compiled once
 KINDS: list[Case] = [("rkl", {}), ("hellinger", {}), ("drkl", ARGMAX)]  # one sweep, two, a target of its own
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask for compiled rows."""
-    monkeypatch.setenv(cpu_compiled.VARIABLE, "1")
-
-
 @each("case", KINDS)
 def test_rows(case: Case) -> None:
     """Apart and close, ignored rows between others, one token nearly certain, −inf on both sides."""
-    check_logits(unrelated(5, ODD), case, "torch")
-    check_logits(near(1.4e-2, 6, ODD), case, "torch", per_row=ROW)
-    check_logits(near(1.4e-4, 7, ODD), case, "torch", per_row=ROW)
+    check_logits(unrelated(5, ODD), case, "compiled")
+    check_logits(near(1.4e-2, 6, ODD), case, "compiled", per_row=ROW)
+    check_logits(near(1.4e-4, 7, ODD), case, "compiled", per_row=ROW)
     rows = unrelated(4, ODD, std=2.0, ignored=False)
     top = (rows.labels + 5) % ODD
     certain = rows.student.scatter(-1, top[:, None], rows.student.amax(-1, keepdim=True) + 20.0)
-    check_logits(Rows.of(certain, rows.teacher, rows.labels), case, "torch", per_row=ROW)
+    check_logits(Rows.of(certain, rows.teacher, rows.labels), case, "compiled", per_row=ROW)
     student, teacher = rows.student.clone(), rows.teacher.clone()
     student[:, 1::4] = teacher[:, 1::2] = -torch.inf
-    check_logits(Rows.of(student, teacher, rows.labels // 2 * 2), case, "torch")
+    check_logits(Rows.of(student, teacher, rows.labels // 2 * 2), case, "compiled")
     for broken in (rows.student, rows.teacher):
         broken[1, 7] = torch.nan
         name, params = case
@@ -57,23 +53,24 @@ def test_rows(case: Case) -> None:
             divergence=fusedkd.divergence(name, **params),
             reduction="none",
             return_stats=True,
+            backend="compiled",
         )
         assert loss.isnan().tolist() == [False, True, False, False]
 
 
 def test_long_rows() -> None:
     """A real vocabulary: loops that add one by one must not lose what torch's sums keep."""
-    check_logits(unrelated(4, LARGE_VOCABULARY, ignored=False), ("rkl", {}), "torch", per_row=VALUE)
+    check_logits(unrelated(4, LARGE_VOCABULARY, ignored=False), ("rkl", {}), "compiled", per_row=VALUE)
 
 
 def test_half_precision() -> None:
     """bfloat16 logits are widened column by column."""
-    check_logits(unrelated(5, 260, dtype=torch.bfloat16), ("rkl", {}), "torch")
+    check_logits(unrelated(5, 260, dtype=torch.bfloat16), ("rkl", {}), "compiled")
 
 
 def test_strides() -> None:
     """Views are read and written in place."""
-    check_logits(unrelated(3, 129), ("rkl", {}), "torch", prepare=lambda x: x.mT.contiguous().mT)
+    check_logits(unrelated(3, 129), ("rkl", {}), "compiled", prepare=lambda x: x.mT.contiguous().mT)
 
 
 def test_heads() -> None:
@@ -84,37 +81,29 @@ def test_heads() -> None:
     case = ("taid", {"t": torch.linspace(0.1, 0.9, 6).view(2, 3), "base": "drkl"})
     labels = random_labels((2, 3), 400)
     options = {"reduction": "mean", "ce_weight": 0.3, "temperature": 2.0, "vocab_size": 400}
-    check_heads(student, teacher, labels, case, "torch", **options)
+    check_heads(student, teacher, labels, case, "compiled", **options)
 
 
-@each("case", [("rkl", torch.float64), ("amid", torch.float32), ("akl", torch.float32)])
-def test_left_to_the_plain_path(case: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+@each(
+    "refused", [({"divergence": "amid"}, "amid"), ({"divergence": "akl"}, "akl"), ({"dtype": torch.float64}, "float64")]
+)
+def test_what_is_not_compiled(refused: tuple[dict[str, Any], str]) -> None:
     """The kernels' series are those of float32, and what searches its rows takes minutes to compile."""
-    divergence, dtype = case
-    rows = unrelated(5, 129)
-
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = rows.student.to(dtype).requires_grad_()
-        loss = fusedkd.kd_loss(leaf, rows.teacher.to(dtype), rows.labels, divergence=divergence)
-        loss.backward()
-        assert leaf.grad is not None
-        return loss.detach(), leaf.grad
-
-    here = run()
-    monkeypatch.delenv(cpu_compiled.VARIABLE)
-    for ours, plain in zip(here, run(), strict=True):
-        assert torch.equal(ours, plain)
+    given, word = refused
+    logits = torch.randn(2, 8, dtype=given.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=rf"{word}.* need.* backend=\"torch\", got backend=\"compiled\""):
+        fusedkd.kd_loss(logits, logits, backend="compiled", **given)
 
 
-def test_a_backward_pass_does_not_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a forward pass saved is read by the path that saved it."""
-    rows = near(0.1, 6, ODD)
-    leaf = rows.student.float().requires_grad_()
-    loss, _ = fusedkd.kd_loss(leaf, rows.teacher.float(), rows.labels, divergence="rkl", return_stats=True)
-    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    monkeypatch.delenv(cpu_compiled.VARIABLE)
-    (again,) = torch.autograd.grad(loss, leaf)
-    assert torch.equal(first, again)
+def test_other_refusals() -> None:
+    """A schedule without whole rows, log-probabilities, a device that is no CPU."""
+    head, logits = fusedkd.Head(torch.randn(3, 4), torch.randn(8, 4)), torch.randn(3, 8)
+    with pytest.raises(NotImplementedError, match='"streaming" cannot do backend="compiled"'):
+        fusedkd.kd_loss(head, head, backend="compiled", schedule="streaming")
+    with pytest.raises(ValueError, match='token_logprobs has no backend="compiled"'):
+        fusedkd.token_logprobs(logits, torch.zeros(3, dtype=torch.int64), backend="compiled")
+    with pytest.raises(ValueError, match=r'backend="compiled" .*a CPU.*on meta.*"auto"'):
+        fusedkd.kd_loss(logits.to("meta"), logits.to("meta"), backend="compiled")
 
 
 def test_inside_torch_compile() -> None:
@@ -122,7 +111,9 @@ def test_inside_torch_compile() -> None:
     rows = near(0.1, 6, ODD)
 
     def loss(student: torch.Tensor) -> torch.Tensor:
-        loss, _ = fusedkd.kd_loss(student * 1.0, rows.teacher.float(), rows.labels, divergence="rkl", return_stats=True)
+        loss, _ = fusedkd.kd_loss(
+            student * 1.0, rows.teacher.float(), rows.labels, divergence="rkl", return_stats=True, backend="compiled"
+        )
         return loss
 
     grads = []
@@ -136,8 +127,8 @@ def test_inside_torch_compile() -> None:
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before any work."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"FUSEDKD_COMPILE=1 needs a C\+\+ compiler.*'no-such-compiler'.*unset"):
-        fusedkd.kd_loss(torch.randn(2, 8), torch.randn(2, 8))
+    with pytest.raises(ValueError, match=r"\"compiled\" needs a C\+\+ compiler.*'no-such-compiler'.*\"torch\""):
+        fusedkd.kd_loss(torch.randn(2, 8), torch.randn(2, 8), backend="compiled")
 
 
 @each("shared", [False, True])

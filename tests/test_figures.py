@@ -1,6 +1,6 @@
 """What the compiled kernels cost is no more than the committed figures, and the counters count what they say.
 
-Counted anew are the cases below, which have every kernel; FUSEDKD_COMPILE=all counts all. A figure that has to grow is
+Counted anew are the cases below, which have every kernel; FUSEDKD_TESTS=all counts all. A figure that has to grow is
 written again by `python -m fusedkd.bench.instructions --out bench/results`, and shows in the diff.
 """
 
@@ -28,7 +28,7 @@ from fusedkd.bench import compiled, instructions
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 COMMITTED = compiled.load(RESULTS)
 CASES = {case["case"]: case for case in COMMITTED["cases"]}
-FULL = os.environ.get("FUSEDKD_COMPILE") == "all"
+FULL = os.environ.get("FUSEDKD_TESTS") == "all"
 RECOUNTED = [
     "fused-rkl-bf16-aligned",
     "fused-rkl-bf16-unaligned",

@@ -10,7 +10,6 @@ from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd import cpu_compiled
 
 COLUMNS = slice(34, None)  # of 40; the labels are others
 SIDES = ["student", "teacher", "both"]
@@ -73,10 +72,9 @@ def test_without_masks_beside_them(case: Case, side: str) -> None:
 @pytest.mark.xdist_group("compiled")
 @each("case", [("rkl", {}), ("hellinger", {})])
 @each("side", SIDES)
-def test_compiled(case: Case, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of FUSEDKD_COMPILE=1."""
-    monkeypatch.setenv(cpu_compiled.VARIABLE, "1")
-    check_logits(masked(side, torch.float32), case, "torch", temperature=0.1, prepare=with_minimum)
+def test_compiled(case: Case, side: str) -> None:
+    """Compiled rows."""
+    check_logits(masked(side, torch.float32), case, "compiled", temperature=0.1, prepare=with_minimum)
 
 
 @each("case", FEW)

@@ -11,7 +11,6 @@ from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd import cpu_compiled
 
 BAD = 1  # the row
 CASES = [*DEFAULTS, ("drkl", ARGMAX)]
@@ -40,7 +39,7 @@ def call(
     return loss.detach(), leaf.grad, stats
 
 
-def check(rows: Rows, side: str, place: str, value: float, case: Case, **options: Any) -> None:
+def check(rows: Rows, side: str, place: str, value: float, case: Case, backend: str = "torch", **options: Any) -> None:
     """The bad row is NaN in loss, gradient and what is about its side; others are what they are without it."""
     assert rows.labels is not None
     student, teacher = rows.student.float(), rows.teacher.float()
@@ -48,7 +47,7 @@ def check(rows: Rows, side: str, place: str, value: float, case: Case, **options
         student = spoiled(student, rows.labels, place, value)
     else:
         teacher = spoiled(teacher, rows.labels, place, value)
-    loss, grad, stats = call(student, teacher, rows.labels, case, **options)
+    loss, grad, stats = call(student, teacher, rows.labels, case, backend=backend, **options)
     assert loss[BAD].isnan()
     assert grad[BAD].isnan().all()
     about = ["loss", f"{side}_entropy", f"{side}_lse", f"{side}_logprob"]
@@ -141,14 +140,13 @@ def test_outside_the_support(case: Case) -> None:
 
 @pytest.mark.xdist_group("compiled")
 @each("case", [("rkl", {}), ("hellinger", {})])  # whose graphs test_compiled.py makes too
-def test_compiled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of FUSEDKD_COMPILE=1: NaN, and exact zeros where a row has no weight."""
-    monkeypatch.setenv(cpu_compiled.VARIABLE, "1")
+def test_compiled(case: Case) -> None:
+    """Compiled rows: NaN, and exact zeros where a row has no weight."""
     for side in ("student", "teacher"):
         for place in PLACES:
             for value in VALUES:
-                check(unrelated(6, 130), side, place, value, case)
-    check_without_weight(case)
+                check(unrelated(6, 130), side, place, value, case, "compiled")
+    check_without_weight(case, "compiled")
 
 
 def rows_of_all_kinds() -> tuple[Tensor, Tensor, Tensor]:
@@ -158,12 +156,12 @@ def rows_of_all_kinds() -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, torch.full((6,), 5)
 
 
-def check_without_weight(case: Case) -> None:
+def check_without_weight(case: Case, backend: str = "torch") -> None:
     """Through autograd and at once."""
     student, teacher, labels = rows_of_all_kinds()
     weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0, 0.0])
     name, params = case
-    options = {"divergence": fusedkd.divergence(name, **params), "backend": "torch", "reduction": "sum"}
+    options = {"divergence": fusedkd.divergence(name, **params), "backend": backend, "reduction": "sum"}
     leaf = student.clone().requires_grad_()
     loss = fusedkd.kd_loss(leaf, teacher, labels, token_weights=weights, **options)
     loss.backward()

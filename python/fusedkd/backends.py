@@ -36,15 +36,23 @@ def splits_rows(problem: Problem, x: torch.Tensor) -> bool:
 
 
 def choose_backend(asked: str, device: torch.device) -> str:
-    """ "triton", "torch" or "compiled" (torch, as FUSEDKD_COMPILE=1 wants it on a CPU) for a request.
+    """ "triton", "torch" or "compiled" for a request.
 
     Raises where the request cannot be met: nothing falls back silently.
     """
-    if asked not in ("auto", "triton", "torch"):
-        raise ValueError(f'backend must be "auto", "triton" or "torch", got {asked!r}')
+    if asked not in ("auto", "triton", "torch", "compiled"):
+        raise ValueError(f'backend must be "auto", "triton", "torch" or "compiled", got {asked!r}')
     check(device)
-    if asked == "torch":
-        return _torch(device)
+    if asked == "compiled":
+        if device.type != "cpu":
+            raise ValueError(
+                f'backend="compiled" makes loops of the row work of a CPU, and the tensors are on {device.type}: '
+                'leave it at "auto"'
+            )
+        if not torch.compiler.is_compiling():  # which looks for the compiler itself, and cannot trace the search
+            cpu_compiled.check()
+    if asked in ("torch", "compiled"):
+        return asked
     if device.type in TRITON_DEVICES:
         if not HAS_TRITON:
             raise ValueError(
@@ -57,18 +65,10 @@ def choose_backend(asked: str, device: torch.device) -> str:
     if asked == "auto":
         if device.type != "cpu":
             raise ValueError(f'backend="auto" knows cuda, xpu and cpu tensors, got {device.type}; pass backend="torch"')
-        return _torch(device)
+        return "torch"
     if not (HAS_TRITON and interpreted()):
         raise ValueError(
             f'backend="triton" on {device.type} tensors runs only in Triton\'s interpreter: install triton and set '
             'TRITON_INTERPRET=1 before importing fusedkd, or pass backend="torch"'
         )
     return "triton"
-
-
-def _torch(device: torch.device) -> str:
-    if device.type != "cpu" or not cpu_compiled.wanted():
-        return "torch"
-    if not torch.compiler.is_compiling():  # which looks for the compiler itself, and cannot trace the search
-        cpu_compiled.check()
-    return "compiled"

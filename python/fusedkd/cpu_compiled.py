@@ -1,10 +1,11 @@
-"""The row work in compiled torch, with the interface of cpu.py: what FUSEDKD_COMPILE=1 chooses for CPU tensors.
+"""The row work in compiled torch, with the interface of cpu.py: backend="compiled".
 
 Two graphs for a block of rows, value and gradient, follow the sweeps of kernels/rows.py and are traced from the same
 formulas. torch.compile makes loops over the columns of them, which keep nothing of a row's size and look at no value:
 rows that are close, where cpu.py must calculate with care, take as long as others. A graph is compiled when a kind of
-call is first seen, which takes seconds and a C++ compiler. Left to cpu.py are float64 logits, since the kernels' series
-are those of float32, and what searches its rows first (amid.py, akl.py), of which a graph would take minutes.
+call is first seen, which takes seconds and a C++ compiler. `refusal` says what is not compiled: float64, since the
+kernels' series are those of float32, and what searches its rows first (amid.py, akl.py), of which a graph would take
+minutes.
 """
 
 import os
@@ -26,20 +27,14 @@ from .kernels.online import entropies_advance, log_sum
 from .kernels.rows import Problem, Side
 from .kernels.split import ABSENT, about_side, meet, or_infinite, settle
 
-__all__ = ["check", "floor_rows", "gradient", "value", "value_and_gradient", "wanted"]
+__all__ = ["check", "floor_rows", "gradient", "refusal", "value", "value_and_gradient"]
 
-VARIABLE = "FUSEDKD_COMPILE"
 _SCALARS = 11  # per row, before those that the row itself decides (Gather)
 # Never keep a number per column that can be calculated again: memory is slower.
 _OPTIONS: Any = dict.fromkeys(
     ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 1 << 20
 )
 _graphs: dict[Any, Callable[..., Any]] = {}
-
-
-def wanted() -> bool:
-    """Whether the environment asks for compiled rows."""
-    return os.environ.get(VARIABLE) == "1"
 
 
 def check() -> None:
@@ -51,13 +46,18 @@ def check() -> None:
     name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if shutil.which(name) is None:
         raise ValueError(
-            f"{VARIABLE}=1 needs a C++ compiler, and {name!r} is not on the PATH: install it, name another one in the "
-            f"variable CXX, or unset {VARIABLE}"
+            f'backend="compiled" needs a C++ compiler, and {name!r} is not on the PATH: install it, name another one '
+            'in the variable CXX, or use backend="torch"'
         )
 
 
-def _left_to_cpu(problem: Problem, numbers: torch.Tensor) -> bool:
-    return numbers.dtype == torch.float64 or not problem.definition.separable
+def refusal(definition: Definition, dtype: torch.dtype) -> str | None:
+    """Why rows of this definition, with losses of this dtype, are not compiled; None if they are."""
+    if dtype == torch.float64:
+        return "float64 inputs need"
+    if definition.separable:
+        return None
+    return f"divergence {definition.name.split('_')[0]!r} searches its rows and needs"
 
 
 class _Kind(NamedTuple):
@@ -360,9 +360,6 @@ def value(
     stats: torch.Tensor | None,
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as kernels.rows.value."""
-    if _left_to_cpu(problem, loss):
-        cpu.value(problem, student, teacher, labels, loss, saved, stats)
-        return
     cpu.clear(loss, stats, saved)
     with torch.no_grad():
         for block in _blocks(problem, student, teacher, labels, len(loss)):
@@ -381,9 +378,6 @@ def gradient(
     out: torch.Tensor,
 ) -> None:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), as kernels.rows.gradient."""
-    if _left_to_cpu(problem, saved):
-        cpu.gradient(problem, student, teacher, labels, saved, upstream, out)
-        return
     with torch.no_grad():
         for block in _blocks(problem, student, teacher, labels, len(out), out):
             _write(problem, block, saved[block.rows, : _SCALARS + problem.definition.extras], upstream, out)
@@ -400,9 +394,6 @@ def value_and_gradient(
     stats: torch.Tensor | None,
 ) -> None:
     """Fills `loss`, `stats` and `out`, as kernels.rows.value_and_gradient."""
-    if _left_to_cpu(problem, loss):
-        cpu.value_and_gradient(problem, student, teacher, labels, upstream, out, loss, stats)
-        return
     cpu.clear(loss, stats)
     with torch.no_grad():
         for block in _blocks(problem, student, teacher, labels, len(out), out):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, cpu_compiled
 from .backends import TRITON_DEVICES, choose_backend
 from .kernels.language import interpreted
 
@@ -75,6 +75,14 @@ def _devices() -> Iterator[dict[str, Any]]:
             yield {"device": str(device), "name": properties.name, "memory_bytes": memory, **_backend(device)}
 
 
+def _loops() -> str:
+    try:
+        cpu_compiled.check()
+    except ValueError as error:
+        return f"; {error}"
+    return '; backend="compiled" makes loops of them'
+
+
 def _backend(device: torch.device) -> dict[str, str | None]:
     try:
         backend = choose_backend("auto", device)
@@ -82,7 +90,6 @@ def _backend(device: torch.device) -> dict[str, str | None]:
         return {"backend": None, "reason": str(error)}
     if backend != "triton":
         tests = '; backend="triton" runs too, in the interpreter' if interpreted() else ""
-        kind = "torch compiled into loops (FUSEDKD_COMPILE=1)" if backend == "compiled" else "plain torch"
-        return {"backend": "torch", "reason": f"CPU tensors take {kind} in cache-sized tiles{tests}"}
+        return {"backend": "torch", "reason": f"CPU tensors take plain torch in cache-sized tiles{_loops()}{tests}"}
     slow = "; TRITON_INTERPRET runs them in Python, far slower: unset it" if interpreted() else ""
     return {"backend": backend, "reason": f"Triton kernels serve this device{slow}"}

@@ -63,6 +63,8 @@ def token_logprobs(
     if memory_budget is not None and not isinstance(side, Head):
         raise ValueError(f"memory_budget={memory_budget} is about heads, and side is logits: leave it at None")
     resolved = choose_backend(backend, where)
+    if resolved == "compiled":
+        raise ValueError('token_logprobs has no backend="compiled": leave it at "auto"')
     side = autocast(side)
     x, weight, bias, scale, softcap = flattened(side)
     if x.dtype == torch.float64 and resolved == "triton":

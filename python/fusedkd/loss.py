@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import checks, streaming
+from . import checks, cpu_compiled, streaming
 from .backends import choose_backend
 from .call import LossCall, Numbers, at_rows, packed
 from .divergence import Divergence, as_divergence
@@ -122,7 +122,9 @@ def kd_loss(
         logits_dtype: for Heads: what the matrix products write, float32 by default; torch.bfloat16 halves them and
             makes the gradient several per cent wrong where teacher and student are close (bfloat16 operands only).
         backend: "auto": Triton for GPU tensors, torch for CPU tensors. "triton" on CPU tensors needs
-            TRITON_INTERPRET=1; "torch" runs anywhere, on a CPU compiled if FUSEDKD_COMPILE=1.
+            TRITON_INTERPRET=1; "torch" runs anywhere; "compiled" has torch.compile make loops of the row work of a CPU,
+            which takes a C++ compiler and, when each kind of call is first seen, a while: the same bounds, much less
+            time with jsd. Not for float64, amid, akl and schedule="streaming".
         return_stats: also return `KDStats`.
         weight_grad: (V, D), contiguous, float32 or of the weight's dtype (float64 for a float64 weight): a buffer to
             which the backward pass adds the gradient of the student Head's weight, as Megatron's `weight.main_grad`.
@@ -137,9 +139,9 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work.
-        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax" or support="floor",
-            which need whole rows; for weight_grad inside torch.compile; inside torch.func's transforms and forward-mode
-            AD, for which there are no derivatives.
+        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor" or
+            backend="compiled", which need whole rows; for weight_grad inside torch.compile; inside torch.func's
+            transforms and forward-mode AD, for which there are no derivatives.
         RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
     Cost: logits: one read of each logit forward for divergences with a one-sweep form, two for the others and for
@@ -310,6 +312,8 @@ def _check(
     wide = accumulation_dtype(ours.x, theirs.x)
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
+    if resolved == "compiled" and (reason := cpu_compiled.refusal(chosen.form.definition, wide)):
+        raise ValueError(f'{reason} backend="torch", got backend="compiled"')
 
     counted = y = None
     if labels is not None:
@@ -372,6 +376,8 @@ def _from_heads(
     if counted is not None and not torch.compiler.is_compiling():
         drop = drop and checks.has_data(counted)  # how many rows are left is not known without
     needs_rows = whole_rows(checked.form, call.target_token == "teacher_argmax", call.support == "floor")
+    if call.backend == "compiled":
+        needs_rows = needs_rows or 'backend="compiled"'
     beside_logits = drop and (call.student_weight is None or call.teacher_weight is None)
     if beside_logits and drop_ignored is True:
         if schedule == "streaming":
