@@ -24,7 +24,7 @@ def _row_sum(x: torch.Tensor) -> torch.Tensor:
 
 @formula(torch=_row_sum)
 def lane_sum(x):
-    """Σ of a tile over what each lane holds of it (`tile_columns`); of a tile without lanes, over all."""
+    """Σ of a tile (R, T, V) over what each thread holds of it, (T,); of a tile with one axis, over all."""
     if len(x.shape) == 3:
         return tl.sum(tl.sum(x, 2), 0)
     else:
@@ -33,7 +33,7 @@ def lane_sum(x):
 
 @formula(torch=lambda x: x.amax(-1, keepdim=True))
 def lane_max(x):
-    """The maximum, likewise."""
+    """Maximum of a tile (R, T, V) over what each thread holds of it, (T,); of a tile with one axis, over all."""
     if len(x.shape) == 3:
         return tl.max(tl.max(x, 2), 0)
     else:
@@ -42,26 +42,29 @@ def lane_max(x):
 
 @formula(torch=lambda x: x)
 def across(x):
-    """A number of each lane beside the lane's columns; one number for all stays what it is."""
+    """Broadcast a number of each thread, (T,), to a tile's shape, (1, T, 1); a number of the row passes through."""
     if len(x.shape) == 1:
-        return x[None, :, None]
+        return x[None, :, None]  # (1, T, 1)
     else:
         return x
 
 
 @jit
 def tile_columns(ptr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """The columns of a row's first tile as (rounds, lanes, neighbours): a thread loads 16 bytes of neighbours."""
+    """The columns of a row's first tile, (R, T, V) int32: R rounds, in each of which T threads load V neighbours.
+
+    V neighbours are 16 bytes of `ptr`; R·T·V = BLOCK.
+    """
     NEIGHBOURS: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = THREADS if THREADS * NEIGHBOURS <= BLOCK else BLOCK // NEIGHBOURS
     ROUNDS: tl.constexpr = BLOCK // (LANES * NEIGHBOURS)
-    rounds = tl.arange(0, ROUNDS)[:, None, None] * (LANES * NEIGHBOURS)
+    rounds = tl.arange(0, ROUNDS)[:, None, None] * (LANES * NEIGHBOURS)  # (R, 1, 1)
     return rounds + tl.arange(0, LANES)[None, :, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, None, :]
 
 
 @jit
 def in_first_lane(values, nothing, lane):
-    """Numbers of a whole row as lanes: the first has them, the others nothing."""
+    """A tuple of numbers of a row as (T,): thread 0 has them, the others `nothing`, so that a sum counts them once."""
     out = ()
     for i in tl.static_range(len(values)):
         out = out + (tl.where(lane == 0, values[i], nothing),)

@@ -24,6 +24,7 @@ A column that does not count has e^z = e^u = 0 and may be called live: what is s
 `move` = (log ρ_s, log ρ_t, Δ): old centres minus new ones, and their difference by which d falls, all over τ.
 """
 
+from .args import EntropySums, LogSumExp
 from .lanes import across, lane_max, lane_sum
 from .language import formula, tl
 from .maths import expm1_product, log1p, rem2_product
@@ -37,7 +38,7 @@ def log_sum(z):
 
 @formula
 def entropies_advance(warmth, zeroth, log_s, log_t, z, u, live):
-    """(Σ e^z z, Σ e^u u, Σ e^u) with a tile; zeroth is Z_s before it, and log_s, log_t say how z and u move."""
+    """EntropySums with a tile; zeroth is Z_s before it, and log_s, log_t say how z and u move."""
     warm_s, warm_t, sum_t = warmth
     to_s = tl.exp(log_s)
     to_t = tl.exp(log_t)
@@ -46,14 +47,15 @@ def entropies_advance(warmth, zeroth, log_s, log_t, z, u, live):
     warm_s += lane_sum(tl.where(live, tl.exp(z) * z, 0.0))
     warm_t += lane_sum(tl.where(live, tl.exp(u) * u, 0.0))
     sum_t = to_t * sum_t + lane_sum(tl.where(live, tl.exp(u), 0.0))
-    return warm_s, warm_t, sum_t
+    return EntropySums(warm_s, warm_t, sum_t)
 
 
 @formula
 def cross_entropy_advance(cross, s, live):
-    """The maximum and the sum of exponentials of a log-sum-exp, with a tile."""
-    top = tl.maximum(cross[0], lane_max(s))
-    return top, cross[1] * tl.exp(cross[0] - top) + lane_sum(tl.where(live, tl.exp(s - across(top)), 0.0))
+    """LogSumExp with a tile."""
+    old, total = cross
+    top = tl.maximum(old, lane_max(s))
+    return LogSumExp(top, total * tl.exp(old - top) + lane_sum(tl.where(live, tl.exp(s - across(top)), 0.0)))
 
 
 @formula

@@ -103,15 +103,15 @@ def log_total(near, far):
 @jit
 def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr):
     """(log R, Φ), (F, Σ phi): two sweeps over the columns, the label's added by hand."""
-    logq_y, logp_y, delta_y, present = label
+    logq_y, logp_y, delta_y, present = label.logq, label.logp, label.delta, label.present
     q_y = tl.exp(logq_y)
     near, far = growth(q_y, logq_y, logp_y, delta_y, theta)
     near = tl.where(present, near, 0.0)
     far = tl.where(present, far, 0.0)
-    for start in range(0, view[2], BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
-        more, r = growth(q, logq, logp, delta, theta)
+    for start in range(0, view.V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        x, live, t = columns(student, teacher, view, at, cols)
+        more, r = growth(x.q, x.logq, x.logp, x.delta, theta)
         near += tl.sum(tl.where(live, more, 0.0))
         far += tl.sum(tl.where(live, r, 0.0))
     log_r_sum = log_total(near, far)
@@ -119,16 +119,16 @@ def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr
     f_y, phi_y, share_y, r_y, direct_y = PARTS(q_y, tl.exp(logp_y), logq_y, logp_y, delta_y, known)
     mass = tl.where(present, phi_y, 0.0)
     total, shared, weight, direct, widest = 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, view[2], BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
-        f, phi, share, r, past = PARTS(q, p, logq, logp, delta, known)
+    for start in range(0, view.V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        x, live, t = columns(student, teacher, view, at, cols)
+        f, phi, share, r, past = PARTS(x.q, x.p, x.logq, x.logp, x.delta, known)
         total += tl.sum(tl.where(live, f, 0.0))
         mass += tl.sum(tl.where(live, phi, 0.0))
         shared += tl.sum(tl.where(live, share * phi, 0.0))
         weight += tl.sum(tl.where(live, share * r, 0.0))
         direct += tl.sum(tl.where(live, past, 0.0))
-        widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
+        widest = tl.maximum(widest, tl.max(tl.where(live, x.d, 0.0)))
     return (log_r_sum, mass), (or_infinite(total, widest), shared - mass * weight + direct)
 
 
