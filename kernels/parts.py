@@ -127,8 +127,8 @@ def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, A
     none, live = no_sums(INIT), x.live & (cols != label)
     acc = take_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     mine = cols == label
-    carry = Carry(*acc.maxima, *acc.entropies, *cross, _only(x.s, mine), _only(x.t, mine & x.live))
-    store_numbers(at, carry + acc.state)
+    label_logits = (_only(x.s, mine), _only(x.t, mine & x.live))
+    store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)
 
 
 @jit
@@ -232,8 +232,9 @@ def _write(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
         lane = tl.arange(0, LANES)
+        each_at = dominant_at(dominant_ptr, row * parts + lane)  # (LANES,)
         there = lane < parts
-        each = Dominant(*_lanes(dominant_at(dominant_ptr, row * parts + lane), there, len(mine), 0.0))  # (LANES,)
+        each = Dominant(*_lanes(each_at, there, len(mine), 0.0))  # (LANES,)
         token = tl.max(tl.where(there, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
         store_likeliest(row, label, scales, grad, whole, scalars.ce_lse, upstream)
@@ -410,10 +411,12 @@ class _Layout:
 
     def room(self) -> RoomArg:
         """Memory for what programs leave each other: nobody has come to any meeting yet."""
-        numbers = (CARRY + self.counts["COUNT"], SUMS, DOMINANT)
-        places = (torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32) for n in numbers)
+        partial, sums, dominant = (
+            torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
+            for n in (CARRY + self.counts["COUNT"], SUMS, DOMINANT)
+        )
         meeting = torch.zeros(1 + MEETINGS * self.rows, device=self.device, dtype=torch.int32)
-        return RoomArg(*places, meeting, self.parts)
+        return RoomArg(partial, sums, dominant, meeting, self.parts)
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""

@@ -303,7 +303,8 @@ def close(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, w
     a = tl.where(empty, 0.0, terms.a)
     b = tl.where(empty, 0.0, terms.b)
     grad_y = tl.where(empty, 0.0, terms.grad_y)
-    return RowScalars(*centre, *norms.log_norms, a, b, grad_y, ce_lse)
+    l_s, l_t, r = norms.log_norms
+    return RowScalars(centre.c_s, centre.c_t, centre.k, centre.m, l_s, l_t, r, a, b, grad_y, ce_lse)
 
 
 @jit
@@ -603,13 +604,14 @@ def arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
 
 def pack(side: Side) -> LogitsArg:
     """A side as kernels take it."""
-    x = side.x
-    return LogitsArg(x, side.first, x.shape[1], *x.stride(), side.bias, side.scale, side.softcap, side.floor)
+    outer, n, v = side.x.stride()
+    return LogitsArg(side.x, side.first, side.x.shape[1], outer, n, v, side.bias, side.scale, side.softcap, side.floor)
 
 
 def grad_of(out: torch.Tensor, width: int | None = None) -> GradArg:
     """A gradient (N, ≥ width) as kernels take it, all of its columns unless told."""
-    return GradArg(out, *out.stride(), out.shape[1] if width is None else width)
+    n, v = out.stride()
+    return GradArg(out, n, v, out.shape[1] if width is None else width)
 
 
 def sweep_of(problem: Problem) -> dict[str, Any]:

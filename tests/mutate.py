@@ -93,7 +93,7 @@ def spoiled(original: Callable[..., Any], at: int | None, change: Change, versio
             return change(made, version)
         members = list(made)
         members[at] = change(members[at], version)
-        return type(made)(members) if type(made) is not tuple else tuple(members)
+        return made._make(members) if hasattr(made, "_make") else tuple(members)
 
     return wrong
 
