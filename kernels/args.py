@@ -92,7 +92,7 @@ class RoomArg(NamedTuple):
     """What the programs that share a row leave each other (parts.py); `parts` programs share a row."""
 
     partial_ptr: Any  # (N, parts, CARRY + online state)
-    sums_ptr: Any  # (N, parts, SUMS)
+    sums_ptr: Any  # (N, parts, TERM_SUMS)
     dominant_ptr: Any  # (N, parts, DOMINANT)
     meeting_ptr: Any  # (1 + N · MEETINGS,) int32: tickets, then each row's arrivals at its meetings
     parts: Any
@@ -405,7 +405,7 @@ EMPTY = empty_carry.torch()
 MOST_EXTRAS = 2  # parameters that a row finds for itself (divergence.Gather)
 SAVED = len(RowScalars._fields) + 1 + MOST_EXTRAS  # RowScalars, the target, extras
 CARRY = len(Carry._fields)  # without the online state
-SUMS = len(TermSums._fields)
+TERM_SUMS = len(TermSums._fields)
 FOUND = len(Found._fields)
 STATS = len(TokenStats._fields)
 TOKEN_SAVED = len(TokenScalars._fields)
@@ -422,7 +422,7 @@ _ENTROPY, _LOGPROB, _LSE = (constant(TokenStats._fields.index(f"student_{name}")
 _TOKEN_SAVED = constant(TOKEN_SAVED)
 _CARRY = constant(CARRY)
 _LABEL_S, _LABEL_T = (constant(Carry._fields.index(name)) for name in ("label_s", "label_t"))
-_SUMS = constant(SUMS)
+_TERM_SUMS = constant(TERM_SUMS)
 _FOUND = constant(FOUND)
 _DOMINANT = constant(DOMINANT)
 _MEETINGS = constant(MEETINGS)
@@ -472,6 +472,7 @@ def load_extras(saved_ptr, row, EXTRAS: tl.constexpr):
 @jit
 def store_saved(saved_ptr, row, scalars, y, extras):
     """RowScalars, target and extras of a row, zeros behind them."""
+    tl.static_assert(_LAYOUTS != "")
     numbers = scalars + (y + 0.0,) + extras
     for i in tl.static_range(_SAVED):
         if i < len(numbers):
@@ -527,6 +528,7 @@ def load_token_scalars(saved_ptr, row):
 @jit
 def carry_at(carry_ptr, i, COUNT: tl.constexpr):
     """The address of the i-th Carry, which an online state of COUNT numbers follows."""
+    tl.static_assert(_LAYOUTS != "")
     return carry_ptr + i * (_CARRY + COUNT)
 
 
@@ -559,13 +561,14 @@ def store_carried_label(at, s, t, here):
 @jit
 def sums_at(sums_ptr, i):
     """The address of the i-th TermSums."""
-    return sums_ptr + i * _SUMS
+    tl.static_assert(_LAYOUTS != "")
+    return sums_ptr + i * _TERM_SUMS
 
 
 @jit
 def load_sums(sums_ptr, row):
     """TermSums of a row."""
-    return TermSums(*load_numbers(sums_at(sums_ptr, row), _SUMS))
+    return TermSums(*load_numbers(sums_at(sums_ptr, row), _TERM_SUMS))
 
 
 @jit
@@ -598,6 +601,7 @@ def store_found(at, rest, dominant, first):
 @jit
 def dominant_at(dominant_ptr, i):
     """The address of the i-th Dominant."""
+    tl.static_assert(_LAYOUTS != "")
     return dominant_ptr + i * _DOMINANT
 
 

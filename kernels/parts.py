@@ -33,7 +33,7 @@ from .args import (
     DOMINANT,
     MEETINGS,
     SAVED,
-    SUMS,
+    TERM_SUMS,
     Carry,
     Dominant,
     EntropySums,
@@ -413,7 +413,7 @@ class _Layout:
         """Memory for what programs leave each other: nobody has come to any meeting yet."""
         partial, sums, dominant = (
             torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
-            for n in (CARRY + self.counts["COUNT"], SUMS, DOMINANT)
+            for n in (CARRY + self.counts["COUNT"], TERM_SUMS, DOMINANT)
         )
         meeting = torch.zeros(1 + MEETINGS * self.rows, device=self.device, dtype=torch.int32)
         return RoomArg(partial, sums, dominant, meeting, self.parts)

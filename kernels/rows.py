@@ -80,7 +80,7 @@ from .online import cross_entropy_advance, entropies_advance, log_sum
 from .split import about_side, meet, or_infinite, settle
 from .tiles import SMALLEST, Line, Tile, architecture, fitting
 
-__all__ = ["SAVED", "STATS", "Problem", "Side"]  # numbers of a row in `saved` and `stats`, and what launchers take
+__all__ = ["SAVED", "STATS", "Problem", "Side", "floor_rows", "gradient", "value", "value_and_gradient"]
 
 
 class Side(NamedTuple):

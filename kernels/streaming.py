@@ -16,7 +16,6 @@ from .args import (
     CARRY,
     EMPTY,
     FOUND,
-    SUMS,
     Centre,
     EntropySums,
     LogNorms,
@@ -54,7 +53,7 @@ from .rows import (
 )
 from .tiles import Tile
 
-__all__ = ["CARRY", "EMPTY", "FOUND", "SUMS", "absorb", "add_sums", "gradient", "online_of"]
+__all__ = ["CARRY", "EMPTY", "FOUND", "absorb", "add_sums", "gradient", "online_of"]
 
 
 def online_of(problem: Problem) -> Online:
