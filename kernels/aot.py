@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import logprobs, parts, rows, sass, streaming
 from .args import GradArg, LogitsArg, ParametersArg, RoomArg, RowsArg, ScalesArg, ValueArg, WeightsArg
-from .divergence import TWO_SWEEPS, Definition, Online
+from .divergence import TWO_SWEEPS, Definition, OnlineForm
 from .divergences import definitions
 from .language import triton
 from .tiles import FUSION, Tile, chosen
@@ -41,7 +41,7 @@ class Variant(NamedTuple):
     tile: Tile
     definition: Definition | None = None
     decoupled: bool = False
-    online: Online = TWO_SWEEPS
+    online: OnlineForm = TWO_SWEEPS
     argmax: bool = False
     mixed: bool = False
 

@@ -57,7 +57,7 @@ class ScalesArg(NamedTuple):
 
 
 class WeightsArg(NamedTuple):
-    """Weights of the two terms of a divergence (split.py)."""
+    """Weights of the two terms of a divergence (decomposition.py)."""
 
     target: Any
     nontarget: Any
@@ -158,7 +158,7 @@ class Centre(NamedTuple):
 
 
 class Move(NamedTuple):
-    """By how much z, u and d move as maxima rise: log ρ_s, log ρ_t and Δ of online.py."""
+    """By how much z, u and d move as maxima rise: log ρ_s, log ρ_t and Δ of moments.py."""
 
     log_s: Any
     log_t: Any

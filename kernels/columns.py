@@ -1,6 +1,6 @@
 """How a program sees the columns of its row: loaded, centred on running maxima, normalised.
 
-Every sweep goes through here. Logits are centred as online.py wants them. A teacher that is mixed with the student
+Every sweep goes through here. Logits are centred as moments.py wants them. A teacher that is mixed with the student
 (divergences/taid.py) is mixed here, after centring: u' = z + mix·d and d' = mix·d, both minus the m that makes d' too 0
 where the maxima of z and u' stand.
 

@@ -6,11 +6,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .lanes import reduction_over_lanes
-from .online import moments_advance, moments_init, moments_ratio
+from .moments import moments_advance, moments_init, moments_ratio
 
 
-class Online(NamedTuple):
-    """How a divergence gathers its sums in one sweep (see online.py). `sums=None`: a second sweep evaluates `term`.
+class OnlineForm(NamedTuple):
+    """How a divergence gathers its sums in one sweep (see moments.py). `sums=None`: a second sweep evaluates `term`.
 
     tile: the class of tiles.py that its register need puts it in.
     """
@@ -22,7 +22,7 @@ class Online(NamedTuple):
     tile: str = "light"
 
 
-TWO_SWEEPS = Online(tile="two")
+TWO_SWEEPS = OnlineForm(tile="two")
 
 
 class Gather(NamedTuple):
@@ -72,7 +72,7 @@ class Definition:
     reference: Callable[..., Any]
     parameters: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[..., None] = _anything
-    online: Online = TWO_SWEEPS
+    online: OnlineForm = TWO_SWEEPS
     reads_logs: bool = True
     one_sweep: Callable[..., bool] = _always
     gather: "Gather | None" = None
@@ -92,13 +92,13 @@ class Definition:
         return 0 if self.gather is None else self.gather.extras
 
     @property
-    def sweeps(self) -> tuple[Online, ...]:
+    def sweeps(self) -> tuple[OnlineForm, ...]:
         """Every sweep that some parameters lead to."""
         if self.one_sweep is _always:
             return (self.online,)
         return (self.online, TWO_SWEEPS)
 
-    def sweep(self, parameters: tuple[Any, ...]) -> Online:
+    def sweep(self, parameters: tuple[Any, ...]) -> OnlineForm:
         """The statistics sweep for these parameters; values on the device cannot choose, so they take two sweeps."""
         known = all(isinstance(value, (int, float)) for value in parameters)
         if self.one_sweep is _always or (known and self.one_sweep(*parameters)):
@@ -107,7 +107,7 @@ class Definition:
 
 
 class Form(NamedTuple):
-    """What the kernels run: a definition with its parameters, in one of the two structures of split.py.
+    """What the kernels run: a definition with its parameters, in one of the two structures of decomposition.py.
 
     theta, target, nontarget and mix are floats, or tensors with one value per token. mix: weight of the teacher in a
     teacher that is mixed with the student on load (taid.py), None for the teacher itself.

@@ -2,7 +2,7 @@
 
 A lane is what one thread sees of a row, in all tiles. It has maxima, online state and sums of its own, as a part of a
 row has, and lanes meet as parts do (rows.py, `merge`): a tile costs no reduction over the block, and its sums are moved
-to higher maxima once for all columns of a lane. An `advance` (online.py) therefore sums with `lane_sum`.
+to higher maxima once for all columns of a lane. An `advance` (moments.py) therefore sums with `lane_sum`.
 """
 
 from types import FunctionType

@@ -14,10 +14,10 @@ import torch
 from .args import TOKEN_SAVED as SAVED
 from .args import TokenScalars, load_token_scalars, store_token_scalars
 from .columns import load_side, row_start, spread
+from .decomposition import about_side
 from .language import jit, tl
-from .online import log_sum
+from .moments import log_sum
 from .rows import Side, grad_of, pack, store_zeros
-from .split import about_side
 from .tiles import Line, architecture, fitting
 
 __all__ = ["SAVED", "gradient", "value"]

@@ -12,7 +12,7 @@ What a program finds in its tile it leaves in memory for the others of its row:
     value_and_gradient     all of them
     one_read     all of them in one launch: the tile stays in registers, so that a logit is read once
 
-Parts merge as running sums follow a raised maximum (online.py), all in one step and in the order of the vocabulary, so
+Parts merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary, so
 the order in which programs run changes no bit. The last program to finish a row's gradient writes the entry of the
 likeliest token, which is minus the sum of all others (rows.py).
 
@@ -60,8 +60,9 @@ from .args import (
     sums_at,
 )
 from .columns import as_numbers, at_offsets, finite, load_pair, place_of, row_values
+from .decomposition import meet, or_infinite
 from .language import interpreted, jit, tl, triton
-from .online import cross_entropy_advance
+from .moments import cross_entropy_advance
 from .rows import (
     Problem,
     Side,
@@ -84,7 +85,6 @@ from .rows import (
     take_tile,
     upstream_of,
 )
-from .split import meet, or_infinite
 from .streaming import online_of
 from .tiles import FUSION, Tile
 

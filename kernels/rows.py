@@ -1,7 +1,7 @@
 """Rows of logits in; per-token loss, statistics and gradient out. One program per row.
 
 Sweeps (each reads every logit once):
-    statistics   running maxima and online sums (online.py), the target's column held out; the value, if they suffice
+    statistics   running maxima and online sums (moments.py), the target's column held out; the value, if they suffice
     sums         only for divergences without a one-sweep form: Σ f, Σ phi at the final offsets (or what `gather` does)
     gradient     dL/ds = a·phi + b·q in reverse tile order, so that it meets the tiles still in cache. What eviction
                  hints would save here is not measured, so there are none
@@ -72,12 +72,12 @@ from .columns import (
     row_values,
     spread,
 )
-from .divergence import Definition, Online
+from .decomposition import about_side, meet, or_infinite, settle
+from .divergence import Definition, OnlineForm
 from .lanes import in_first_lane, lane_max, lane_sum, tile_columns
 from .language import jit, tl, triton
 from .maths import exp
-from .online import cross_entropy_advance, entropies_advance, log_sum
-from .split import about_side, meet, or_infinite, settle
+from .moments import cross_entropy_advance, entropies_advance, log_sum
 from .tiles import SMALLEST, Line, Tile, architecture, fitting
 
 __all__ = ["SAVED", "STATS", "Problem", "Side", "floor_rows", "gradient", "value", "value_and_gradient"]
@@ -640,7 +640,7 @@ def line(problem: Problem, student: Side, teacher: Side) -> Line:
     return architecture(student.x.device), kind, width
 
 
-def tile_class(online: Online, busy: bool) -> str:
+def tile_class(online: OnlineForm, busy: bool) -> str:
     """The row of the table: looking for the target, or mixing the teacher, takes the registers of a heavier one."""
     return "heavy" if busy and online.tile == "light" else online.tile
 

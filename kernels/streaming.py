@@ -37,7 +37,7 @@ from .args import (
     store_sums,
 )
 from .columns import load_pair, place_of, row_values
-from .divergence import Online
+from .divergence import OnlineForm
 from .language import jit, tl
 from .rows import (
     Problem,
@@ -56,7 +56,7 @@ from .tiles import Tile
 __all__ = ["CARRY", "EMPTY", "FOUND", "absorb", "add_sums", "gradient", "online_of"]
 
 
-def online_of(problem: Problem) -> Online:
+def online_of(problem: Problem) -> OnlineForm:
     """The statistics sweep of a problem."""
     return problem.definition.sweep(problem.parameters)
 

@@ -15,12 +15,12 @@ from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd.kernels.divergence import Definition, Online
+from fusedkd.kernels.divergence import Definition, OnlineForm
 from fusedkd.kernels.divergences import REGISTRY
 from fusedkd.kernels.lanes import lane_sum
 from fusedkd.kernels.language import formula, jit, tl
 from fusedkd.kernels.maths import expm1, expm1_product, log1p
-from fusedkd.kernels.online import log_sum
+from fusedkd.kernels.moments import log_sum
 
 
 @formula
@@ -102,7 +102,7 @@ TOYS = {
         chi_squared_term,
         chi_squared_reference,
         reads_logs=False,
-        online=Online(chi_squared_init, chi_squared_advance, chi_squared_ratio, chi_squared_sums),
+        online=OnlineForm(chi_squared_init, chi_squared_advance, chi_squared_ratio, chi_squared_sums),
     ),
     "toy_distance": Definition("toy_distance", distance_term, distance_reference),
 }

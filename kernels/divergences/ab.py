@@ -22,11 +22,11 @@ from types import MappingProxyType
 
 import torch
 
-from ..divergence import Definition, Online
+from ..divergence import Definition, OnlineForm
 from ..lanes import lane_sum
 from ..language import formula, tl, torch_twin
 from ..maths import LOG2E, Summand, expm1_ratio
-from ..online import moments_advance, moments_ratio
+from ..moments import moments_advance, moments_ratio
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
 _PLAIN = 0.1  # relative size from which a plain difference of weights keeps its digits
@@ -248,6 +248,6 @@ AB = Definition(
     reference,
     parameters=MappingProxyType({"alpha": 0.2, "beta": 0.7}),
     check=check,
-    online=Online(init, advance, ratio, sums, tile="heavy"),
+    online=OnlineForm(init, advance, ratio, sums, tile="heavy"),
     one_sweep=one_sweep,
 )

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from ..columns import columns
+from ..decomposition import or_infinite
 from ..divergence import TWO_SWEEPS, Definition, Derived, Form, Gather
 from ..language import formula, jit, tl
 from ..maths import expm1_product, log1p
 from ..mixture import log_mixture
-from ..online import log_sum
-from ..split import or_infinite
+from ..moments import log_sum
 from .ab import AB
 from .ab import term as ab_term
 

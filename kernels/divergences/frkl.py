@@ -2,7 +2,7 @@
 
 Summand: the same mean of those of fkl.py and rkl.py.
 Gradient: phi = (1−w)(q − p) − w q δ, so dL/dz_k = (1−w)(q_k − p_k) − w q_k (δ_k + KL(q‖p)).
-One sweep: student- and teacher-weighted moments side by side (online.py).
+One sweep: student- and teacher-weighted moments side by side (moments.py).
 Edge cases: those of the two parts; at w = 1 a column with q = 0 < p is no longer infinite.
 Source: the weighted sum of DistiLLM's code (symmetric_kl) and of Wu et al., AKL, COLING 2025 (arXiv 2404.02657).
 """
@@ -11,9 +11,9 @@ from types import MappingProxyType
 
 import torch
 
-from ..divergence import Definition, Online
+from ..divergence import Definition, OnlineForm
 from ..language import formula, tl
-from ..online import moments_advance, moments_ratio, teacher_moments_advance
+from ..moments import moments_advance, moments_ratio, teacher_moments_advance
 from .fkl import reference as forward_reference
 from .fkl import sums as forward_sums
 from .fkl import term as forward_term
@@ -83,6 +83,6 @@ FRKL = Definition(
     reference,
     parameters=MappingProxyType({"w": 0.5}),
     check=check,
-    online=Online(init, advance, ratio, sums, tile="heavy"),
+    online=OnlineForm(init, advance, ratio, sums, tile="heavy"),
     reads_logs=False,
 )

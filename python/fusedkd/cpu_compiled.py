@@ -19,12 +19,12 @@ import torch
 from . import cpu
 from .cpu import columnwise, floor_rows, row_blocks, shaped, stored
 from .kernels.columns import above_centre, at_offsets, centre_of, centred, mixed, no_maxima
-from .kernels.divergence import Definition, Online
+from .kernels.decomposition import ABSENT, about_side, meet, or_infinite, settle
+from .kernels.divergence import Definition, OnlineForm
 from .kernels.lanes import lane_max, lane_sum
 from .kernels.maths import exp
-from .kernels.online import entropies_advance, log_sum
+from .kernels.moments import entropies_advance, log_sum
 from .kernels.rows import Problem, Side
-from .kernels.split import ABSENT, about_side, meet, or_infinite, settle
 
 __all__ = ["check", "floor_rows", "gradient", "value", "value_and_gradient", "wanted"]
 
@@ -64,7 +64,7 @@ class _Kind(NamedTuple):
     """What a graph is compiled for; everything else in it is a tensor."""
 
     definition: Definition
-    online: Online
+    online: OnlineForm
     decoupled: bool
     argmax: bool
     with_stats: bool
@@ -142,7 +142,7 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         s_y, t_y = (cpu.or_unknown(x.gather(1, y)) for x in (s, t))
         present = live.gather(1, y)
         live = live & ~held
-    # What does not count has e^z = e^u = 0, and may then be called live (online.py).
+    # What does not count has e^z = e^u = 0, and may then be called live (moments.py).
     s, t = torch.where(live, s, ABSENT), torch.where(live, t, ABSENT)
     maxima, centre = _centre(s, t, inv_tau, mix)
     z, u, d = centred.torch(s, t, centre, inv_tau, mix)

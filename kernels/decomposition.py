@@ -17,7 +17,7 @@ Either way the gradient sweep is dL/dz_k = a·phi_k + b·q_k with phi and q take
 The forms above subtract nothing that cancels when q_y → 1; h_y − q_y H would.
 
 Offsets: log q_k = z_k − c_s − l_s and δ_k = log p_k − log q_k = d_k − r, where d is centred on the two row maxima and
-r = log(Z_t/Z_s) comes from second-order sums (online.py), never from a difference of two log-sum-exps.
+r = log(Z_t/Z_s) comes from second-order sums (moments.py), never from a difference of two log-sum-exps.
 
 Sources: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7 (decoupled FKL: TCKD, NCKD); Luong, Tran and
 Chen, arXiv 2604.00223 (decoupled RKL with a constant weight). The two structures for a general f are derived here.
@@ -27,7 +27,7 @@ from .args import Binary, Decomposition, LogNorms, OwnTerms, RowNorms, SideStats
 from .columns import centre_of, target_terms
 from .language import formula, tl
 from .maths import expm1, log1p, softplus
-from .online import log_sum
+from .moments import log_sum
 
 ABSENT = -1e30  # log-probability of a column that is not there; finite, so that 0 · ABSENT = 0
 

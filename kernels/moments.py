@@ -17,7 +17,7 @@ Every online state starts with Z_s, Z_t. Functions that a divergence may bring o
     init() -> state                                         zeros
     advance(state, move, z, u, d, ez, eu, live, theta)      rescale by the move of the maxima, add a tile, by `lane_sum`
     ratio(state) -> r
-    sums(state, l_s, l_t, r, theta) -> (F, Φ)               at any row offsets (split.py)
+    sums(state, l_s, l_t, r, theta) -> (F, Φ)               at any row offsets (decomposition.py)
 
 A column that does not count has e^z = e^u = 0 and may be called live: what is summed must vanish with these two.
 
