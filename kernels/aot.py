@@ -140,7 +140,7 @@ def specialization(
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
-        "LANES": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
+        "PARTS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "PHASE": 0,
         "BLOCK": variant.tile.block,
         "THREADS": variant.tile.threads(call.warp),
@@ -208,8 +208,8 @@ def compile_variant(
             elements = variant.tile.block // (32 * variant.tile.num_warps)
             sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
             report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
-        lanes = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
-        widths = [int(n) * int(bits) // 8 for n, bits in lanes]
+        loads = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
+        widths = [int(n) * int(bits) // 8 for n, bits in loads]
         report["load_bytes"] = max(widths, default=0)
         report["wide_loads"] = widths.count(report["load_bytes"])
     else:

@@ -7,7 +7,7 @@ another tuple built around it in a kernel, would turn it into a number.
 theta, the parameters of a divergence, and an online state have as many members as their divergence says: plain tuples.
 The functions of a divergence are arguments of their own, never members: Triton's cache key would not see them edited.
 
-Scalars of a row have no shape. While a thread keeps sums of its own (lanes.py) each is a (T,) tensor, T threads.
+Scalars of a row have no shape. While a thread keeps sums of its own (thread_sums.py) each is a (T,) tensor, T threads.
 """
 
 from typing import Any, NamedTuple

@@ -4,15 +4,15 @@ Every sweep goes through here. Logits are centred as moments.py wants them. A te
 (divergences/taid.py) is mixed here, after centring: u' = z + mix·d and d' = mix·d, both minus the m that makes d' too 0
 where the maxima of z and u' stand.
 
-Shapes: a tile is (R, T, V) as lanes.tile_columns lays it out, or one axis of columns; a number of a row has none, or
-(T,) while each thread keeps its own. In torch (fusedkd/cpu*.py), whose plain tuples formulas take too, a tile is (n, V)
-and a number of a row (n, 1). mix is (the teacher's weight,), or () for the teacher itself.
+Shapes: a tile is (R, T, V) as thread_sums.tile_columns lays it out, or one axis of columns; a number of a row has no
+axis, or is (T,) while each thread keeps its own. In torch (fusedkd/cpu*.py), whose plain tuples formulas take too, a
+tile is (n, V) and a number of a row (n, 1). mix is (the teacher's weight,), or () for the teacher itself.
 """
 
 from .args import Centre, LogitTile, Maxima, Move, NormalizedTile, Raised, RowPtrs, TargetTerms
-from .lanes import across, lane_max
 from .language import formula, jit, tl
 from .maths import tanh
+from .thread_sums import broadcast_per_thread, thread_max
 
 
 @jit
@@ -191,8 +191,8 @@ def beside_columns(centre, mix):
     """Centre of each thread, (T,), in the shape of a tile, (1, T, 1)."""
     c_s, c_t, k, m = centre
     if len(mix) == 1:
-        m = across(m)
-    return Centre(across(c_s), across(c_t), across(k), m)
+        m = broadcast_per_thread(m)
+    return Centre(broadcast_per_thread(c_s), broadcast_per_thread(c_t), broadcast_per_thread(k), m)
 
 
 @formula
@@ -240,13 +240,13 @@ def _moves(maxima, whole, centre, by, inv_tau, mix):
 def raise_maxima(maxima, s, t, live, inv_tau, mix):
     """Raised: Maxima with a tile, of each thread where the tile has threads."""
     old_s, old_t, top_mixed = maxima
-    top_s = tl.maximum(old_s, lane_max(tl.where(live, s, -1e20)))
-    top_t = tl.maximum(old_t, lane_max(tl.where(live, t, -1e20)))
+    top_s = tl.maximum(old_s, thread_max(tl.where(live, s, -1e20)))
+    top_t = tl.maximum(old_t, thread_max(tl.where(live, t, -1e20)))
     centre, by = _move(maxima, top_s, top_t)
     if len(mix) == 1:
         x, u, d = above_centre(s, t, beside_columns(centre, ()))
         raised = top_mixed + by.log_s - mix[0] * by.d
-        top_mixed = tl.maximum(raised, lane_max(tl.where(live, mixed(x, u, d, mix), -1e20)))
+        top_mixed = tl.maximum(raised, thread_max(tl.where(live, mixed(x, u, d, mix), -1e20)))
     return _moves(maxima, Maxima(top_s, top_t, top_mixed), centre, by, inv_tau, mix)
 
 

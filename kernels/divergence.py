@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .lanes import reduction_over_lanes
 from .moments import moments_advance, moments_init, moments_ratio
+from .thread_sums import reduction_over_threads
 
 
 class OnlineForm(NamedTuple):
@@ -64,7 +64,7 @@ class Definition:
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
     online: the one-sweep form where there is one; `one_sweep(**parameters)` says for which floats it is accurate. Its
-        `advance` sums with `lane_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
+        `advance` sums with `thread_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
     """
 
     name: str
@@ -80,10 +80,10 @@ class Definition:
     splits: bool = True
 
     def __post_init__(self) -> None:
-        if reduction := reduction_over_lanes(self.online.advance):
+        if reduction := reduction_over_threads(self.online.advance):
             raise ValueError(
                 f"the one-sweep form of {self.name!r} reduces a tile by {reduction}; a row's sums are kept per thread, "
-                "so `advance` must use fusedkd.kernels.lanes.lane_sum and lane_max instead"
+                "so `advance` must use fusedkd.kernels.thread_sums.thread_sum and thread_max instead"
             )
 
     @property

@@ -132,8 +132,8 @@ def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, A
 
 
 @jit
-def _lanes(at, there, COUNT: tl.constexpr, other):
-    """COUNT numbers of each part of a row, (LANES,) each, with `other` where there is no part. With .cg, past the L1
+def _load_parts(at, there, COUNT: tl.constexpr, other):
+    """COUNT numbers of each part of a row, (PARTS,) each, with `other` where there is no part. With .cg, past the L1
     cache, which knows nothing of other programs' stores."""
     out = ()
     for i in tl.static_range(COUNT):
@@ -143,7 +143,7 @@ def _lanes(at, there, COUNT: tl.constexpr, other):
 
 @jit
 def _carries(at, there):
-    """Carry of each part of a row, (LANES,) each, likewise."""
+    """Carry of each part of a row, (PARTS,) each, likewise."""
     empty = empty_carry()
     out = ()
     for i in tl.static_range(len(empty)):
@@ -152,17 +152,17 @@ def _carries(at, there):
 
 
 @jit
-def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, LANES: tl.constexpr):
+def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, PARTS: tl.constexpr):
     """RowSums and LogSumExp of a row, and the label's two logits, −inf where it has none."""
-    lane = tl.arange(0, LANES)
-    there = lane < parts
-    at = carry_at(partial_ptr, row * parts + lane, COUNT)  # (LANES,)
+    index = tl.arange(0, PARTS)
+    there = index < parts
+    at = carry_at(partial_ptr, row * parts + index, COUNT)  # (PARTS,)
     carry = _carries(at, there)
-    state = _lanes(at + len(carry), there, COUNT, 0.0)
+    state = _load_parts(at + len(carry), there, COUNT, 0.0)
     maxima = Maxima(carry.top_s, carry.top_t, carry.top_mixed)
     entropies = EntropySums(carry.entropy_s, carry.entropy_t, carry.sum_t)
     cross = LogSumExp(carry.ce_top, carry.ce_total)
-    acc, cross = merge(RowSums(maxima, state, entropies), cross, lane, inv_tau, mix, stats_ptr, theta, ADVANCE)
+    acc, cross = merge(RowSums(maxima, state, entropies), cross, index, inv_tau, mix, stats_ptr, theta, ADVANCE)
     s_y, t_y = carry.label_s, carry.label_t
     return acc, cross, _only(s_y, s_y != float("-inf")), _only(t_y, t_y != float("-inf"))
 
@@ -170,11 +170,11 @@ def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, CO
 @jit
 def _met(
     partial_ptr, row, parts, label, scales, mix, stats_ptr, theta,
-    ADVANCE, RATIO, GATHER, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    ADVANCE, RATIO, GATHER, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """SharedRow: what `_concluded` needs of a row all of whose parts have left their statistics."""
     acc, cross, s_y, t_y = _merged(
-        partial_ptr, row, parts, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, LANES
+        partial_ptr, row, parts, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, PARTS
     )
     present = t_y != float("-inf")
     target = Target(finite(s_y), finite(t_y), present, label >= 0)
@@ -197,14 +197,16 @@ def _leave_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
 @jit
 def _concluded(
     sums_ptr, row, parts, scales, loss_ptr, stats_ptr, shared, theta, weights,
-    TERM, SUMS, DECOUPLED: tl.constexpr, LANES: tl.constexpr,
+    TERM, SUMS, DECOUPLED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores loss and statistics where there is room for them; returns RowScalars."""
     acc, target = shared.acc, shared.target
     if SUMS is None:
-        lane = tl.arange(0, LANES)
+        index = tl.arange(0, PARTS)
         none = TermSums(0.0, 0.0, 0.0)
-        swept = TermSums(*_lanes(sums_at(sums_ptr, row * parts + lane), lane < parts, len(none), 0.0))  # (LANES,)
+        swept = TermSums(
+            *_load_parts(sums_at(sums_ptr, row * parts + index), index < parts, len(none), 0.0)
+        )  # (PARTS,)
         total = or_infinite(tl.sum(swept.total), tl.max(swept.widest))
         mass = tl.sum(swept.mass)
     else:
@@ -219,7 +221,7 @@ def _concluded(
 @jit
 def _write(
     x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr, arrived_ptr,
-    TERM, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    TERM, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient; whoever is last of the row also writes the dominant token's entry."""
     mine = gradient_tile(
@@ -231,10 +233,10 @@ def _write(
     store_numbers(at, Dominant(mine.token + 0.0, mine.rest, mine.logit, slope))
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
-        lane = tl.arange(0, LANES)
-        each_at = dominant_at(dominant_ptr, row * parts + lane)  # (LANES,)
-        there = lane < parts
-        each = Dominant(*_lanes(each_at, there, len(mine), 0.0))  # (LANES,)
+        index = tl.arange(0, PARTS)
+        each_at = dominant_at(dominant_ptr, row * parts + index)  # (PARTS,)
+        there = index < parts
+        each = Dominant(*_load_parts(each_at, there, len(mine), 0.0))  # (PARTS,)
         token = tl.max(tl.where(there, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
         store_likeliest(row, label, scales, grad, whole, scalars.ce_lse, upstream)
@@ -262,7 +264,7 @@ def _deposit(
 def _sums(
     student, teacher, label_ptr, room, V, scales, numbers,
     TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, GATHER: tl.constexpr, DECOUPLED: tl.constexpr,
-    COUNT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     parts = room.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
@@ -273,7 +275,7 @@ def _sums(
         mix = row_values(numbers.mix, row)
         shared = _met(
             room.partial_ptr, row, parts, label, scales, mix, None, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES,
+            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
         )  # fmt: skip
         x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         at = sums_at(room.sums_ptr, row * parts + part)
@@ -284,7 +286,7 @@ def _sums(
 def _conclude(
     label_ptr, loss_ptr, saved_ptr, stats_ptr, room, scales, numbers,
     TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, GATHER: tl.constexpr,
-    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -292,12 +294,12 @@ def _conclude(
         theta = row_values(numbers.theta, row)
         shared = _met(
             room.partial_ptr, row, room.parts, label, scales, row_values(numbers.mix, row), stats_ptr, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES,
+            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
         )  # fmt: skip
         weights = WeightsArg(*row_values(numbers.weights, row))
         scalars = _concluded(
             room.sums_ptr, row, room.parts, scales, loss_ptr, stats_ptr, shared, theta + shared.extras, weights,
-            TERM, SUMS, DECOUPLED, LANES,
+            TERM, SUMS, DECOUPLED, PARTS,
         )  # fmt: skip
         store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
@@ -308,7 +310,7 @@ def _conclude(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, room, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     parts = room.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
@@ -322,7 +324,7 @@ def _gradient(
         _write(
             x, cols, student, row, part, parts, label, scales, row_values(numbers.mix, row), grad,
             load_scalars(saved_ptr, row), upstream, theta, room.dominant_ptr, arrived_at(room.meeting_ptr, row),
-            TERM, LANES, BLOCK,
+            TERM, PARTS, BLOCK,
         )  # fmt: skip
     else:
         store_zero_tile(grad, row, part * BLOCK, BLOCK)
@@ -341,7 +343,7 @@ def _wait(arrived_ptr, parts):
 def _one_read(
     student, teacher, about_rows, out, grad, room, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, LANES: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(INIT())
     parts = room.parts
@@ -365,7 +367,7 @@ def _one_read(
         if PHASE != 1:
             shared = _met(
                 room.partial_ptr, row, parts, label, scales, mix, out.stats_ptr, theta,
-                ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES,
+                ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
             )  # fmt: skip
             theta = theta + shared.extras
             if SUMS is None:
@@ -379,13 +381,13 @@ def _one_read(
                 weights = WeightsArg(*row_values(numbers.weights, row))
                 scalars = _concluded(
                     room.sums_ptr, row, parts, scales, out.loss_ptr, out.stats_ptr, shared, theta, weights,
-                    TERM, SUMS, DECOUPLED, LANES,
+                    TERM, SUMS, DECOUPLED, PARTS,
                 )  # fmt: skip
                 upstream = upstream_of(about_rows.upstream_ptr, row)
                 if upstream != 0:
                     _write(
                         x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                        room.dominant_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
+                        room.dominant_ptr, arrived_ptr + 2, TERM, PARTS, BLOCK,
                     )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
         ignore(row, out.loss_ptr, out.stats_ptr)
@@ -405,7 +407,7 @@ class _Layout:
         self.sweep = sweep_of(problem)
         self.counts = {
             "COUNT": len(online_of(problem).init.torch()),
-            "LANES": triton.next_power_of_2(self.parts),
+            "PARTS": triton.next_power_of_2(self.parts),
         }
         self.device = student.x.device
 
@@ -467,7 +469,7 @@ def value(
         options = {"BLOCK": plan.tile.block, **plan.tile.options()}
         grid = (plan.rows * plan.parts,)
         _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
-        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "LANES")}
+        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "PARTS")}
         if plan.sweep["SUMS"] is None:
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
@@ -500,7 +502,7 @@ def gradient(
         del given["ARGMAX"]
         _gradient[(plan.rows * plan.parts,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
-            room=plan.room(), **given, EXTRAS=problem.definition.extras, LANES=plan.counts["LANES"],
+            room=plan.room(), **given, EXTRAS=problem.definition.extras, PARTS=plan.counts["PARTS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
 
@@ -551,6 +553,6 @@ def one_read(
     for phase in phases:
         _one_read[(plan.rows * plan.parts,)](
             about_rows=RowsArg(labels, upstream), out=ValueArg(loss, stats), grad=grad_of(out), room=room,
-            **given, **plan.sweep, LANES=plan.counts["LANES"],
+            **given, **plan.sweep, PARTS=plan.counts["PARTS"],
             PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip

@@ -11,7 +11,7 @@ Sweeps (each reads every logit once):
     value_and_gradient       two sweeps (three) and one write, in one launch
 
 Each sweep goes through inner tiles first, in a loop of its own that masks nothing: whole tiles without the label and,
-for the gradient, of rows in which no other token can be likelier than 1/2. Each thread keeps its own sums (lanes.py).
+for the gradient, of rows in which no other token can be likelier than 1/2. Each thread keeps sums of its own.
 
 A row whose label is negative is ignored: nothing of it is read, zeros are written. So is the gradient of a row whose
 upstream gradient is 0, whatever its logits hold. Columns whose teacher logit is −inf are outside the support: removed
@@ -74,10 +74,10 @@ from .columns import (
 )
 from .decomposition import about_side, meet, or_infinite, settle
 from .divergence import Definition, OnlineForm
-from .lanes import in_first_lane, lane_max, lane_sum, tile_columns
 from .language import jit, tl, triton
 from .maths import exp
 from .moments import cross_entropy_advance, entropies_advance, log_sum
+from .thread_sums import scatter_to_thread0, thread_max, thread_sum, tile_columns
 from .tiles import SMALLEST, Line, Tile, architecture, fitting
 
 __all__ = ["SAVED", "STATS", "Problem", "Side", "floor_rows", "gradient", "value", "value_and_gradient"]
@@ -150,17 +150,17 @@ def together(values):
 
 
 @jit
-def merge(acc, cross, lane, inv_tau, mix, stats_ptr, theta, ADVANCE):
+def merge(acc, cross, thread, inv_tau, mix, stats_ptr, theta, ADVANCE):
     """RowSums and LogSumExp of a row from those (T,) of its threads or parts: sums follow a raised maximum, all in one
     step."""
     raised = merge_maxima(acc.maxima, inv_tau, mix)
-    none = tl.zeros(lane.shape, tl.float32)  # (T,)
+    none = tl.zeros(thread.shape, tl.float32)  # (T,)
     entropies = acc.entropies
     if stats_ptr is not None:
         entropies = entropies_advance(
-            entropies, acc.state[0], raised.move.log_s, raised.own_log_t, none, none, lane < 0
+            entropies, acc.state[0], raised.move.log_s, raised.own_log_t, none, none, thread < 0
         )
-    state = ADVANCE(acc.state, raised.move, none, none, none, none, none, lane < 0, theta)
+    state = ADVANCE(acc.state, raised.move, none, none, none, none, none, thread < 0, theta)
     top = tl.max(cross.top)
     whole = RowSums(raised.maxima, together(state), EntropySums(*together(entropies)))
     return whole, LogSumExp(top, tl.sum(cross.total * tl.exp(cross.top - top)))
@@ -214,13 +214,13 @@ def statistics(
     if scales.ce is not None:
         width = scales.ce.width
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
-    lane = tl.arange(0, tile.shape[1])  # (T,)
+    thread = tl.arange(0, tile.shape[1])  # (T,)
     acc = RowSums(
-        Maxima(*in_first_lane(acc.maxima, -1e20, lane)),
-        in_first_lane(acc.state, 0.0, lane),
-        EntropySums(*in_first_lane(acc.entropies, 0.0, lane)),
+        Maxima(*scatter_to_thread0(acc.maxima, -1e20, thread)),
+        scatter_to_thread0(acc.state, 0.0, thread),
+        EntropySums(*scatter_to_thread0(acc.entropies, 0.0, thread)),
     )  # each (T,)
-    cross = LogSumExp(tl.where(lane == 0, cross.top, -1e20), tl.where(lane == 0, cross.total, 0.0))
+    cross = LogSumExp(tl.where(thread == 0, cross.top, -1e20), tl.where(thread == 0, cross.total, 0.0))
     INNER: tl.constexpr = not ARGMAX and scales.ce is None
     num_full, skip_tile, num_masked = inner_tiles(y, V, width, INNER, BLOCK)
     if INNER:
@@ -252,23 +252,23 @@ def statistics(
         else:
             live = live & (cols != y)
         acc = weigh(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
-    acc, cross = merge(acc, cross, lane, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    acc, cross = merge(acc, cross, thread, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     return y, acc, cross
 
 
 @jit
 def add_terms(sums, f, phi, d, live):
     """TermSums with a tile."""
-    total = sums.total + lane_sum(tl.where(live, f, 0.0))
-    mass = sums.mass + lane_sum(tl.where(live, phi, 0.0))
-    return TermSums(total, mass, tl.maximum(sums.widest, lane_max(tl.where(live, d, 0.0))))
+    total = sums.total + thread_sum(tl.where(live, f, 0.0))
+    mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
+    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, d, 0.0))))
 
 
 @jit
 def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """`sums`, TermSums, with the columns: the sweep of what has no one-sweep form."""
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
-    sums = TermSums(*in_first_lane(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
+    sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
     for start in range(0, view.V, BLOCK):
         x, live, t = columns(student, teacher, view, at, start + tile)
         f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)
@@ -351,10 +351,10 @@ def _row_scalars(
 
 
 @jit
-def nothing_found(LANES: tl.constexpr):
-    """Dominant, (LANES,) each, before any tile."""
-    zeros = tl.zeros((LANES,), tl.float32)
-    return Dominant(tl.full((LANES,), -1, tl.int32), zeros, zeros, zeros)
+def nothing_found(THREADS: tl.constexpr):
+    """Dominant, (THREADS,) each, before any tile."""
+    zeros = tl.zeros((THREADS,), tl.float32)
+    return Dominant(tl.full((THREADS,), -1, tl.int32), zeros, zeros, zeros)
 
 
 @jit
@@ -386,13 +386,13 @@ def gradient_tile(
     dominates = tl.where(x.live & (cols != y), q, 0.0) > 0.5  # in at most one column of the row
     g = tl.where(x.live, tl.where(cols == y, scalars.grad_y, scalars.a * phi + scalars.b * q), 0.0)
     g = tl.where(dominates, 0.0, g)
-    rest = dominant.rest + lane_sum(g)  # (T,)
-    token = tl.maximum(dominant.token, lane_max(tl.where(dominates, cols, -1)))
+    rest = dominant.rest + thread_sum(g)  # (T,)
+    token = tl.maximum(dominant.token, thread_max(tl.where(dominates, cols, -1)))
     # At most one is not 0; `grad` may lie over the logits, so it cannot be read later.
-    logit = dominant.logit + lane_sum(tl.where(dominates, x.s, 0.0))
+    logit = dominant.logit + thread_sum(tl.where(dominates, x.s, 0.0))
     slope = dominant.slope
     if softcap is not None:
-        slope += lane_sum(tl.where(dominates, x.slope, 0.0))
+        slope += thread_sum(tl.where(dominates, x.slope, 0.0))
     # Multiplied after it is masked: a select moved behind the rounding to half precision would undo its packing.
     g = tl.where(x.s <= -1e30, 0.0, g) * (upstream * scales.factor * scales.inv_tau)  # NaN has to pass
     if scales.ce is not None:

@@ -1,8 +1,10 @@
 """A row's sums kept by each thread for itself: reductions that need no other thread until the row ends.
 
-A lane is what one thread sees of a row, in all tiles. It has maxima, online state and sums of its own, as a part of a
-row has, and lanes meet as parts do (rows.py, `merge`): a tile costs no reduction over the block, and its sums are moved
-to higher maxima once for all columns of a lane. An `advance` (moments.py) therefore sums with `lane_sum`.
+A thread has maxima, online state and sums of its own over the columns that it loads of a row, in all tiles; at the end
+they are merged as those of parts of a row are (rows.py, `merge`). A tile then costs no reduction over the block, and
+its sums follow higher maxima once for all columns of a thread. An `advance` (moments.py) therefore uses `thread_sum`.
+
+In the shape of a tile, (R, T, V), T are the threads, not a warp's 32 lanes, and V the columns of one vector load.
 """
 
 from types import FunctionType
@@ -23,7 +25,7 @@ def _row_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 @formula(torch=_row_sum)
-def lane_sum(x):
+def thread_sum(x):
     """Σ of a tile (R, T, V) over what each thread holds of it, (T,); of a tile with one axis, over all."""
     if len(x.shape) == 3:
         return tl.sum(tl.sum(x, 2), 0)
@@ -32,7 +34,7 @@ def lane_sum(x):
 
 
 @formula(torch=lambda x: x.amax(-1, keepdim=True))
-def lane_max(x):
+def thread_max(x):
     """Maximum of a tile (R, T, V) over what each thread holds of it, (T,); of a tile with one axis, over all."""
     if len(x.shape) == 3:
         return tl.max(tl.max(x, 2), 0)
@@ -41,7 +43,7 @@ def lane_max(x):
 
 
 @formula(torch=lambda x: x)
-def across(x):
+def broadcast_per_thread(x):
     """Broadcast a number of each thread, (T,), to a tile's shape, (1, T, 1); a number of the row passes through."""
     if len(x.shape) == 1:
         return x[None, :, None]  # (1, T, 1)
@@ -56,25 +58,25 @@ def tile_columns(ptr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     V neighbours are 16 bytes of `ptr`; R·T·V = BLOCK.
     """
     NEIGHBOURS: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    LANES: tl.constexpr = THREADS if THREADS * NEIGHBOURS <= BLOCK else BLOCK // NEIGHBOURS
-    ROUNDS: tl.constexpr = BLOCK // (LANES * NEIGHBOURS)
-    rounds = tl.arange(0, ROUNDS)[:, None, None] * (LANES * NEIGHBOURS)  # (R, 1, 1)
-    return rounds + tl.arange(0, LANES)[None, :, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, None, :]
+    ROW_THREADS: tl.constexpr = THREADS if THREADS * NEIGHBOURS <= BLOCK else BLOCK // NEIGHBOURS
+    ROUNDS: tl.constexpr = BLOCK // (ROW_THREADS * NEIGHBOURS)
+    rounds = tl.arange(0, ROUNDS)[:, None, None] * (ROW_THREADS * NEIGHBOURS)  # (R, 1, 1)
+    return rounds + tl.arange(0, ROW_THREADS)[None, :, None] * NEIGHBOURS + tl.arange(0, NEIGHBOURS)[None, None, :]
 
 
 @jit
-def in_first_lane(values, nothing, lane):
+def scatter_to_thread0(values, nothing, thread):
     """A tuple of numbers of a row as (T,): thread 0 has them, the others `nothing`, so that a sum counts them once."""
     out = ()
     for i in tl.static_range(len(values)):
-        out = out + (tl.where(lane == 0, values[i], nothing),)
+        out = out + (tl.where(thread == 0, values[i], nothing),)
     return out
 
 
-def reduction_over_lanes(advance: Any) -> str | None:
-    """The first reduction of all lanes at once, as "tl.sum in NAME", that a function or what it calls makes.
+def reduction_over_threads(advance: Any) -> str | None:
+    """The first reduction over all threads, as "tl.sum in NAME", that a function or what it calls makes.
 
-    Every lane would add the whole of it, and the row count it once for each.
+    Every thread would add the whole of it, and the row count it once for each.
     """
     found, waiting = set(), [advance]
     while waiting:
