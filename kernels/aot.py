@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import logprobs, parts, rows, sass, streaming
-from .args import GradArg, LogitsArg, ParametersArg, RoomArg, RowsArg, ScalesArg, ValueArg, WeightsArg
+from .args import GradArg, LogitsArg, ParametersArg, RowsArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
 from .divergence import TWO_SWEEPS, Definition, OnlineForm
 from .divergences import definitions
 from .language import triton
@@ -119,7 +119,7 @@ def specialization(
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": "*fp32" if call.stats else "constexpr",
         "grad": GradArg(element, "i64", apart, "i32"),
-        "room": RoomArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
+        "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
         "about_rows": RowsArg("*i64", "*fp32"),
         "out": ValueArg("*fp32", "constexpr"),
         **dict.fromkeys(("V", "first"), "i32"),

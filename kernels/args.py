@@ -88,7 +88,7 @@ class ValueArg(NamedTuple):
     stats_ptr: Any  # (N, STATS), or None
 
 
-class RoomArg(NamedTuple):
+class WorkspaceArg(NamedTuple):
     """What the programs that share a row leave each other (parts.py); `parts` programs share a row."""
 
     partial_ptr: Any  # (N, parts, CARRY + online state)
@@ -109,7 +109,7 @@ class RowPtrs(NamedTuple):
     teacher: Any
 
 
-class RowView(NamedTuple):
+class RowContext(NamedTuple):
     """What the sweeps after the first need of a row, beside LogitsArg of both sides, which no tuple may hold."""
 
     ptrs: Any  # RowPtrs

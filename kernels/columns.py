@@ -57,7 +57,7 @@ def row_start(side, row):
 
 
 @jit
-def place_of(student, teacher, row):
+def row_ptrs(student, teacher, row):
     """RowPtrs of a row: a division that no compiler takes out of a loop."""
     return RowPtrs(row, row_start(student, row), row_start(teacher, row))
 
@@ -272,7 +272,7 @@ def at_offsets(s, t, centre, at, inv_tau, mix):
 
 
 @jit
-def columns(student, teacher, view, at, cols):
+def columns(student, teacher, ctx, at, cols):
     """NormalizedTile of a row at `cols`, given its LogNorms; which columns count (not the held-out one); t."""
-    x = load_pair(student, teacher, view.ptrs, cols, cols < view.V, cols < view.V)
-    return at_offsets(x.s, x.t, view.centre, at, view.inv_tau, view.mix), x.live & (cols != view.y), x.t
+    x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
+    return at_offsets(x.s, x.t, ctx.centre, at, ctx.inv_tau, ctx.mix), x.live & (cols != ctx.y), x.t

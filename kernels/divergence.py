@@ -28,7 +28,7 @@ TWO_SWEEPS = OnlineForm(tile="two")
 class Gather(NamedTuple):
     """How the last `extras` parameters of a definition are found on each row, on both backends.
 
-    kernel(student, teacher, view, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
+    kernel(student, teacher, ctx, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
         sweeps (columns.py); sums is (F, Φ) without the label's column if these sweeps found them too, else ().
     torch(whole, theta) -> extras: the same from whole rows (cpu.py, `Whole`).
     """

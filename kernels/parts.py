@@ -39,7 +39,6 @@ from .args import (
     EntropySums,
     LogSumExp,
     Maxima,
-    RoomArg,
     RowsArg,
     RowSums,
     SharedRow,
@@ -48,6 +47,7 @@ from .args import (
     Totals,
     ValueArg,
     WeightsArg,
+    WorkspaceArg,
     arrived_at,
     carry_at,
     dominant_at,
@@ -59,30 +59,30 @@ from .args import (
     store_saved,
     sums_at,
 )
-from .columns import as_numbers, at_offsets, finite, load_pair, place_of, row_values
+from .columns import as_numbers, at_offsets, finite, load_pair, row_ptrs, row_values
 from .decomposition import meet, or_infinite
 from .language import interpreted, jit, tl, triton
 from .moments import cross_entropy_advance
 from .rows import (
     Problem,
     Side,
+    accumulate_tile,
     add_terms,
-    all_found,
     arguments,
-    close,
+    finish_row,
     grad_of,
     gradient_tile,
     ignore,
     label_of,
     line,
     merge,
+    merge_dominant,
+    no_dominant,
     no_exponentials,
     no_sums,
-    nothing_found,
-    store_likeliest,
+    store_dominant,
     store_zero_tile,
     sweep_of,
-    take_tile,
     upstream_of,
 )
 from .streaming import online_of
@@ -109,7 +109,7 @@ def _tile_of(student, teacher, row, part, V, scales, BLOCK: tl.constexpr):
     if scales.ce is not None:
         seen = scales.ce.width
     cols = part * BLOCK + tl.arange(0, BLOCK)
-    return load_pair(student, teacher, place_of(student, teacher, row), cols, cols < V, cols < seen), cols
+    return load_pair(student, teacher, row_ptrs(student, teacher, row), cols, cols < V, cols < seen), cols
 
 
 @jit
@@ -125,7 +125,7 @@ def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, A
     if scales.ce is not None:
         cross = cross_entropy_advance(cross, x.s, cols < scales.ce.width)
     none, live = no_sums(INIT), x.live & (cols != label)
-    acc = take_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    acc = accumulate_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     mine = cols == label
     label_logits = (_only(x.s, mine), _only(x.t, mine & x.live))
     store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)
@@ -213,7 +213,7 @@ def _concluded(
         norms = shared.norms.log_norms
         total, mass = SUMS(acc.state, norms.l_s, norms.l_t, norms.r, theta)
     totals = Totals(total, mass, shared.cross, tl.where(target.s <= -1e30, float("-inf"), target.s))
-    return close(
+    return finish_row(
         row, scales, loss_ptr, stats_ptr, acc, totals, target, shared.norms, theta, weights, TERM, DECOUPLED
     )  # fmt: skip
 
@@ -225,9 +225,9 @@ def _write(
 ):  # fmt: skip
     """A tile of the gradient; whoever is last of the row also writes the dominant token's entry."""
     mine = gradient_tile(
-        x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, nothing_found(1), TERM
+        x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, no_dominant(1), TERM
     )
-    mine = all_found(mine, student)
+    mine = merge_dominant(mine, student)
     slope = tl.where(mine.token >= 0, mine.slope, 0.0)
     at = dominant_at(dominant_ptr, row * parts + part)
     store_numbers(at, Dominant(mine.token + 0.0, mine.rest, mine.logit, slope))
@@ -239,21 +239,21 @@ def _write(
         each = Dominant(*_load_parts(each_at, there, len(mine), 0.0))  # (PARTS,)
         token = tl.max(tl.where(there, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
-        store_likeliest(row, label, scales, grad, whole, scalars.ce_lse, upstream)
+        store_dominant(row, label, scales, grad, whole, scalars.ce_lse, upstream)
 
 
 @jit
 def _deposit(
-    student, teacher, label_ptr, stats_ptr, room, V, scales, numbers,
+    student, teacher, label_ptr, stats_ptr, workspace, V, scales, numbers,
     INIT: tl.constexpr, ADVANCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = room.parts
+    parts = workspace.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
     if counted:
         x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = carry_at(room.partial_ptr, row * parts + part, COUNT)
+        at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
         _leave_statistics(
             x, cols, label, scales, row_values(numbers.mix, row), stats_ptr, row_values(numbers.theta, row), at,
             INIT, ADVANCE,
@@ -262,11 +262,11 @@ def _deposit(
 
 @jit
 def _sums(
-    student, teacher, label_ptr, room, V, scales, numbers,
+    student, teacher, label_ptr, workspace, V, scales, numbers,
     TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, GATHER: tl.constexpr, DECOUPLED: tl.constexpr,
     COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = room.parts
+    parts = workspace.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
@@ -274,17 +274,17 @@ def _sums(
         theta = row_values(numbers.theta, row)
         mix = row_values(numbers.mix, row)
         shared = _met(
-            room.partial_ptr, row, parts, label, scales, mix, None, theta,
+            workspace.partial_ptr, row, parts, label, scales, mix, None, theta,
             ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
         )  # fmt: skip
         x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = sums_at(room.sums_ptr, row * parts + part)
+        at = sums_at(workspace.sums_ptr, row * parts + part)
         _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta + shared.extras, at, TERM)
 
 
 @jit
 def _conclude(
-    label_ptr, loss_ptr, saved_ptr, stats_ptr, room, scales, numbers,
+    label_ptr, loss_ptr, saved_ptr, stats_ptr, workspace, scales, numbers,
     TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, GATHER: tl.constexpr,
     DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -293,13 +293,13 @@ def _conclude(
     if counted:
         theta = row_values(numbers.theta, row)
         shared = _met(
-            room.partial_ptr, row, room.parts, label, scales, row_values(numbers.mix, row), stats_ptr, theta,
+            workspace.partial_ptr, row, workspace.parts, label, scales, row_values(numbers.mix, row), stats_ptr, theta,
             ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
         )  # fmt: skip
         weights = WeightsArg(*row_values(numbers.weights, row))
         scalars = _concluded(
-            room.sums_ptr, row, room.parts, scales, loss_ptr, stats_ptr, shared, theta + shared.extras, weights,
-            TERM, SUMS, DECOUPLED, PARTS,
+            workspace.sums_ptr, row, workspace.parts, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
+            weights, TERM, SUMS, DECOUPLED, PARTS,
         )  # fmt: skip
         store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
@@ -309,10 +309,10 @@ def _conclude(
 
 @jit
 def _gradient(
-    student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, room, V, scales, numbers,
+    student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, workspace, V, scales, numbers,
     TERM: tl.constexpr, EXTRAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = room.parts
+    parts = workspace.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
@@ -323,8 +323,8 @@ def _gradient(
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
         _write(
             x, cols, student, row, part, parts, label, scales, row_values(numbers.mix, row), grad,
-            load_scalars(saved_ptr, row), upstream, theta, room.dominant_ptr, arrived_at(room.meeting_ptr, row),
-            TERM, PARTS, BLOCK,
+            load_scalars(saved_ptr, row), upstream, theta, workspace.dominant_ptr,
+            arrived_at(workspace.meeting_ptr, row), TERM, PARTS, BLOCK,
         )  # fmt: skip
     else:
         store_zero_tile(grad, row, part * BLOCK, BLOCK)
@@ -341,38 +341,38 @@ def _wait(arrived_ptr, parts):
 
 @jit
 def _one_read(
-    student, teacher, about_rows, out, grad, room, V, scales, numbers,
+    student, teacher, about_rows, out, grad, workspace, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
     GATHER: tl.constexpr, DECOUPLED: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(INIT())
-    parts = room.parts
+    parts = workspace.parts
     if PHASE == 0:
-        ticket = tl.atomic_add(room.meeting_ptr, 1, scope="gpu")
+        ticket = tl.atomic_add(workspace.meeting_ptr, 1, scope="gpu")
     else:
         ticket = tl.program_id(0)
     row = (ticket // parts).to(tl.int64)
     part = ticket % parts
-    arrived_ptr = arrived_at(room.meeting_ptr, row)  # of the statistics; the sums' comes next, then the gradient's
+    arrived_ptr = arrived_at(workspace.meeting_ptr, row)  # of the statistics; the sums' comes next, then the gradient's
     label, counted = label_of(about_rows.label_ptr, row)
     if counted:
         theta = row_values(numbers.theta, row)
         mix = row_values(numbers.mix, row)
         x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         if PHASE == 0 or PHASE == 1:
-            at = carry_at(room.partial_ptr, row * parts + part, COUNT)
+            at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
             _leave_statistics(x, cols, label, scales, mix, out.stats_ptr, theta, at, INIT, ADVANCE)
         if PHASE == 0:
             _wait(arrived_ptr, parts)
         if PHASE != 1:
             shared = _met(
-                room.partial_ptr, row, parts, label, scales, mix, out.stats_ptr, theta,
+                workspace.partial_ptr, row, parts, label, scales, mix, out.stats_ptr, theta,
                 ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
             )  # fmt: skip
             theta = theta + shared.extras
             if SUMS is None:
                 if PHASE == 0 or PHASE == 2:
-                    at = sums_at(room.sums_ptr, row * parts + part)
+                    at = sums_at(workspace.sums_ptr, row * parts + part)
                     _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta, at, TERM)
                 if PHASE == 0:
                     _wait(arrived_ptr + 1, parts)
@@ -380,14 +380,14 @@ def _one_read(
                 # Every program of the row concludes; all store the same bits.
                 weights = WeightsArg(*row_values(numbers.weights, row))
                 scalars = _concluded(
-                    room.sums_ptr, row, parts, scales, out.loss_ptr, out.stats_ptr, shared, theta, weights,
+                    workspace.sums_ptr, row, parts, scales, out.loss_ptr, out.stats_ptr, shared, theta, weights,
                     TERM, SUMS, DECOUPLED, PARTS,
                 )  # fmt: skip
                 upstream = upstream_of(about_rows.upstream_ptr, row)
                 if upstream != 0:
                     _write(
                         x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                        room.dominant_ptr, arrived_ptr + 2, TERM, PARTS, BLOCK,
+                        workspace.dominant_ptr, arrived_ptr + 2, TERM, PARTS, BLOCK,
                     )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
         ignore(row, out.loss_ptr, out.stats_ptr)
@@ -411,14 +411,14 @@ class _Layout:
         }
         self.device = student.x.device
 
-    def room(self) -> RoomArg:
+    def workspace(self) -> WorkspaceArg:
         """Memory for what programs leave each other: nobody has come to any meeting yet."""
         partial, sums, dominant = (
             torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
             for n in (CARRY + self.counts["COUNT"], TERM_SUMS, DOMINANT)
         )
         meeting = torch.zeros(1 + MEETINGS * self.rows, device=self.device, dtype=torch.int32)
-        return RoomArg(partial, sums, dominant, meeting, self.parts)
+        return WorkspaceArg(partial, sums, dominant, meeting, self.parts)
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""
@@ -465,7 +465,12 @@ def value(
         plan = _Layout(problem, student, len(loss), _tile(problem, student, teacher, len(loss)))
         given = arguments(problem, student, teacher)
         sides = {key: given[key] for key in ("student", "teacher", "V")}
-        common = {"label_ptr": labels, "room": plan.room(), "scales": given["scales"], "numbers": given["numbers"]}
+        common = {
+            "label_ptr": labels,
+            "workspace": plan.workspace(),
+            "scales": given["scales"],
+            "numbers": given["numbers"],
+        }
         options = {"BLOCK": plan.tile.block, **plan.tile.options()}
         grid = (plan.rows * plan.parts,)
         _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
@@ -502,7 +507,7 @@ def gradient(
         del given["ARGMAX"]
         _gradient[(plan.rows * plan.parts,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
-            room=plan.room(), **given, EXTRAS=problem.definition.extras, PARTS=plan.counts["PARTS"],
+            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, PARTS=plan.counts["PARTS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
 
@@ -548,11 +553,11 @@ def one_read(
                 f"one_read needs {plan.parts} programs at once for {plan.width} columns, and the device has {places} "
                 "multiprocessors: use value_and_gradient"
             )
-    given, room = arguments(problem, student, teacher), plan.room()
+    given, workspace = arguments(problem, student, teacher), plan.workspace()
     del given["ARGMAX"]
     for phase in phases:
         _one_read[(plan.rows * plan.parts,)](
-            about_rows=RowsArg(labels, upstream), out=ValueArg(loss, stats), grad=grad_of(out), room=room,
+            about_rows=RowsArg(labels, upstream), out=ValueArg(loss, stats), grad=grad_of(out), workspace=workspace,
             **given, **plan.sweep, PARTS=plan.counts["PARTS"],
             PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip

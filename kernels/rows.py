@@ -36,10 +36,10 @@ from .args import (
     LogSumExp,
     Maxima,
     ParametersArg,
+    RowContext,
     RowScalars,
     RowSums,
     RowValue,
-    RowView,
     ScalesArg,
     Target,
     TargetLogs,
@@ -66,8 +66,8 @@ from .columns import (
     load_side,
     merge_maxima,
     no_maxima,
-    place_of,
     raise_maxima,
+    row_ptrs,
     row_start,
     row_values,
     spread,
@@ -125,7 +125,7 @@ def no_exponentials():
 
 
 @jit
-def take_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
+def accumulate_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
     """RowSums with a tile of logits; without its entropies where no statistics are wanted."""
     raised = raise_maxima(acc.maxima, s, t, live, inv_tau, mix)
     centre = beside_columns(raised.centre, mix)  # (1, T, 1)
@@ -141,7 +141,7 @@ def take_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
 
 
 @jit
-def together(values):
+def reduce_all(values):
     """A tuple of (T,) summed over all threads."""
     out = ()
     for i in tl.static_range(len(values)):
@@ -162,17 +162,17 @@ def merge(acc, cross, thread, inv_tau, mix, stats_ptr, theta, ADVANCE):
         )
     state = ADVANCE(acc.state, raised.move, none, none, none, none, none, thread < 0, theta)
     top = tl.max(cross.top)
-    whole = RowSums(raised.maxima, together(state), EntropySums(*together(entropies)))
+    whole = RowSums(raised.maxima, reduce_all(state), EntropySums(*reduce_all(entropies)))
     return whole, LogSumExp(top, tl.sum(cross.total * tl.exp(cross.top - top)))
 
 
 @jit
-def weigh(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
-    """Like take_tile, for logits that may hold −inf. Masked columns become −1e30: their e^z = e^u = 0, and sums need no
-    mask."""
+def accumulate_raw_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """Like accumulate_tile, for logits that may hold −inf. Masked columns become −1e30: their e^z = e^u = 0, and sums
+    need no mask."""
     s = tl.where(live, finite(s), -1e30)
     t = tl.where(live, finite(t), -1e30)
-    return take_tile(s, t, True, acc, inv_tau, mix, stats_ptr, theta, ADVANCE)
+    return accumulate_tile(s, t, True, acc, inv_tau, mix, stats_ptr, theta, ADVANCE)
 
 
 @jit
@@ -227,7 +227,7 @@ def statistics(
         for i in range(0, num_full):
             cols = inner_tile(i, skip_tile, BLOCK) + tile
             x = load_raw(student, teacher, ptrs, cols, None, None)
-            acc = weigh(x.s, x.t, x.live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+            acc = accumulate_raw_tile(x.s, x.t, x.live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     for i in range(0, num_masked):
         cols = other_tile(i, num_full, skip_tile, BLOCK) + tile
         x = load_raw(student, teacher, ptrs, cols, cols < V, cols < width)
@@ -251,7 +251,7 @@ def statistics(
             best_t = tl.where(favourite >= 0, top, best_t)
         else:
             live = live & (cols != y)
-        acc = weigh(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+        acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     acc, cross = merge(acc, cross, thread, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     return y, acc, cross
 
@@ -265,19 +265,21 @@ def add_terms(sums, f, phi, d, live):
 
 
 @jit
-def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+def term_sums(student, teacher, ctx, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """`sums`, TermSums, with the columns: the sweep of what has no one-sweep form."""
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
     sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
-    for start in range(0, view.V, BLOCK):
-        x, live, t = columns(student, teacher, view, at, start + tile)
+    for start in range(0, ctx.V, BLOCK):
+        x, live, t = columns(student, teacher, ctx, at, start + tile)
         f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)
         sums = add_terms(sums, f, phi, x.d, live)
     return TermSums(tl.sum(sums.total), tl.sum(sums.mass), tl.max(sums.widest))
 
 
 @jit
-def close(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED: tl.constexpr):
+def finish_row(
+    row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED: tl.constexpr
+):
     """Stores loss and statistics of a row whose sums are known; returns its RowScalars."""
     terms = settle(
         totals.total, totals.mass, norms.binary, target.present, theta, weights.target, weights.nontarget, TERM,
@@ -320,7 +322,7 @@ def _row_scalars(
     y = label
     if ARGMAX:
         y = tl.full((), -1, tl.int32)
-    ptrs = place_of(student, teacher, row)
+    ptrs = row_ptrs(student, teacher, row)
     y, acc, cross = statistics(
         student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, no_sums(INIT), no_exponentials(),
         ADVANCE, ARGMAX, BLOCK, THREADS,
@@ -328,17 +330,17 @@ def _row_scalars(
     held_out = load_pair(student, teacher, ptrs, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
     target = Target(held_out.s, held_out.t, held_out.live, y >= 0)
     norms = meet(acc.maxima, acc.state, target.s, target.t, target.present, scales.inv_tau, mix, RATIO, DECOUPLED)
-    view = RowView(ptrs, y, V, scales.inv_tau, mix, norms.centre)
+    ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, norms.centre)
     extras, sums = (), ()
     if GATHER is not None:
         logs = TargetLogs(norms.binary.logq_y, norms.binary.logp_y, norms.binary.delta_y, target.present)
-        extras, sums = GATHER(student, teacher, view, acc.state, norms.log_norms, logs, theta, BLOCK)
+        extras, sums = GATHER(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK)
         theta = theta + extras
     if len(sums) == 2:
         total, mass = sums
     elif SUMS is None:
         none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
-        swept = term_sums(student, teacher, view, norms.log_norms, theta, none, TERM, BLOCK, THREADS)
+        swept = term_sums(student, teacher, ctx, norms.log_norms, theta, none, TERM, BLOCK, THREADS)
         total, mass = or_infinite(swept.total, swept.widest), swept.mass
     else:
         total, mass = SUMS(acc.state, norms.log_norms.l_s, norms.log_norms.l_t, norms.log_norms.r, theta)
@@ -346,12 +348,12 @@ def _row_scalars(
     if scales.ce is not None:
         label_s, label_slope = load_side(student, ptrs.student, label, label >= 0)
     totals = Totals(total, mass, cross, label_s)
-    scalars = close(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED)
+    scalars = finish_row(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED)
     return RowValue(y, mix, theta, extras, scalars)
 
 
 @jit
-def nothing_found(THREADS: tl.constexpr):
+def no_dominant(THREADS: tl.constexpr):
     """Dominant, (THREADS,) each, before any tile."""
     zeros = tl.zeros((THREADS,), tl.float32)
     return Dominant(tl.full((THREADS,), -1, tl.int32), zeros, zeros, zeros)
@@ -404,7 +406,7 @@ def gradient_tile(
 
 
 @jit
-def all_found(dominant, student):
+def merge_dominant(dominant, student):
     """Dominant of the row from those (T,) of its threads."""
     if student.softcap is None:
         slope = 1.0
@@ -416,7 +418,7 @@ def all_found(dominant, student):
 
 
 @jit
-def store_likeliest(row, label, scales, grad, dominant, ce_lse, upstream):
+def store_dominant(row, label, scales, grad, dominant, ce_lse, upstream):
     """The entry of the dominant token, if there is one: minus the sum of all others."""
     if dominant.token >= 0:
         g = -upstream * scales.factor * scales.inv_tau * dominant.rest
@@ -440,9 +442,9 @@ def gradient_sweep(
     seen = V
     if scales.ce is not None:
         seen = grad.width
-    ptrs = place_of(student, teacher, row)
+    ptrs = row_ptrs(student, teacher, row)
     first = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
-    dominant = nothing_found(first.shape[1])  # each (T,)
+    dominant = no_dominant(first.shape[1])  # each (T,)
     INNER: tl.constexpr = scales.ce is None
     # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (columns.py).
     none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
@@ -458,7 +460,7 @@ def gradient_sweep(
         dominant = gradient_tile(
             x, cols, row, y, label, scales, mix, student.softcap, grad, scalars, upstream, theta, dominant, TERM
         )
-    return all_found(dominant, student)
+    return merge_dominant(dominant, student)
 
 
 @jit
@@ -471,7 +473,7 @@ def _whole_gradient(
         student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
     )
     tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
-    store_likeliest(row, label, scales, grad, dominant, scalars.ce_lse, upstream)
+    store_dominant(row, label, scales, grad, dominant, scalars.ce_lse, upstream)
 
 
 @jit

@@ -21,8 +21,8 @@ from .args import (
     LogNorms,
     LogSumExp,
     Maxima,
+    RowContext,
     RowSums,
-    RowView,
     carry_at,
     found_at,
     load_carried_state,
@@ -36,7 +36,7 @@ from .args import (
     store_found,
     store_sums,
 )
-from .columns import load_pair, place_of, row_values
+from .columns import load_pair, row_ptrs, row_values
 from .divergence import OnlineForm
 from .language import jit, tl
 from .rows import (
@@ -79,7 +79,7 @@ def _absorb(
             EntropySums(carry.entropy_s, carry.entropy_t, carry.sum_t),
         )
         y = label - first
-        ptrs = place_of(student, teacher, row)
+        ptrs = row_ptrs(student, teacher, row)
         _, acc, cross = statistics(
             student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, LogSumExp(carry.ce_top, carry.ce_total),
             ADVANCE, False, BLOCK, THREADS,
@@ -100,15 +100,15 @@ def _add_sums(
     if counted:
         theta = row_values(numbers.theta, row)
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
-        ptrs = place_of(student, teacher, row)
+        ptrs = row_ptrs(student, teacher, row)
         y = label - first
         mix = row_values(numbers.mix, row)
         scalars = load_scalars(saved_ptr, row)  # a, b and grad_y are not known yet
         centre = Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m)
-        view = RowView(ptrs, y, V, scales.inv_tau, mix, centre)
+        ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, centre)
         log_norms = LogNorms(scalars.l_s, scalars.l_t, scalars.r)
         sums = load_sums(sums_ptr, row)
-        sums = term_sums(student, teacher, view, log_norms, theta, sums, TERM, BLOCK, THREADS)
+        sums = term_sums(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK, THREADS)
         store_sums(sums_ptr, row, sums)
 
 

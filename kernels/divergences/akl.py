@@ -59,7 +59,7 @@ def _image(x):
 
 
 @jit
-def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+def gather(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
     """The weights of both KLs."""
     mu = theta[0]
     low = tl.full((), -2147483648, tl.int64)  # F > μ here, unless everything is in the head
@@ -67,10 +67,10 @@ def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr)
     for _ in range(0, 16):
         part = (high - low + 3) // 4
         first, second, third = 0.0, 0.0, 0.0
-        for start in range(0, view.V, BLOCK):
+        for start in range(0, ctx.V, BLOCK):
             cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-            x = load_pair(student, teacher, view.ptrs, cols, cols < view.V, cols < 0)
-            u = ((x.t - view.centre.c_t) - view.centre.k) * view.inv_tau
+            x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < 0)
+            u = ((x.t - ctx.centre.c_t) - ctx.centre.k) * ctx.inv_tau
             p = tl.where(x.live, tl.exp(u - at.l_t), 0.0)
             image = _image(x.t)
             first += tl.sum(tl.where(image >= low + part, p, 0.0))
@@ -86,11 +86,11 @@ def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr)
     gap_y = tl.abs(expm1_product(tl.exp(label.logq), tl.exp(label.logp), label.delta))
     head, tail, favourite = 0.0, 0.0, 0.0
     top = tl.full((), -2147483649, tl.int64)
-    for start in range(0, view.V, BLOCK):
+    for start in range(0, ctx.V, BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        x, live, t = columns(student, teacher, view, at, cols)
+        x, live, t = columns(student, teacher, ctx, at, cols)
         gap = tl.where(live, tl.abs(expm1_product(x.q, x.p, x.delta)), 0.0)
-        is_label = (cols == view.y) & label.present
+        is_label = (cols == ctx.y) & label.present
         gap = tl.where(is_label, gap_y, gap)
         image = tl.where(live | is_label, _image(t), -2147483649)
         head += tl.sum(tl.where(image >= high, gap, 0.0))
