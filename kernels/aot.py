@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import logprobs, parts, rows, sass, streaming
-from .divergence import TWO_SWEEPS, Definition, Online
+from .args import GradArg, LogitsArg, ParametersArg, RowsArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
+from .divergence import TWO_SWEEPS, Definition, OnlineForm
 from .divergences import definitions
 from .language import triton
 from .tiles import FUSION, Tile, chosen
@@ -40,7 +41,7 @@ class Variant(NamedTuple):
     tile: Tile
     definition: Definition | None = None
     decoupled: bool = False
-    online: Online = TWO_SWEEPS
+    online: OnlineForm = TWO_SWEEPS
     argmax: bool = False
     mixed: bool = False
 
@@ -107,7 +108,7 @@ def specialization(
     """Signature, constants and attributes of a variant with labels, and without bias, scale, softcap, floor and CE."""
     element = "*" + DTYPES[dtype][0]
     apart = "i64" if call.aligned == "none" else "constexpr"  # columns
-    side = (element, "i32", "i32", "i64", "i64", apart, "constexpr", "constexpr", "constexpr", "constexpr")
+    side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
     definition, online = variant.definition, variant.online
     gather = None if definition is None else definition.gather
     given = 0 if definition is None else len(definition.parameters)
@@ -117,14 +118,14 @@ def specialization(
         **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": "*fp32" if call.stats else "constexpr",
-        "grad": (element, "i64", apart, "i32"),
-        "room": ("*fp32", "*fp32", "*fp32", "*i32", "i32"),
-        "about_rows": ("*i64", "*fp32"),
-        "out": ("*fp32", "constexpr"),
+        "grad": GradArg(element, "i64", apart, "i32"),
+        "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
+        "about_rows": RowsArg("*i64", "*fp32"),
+        "out": ValueArg("*fp32", "constexpr"),
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
-        "scales": ("fp32", "fp32", "constexpr"),
-        "numbers": (("fp32",) * given, ("fp32", "fp32"), ("fp32",) * variant.mixed),
+        "scales": ScalesArg("fp32", "fp32", "constexpr"),
+        "numbers": ParametersArg(("fp32",) * given, WeightsArg("fp32", "fp32"), ("fp32",) * variant.mixed),
     }
     fixed: dict[str, Any] = {
         "stats_ptr": None,
@@ -139,7 +140,7 @@ def specialization(
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
-        "LANES": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
+        "PARTS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "PHASE": 0,
         "BLOCK": variant.tile.block,
         "THREADS": variant.tile.threads(call.warp),
@@ -153,20 +154,16 @@ def specialization(
     }
     aligned: dict[tuple[int, ...], Any] = {}
     for name in names:
-        at = names.index(name)
-        if types.get(name) is side:
-            constexprs |= dict.fromkeys((at, i) for i in range(6, 10))
+        at, kind = names.index(name), types.get(name)
+        if isinstance(kind, tuple) and hasattr(kind, "_fields"):
+            constexprs |= {(at, i): None for i, member in enumerate(kind) if member == "constexpr"}
+        if isinstance(kind, LogitsArg | GradArg):
+            column = kind._fields.index("stride_v")
             if apart == "constexpr":
-                constexprs[at, 5] = 1
-                aligned |= {(at, i): _ALIGNED for i in (0, 1, 3, 4)}
-        elif name == "grad" and apart == "constexpr":
-            constexprs[at, 2] = 1
-            aligned |= {(at, i): _ALIGNED for i in (0, 1, 3)}
-        elif name == "out":
-            constexprs[at, 1] = None
-        elif name == "scales":
-            constexprs[at, 2] = None
-        elif (name == "V" and call.aligned != "none") or (str(types.get(name))[0] == "*" and call.aligned == "all"):
+                constexprs[at, column] = 1
+                sixteen = ("ptr", "first", "stride_outer", "stride_n", "width")
+                aligned |= {(at, i): _ALIGNED for i, field in enumerate(kind._fields) if field in sixteen}
+        elif (name == "V" and call.aligned != "none") or (str(kind)[0] == "*" and call.aligned == "all"):
             aligned[at,] = _ALIGNED
     return signature, constexprs, aligned
 
@@ -211,8 +208,8 @@ def compile_variant(
             elements = variant.tile.block // (32 * variant.tile.num_warps)
             sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
             report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
-        lanes = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
-        widths = [int(n) * int(bits) // 8 for n, bits in lanes]
+        loads = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
+        widths = [int(n) * int(bits) // 8 for n, bits in loads]
         report["load_bytes"] = max(widths, default=0)
         report["wide_loads"] = widths.count(report["load_bytes"])
     else:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .lanes import reduction_over_lanes
-from .online import moments_advance, moments_init, moments_ratio
+from .moments import moments_advance, moments_init, moments_ratio
+from .thread_sums import reduction_over_threads
 
 
-class Online(NamedTuple):
-    """How a divergence gathers its sums in one sweep (see online.py). `sums=None`: a second sweep evaluates `term`.
+class OnlineForm(NamedTuple):
+    """How a divergence gathers its sums in one sweep (see moments.py). `sums=None`: a second sweep evaluates `term`.
 
     tile: the class of tiles.py that its register need puts it in.
     """
@@ -22,13 +22,13 @@ class Online(NamedTuple):
     tile: str = "light"
 
 
-TWO_SWEEPS = Online(tile="two")
+TWO_SWEEPS = OnlineForm(tile="two")
 
 
 class Gather(NamedTuple):
     """How the last `extras` parameters of a definition are found on each row, on both backends.
 
-    kernel(student, teacher, view, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
+    kernel(student, teacher, ctx, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
         sweeps (columns.py); sums is (F, Φ) without the label's column if these sweeps found them too, else ().
     torch(whole, theta) -> extras: the same from whole rows (cpu.py, `Whole`).
     """
@@ -95,24 +95,24 @@ class Definition:
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
     online: the one-sweep form where there is one, accurate where every parameter is at least its `one_sweep_from`. Its
-        `advance` sums with `lane_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
+        `advance` sums with `thread_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
     """
 
     name: str
     term: Any
     reference: Callable[..., Any]
     parameters: tuple[Parameter, ...] = ()
-    online: Online = TWO_SWEEPS
+    online: OnlineForm = TWO_SWEEPS
     reads_logs: bool = True
     gather: "Gather | None" = None
     separable: bool = True
     splits: bool = True
 
     def __post_init__(self) -> None:
-        if reduction := reduction_over_lanes(self.online.advance):
+        if reduction := reduction_over_threads(self.online.advance):
             raise ValueError(
                 f"the one-sweep form of {self.name!r} reduces a tile by {reduction}; a row's sums are kept per thread, "
-                "so `advance` must use fusedkd.kernels.lanes.lane_sum and lane_max instead"
+                "so `advance` must use fusedkd.kernels.thread_sums.thread_sum and thread_max instead"
             )
 
     @property
@@ -126,12 +126,12 @@ class Definition:
         return 0 if self.gather is None else self.gather.extras
 
     @property
-    def sweeps(self) -> tuple[Online, ...]:
+    def sweeps(self) -> tuple[OnlineForm, ...]:
         """Every sweep that some parameters lead to."""
         always = all(parameter.one_sweep_from == -math.inf for parameter in self.parameters)
         return (self.online,) if always else (self.online, TWO_SWEEPS)
 
-    def sweep(self, theta: tuple[Any, ...]) -> Online:
+    def sweep(self, theta: tuple[Any, ...]) -> OnlineForm:
         """The statistics sweep for these parameters; values on the device cannot choose, so they take two sweeps."""
         for parameter, value in zip(self.parameters, theta, strict=True):
             known = isinstance(value, (int, float))
@@ -141,7 +141,7 @@ class Definition:
 
 
 class Form(NamedTuple):
-    """What the kernels run: a definition with its parameters, in one of the two structures of split.py.
+    """What the kernels run: a definition with its parameters, in one of the two structures of decomposition.py.
 
     theta, target, nontarget and mix are floats, or tensors with one value per token. mix: weight of the teacher in a
     teacher that is mixed with the student on load (taid.py), None for the teacher itself.

@@ -24,6 +24,7 @@ from typing import Any
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # source lines would be two thirds of every cubin
 
 from .aot import DTYPES, Call, Variant, build, resources, source, variants
+from .args import GradArg, LogitsArg, ParametersArg, ScalesArg, WeightsArg
 from .divergence import NONTARGET, TARGET, Definition, Form, Parameter
 from .divergences import REGISTRY
 from .language import triton
@@ -36,16 +37,18 @@ SHARED = 48 << 10  # bytes that a launch gets without asking for more
 MOST_PARAMETERS, MOST_THETA = 4, 4
 # Where each argument of a kernel is found in `struct values` of c/kernels.h.
 FIELDS: dict[str, tuple[Any, ...]] = {
-    "student": ("student", "zero", "rows", "zero_stride", "student_row", "student_column"),
-    "teacher": ("teacher", "zero", "rows", "zero_stride", "teacher_row", "teacher_column"),
+    "student": LogitsArg("student", "zero", "rows", "zero_stride", "student_row", "student_column"),
+    "teacher": LogitsArg("teacher", "zero", "rows", "zero_stride", "teacher_row", "teacher_column"),
     "label_ptr": ("labels",),
     "loss_ptr": ("loss",),
     "stats_ptr": ("stats",),
     "upstream_ptr": ("weights",),
-    "grad": ("grad", "grad_row", "grad_column", "width"),
+    "grad": GradArg("grad", "grad_row", "grad_column", "width"),
     "V": ("vocab_size",),
-    "scales": ("inv_temperature", "factor"),
-    "numbers": (tuple(f"theta[{i}]" for i in range(MOST_THETA)), ("target", "nontarget"), ("mix",)),
+    "scales": ScalesArg("inv_temperature", "factor"),
+    "numbers": ParametersArg(
+        theta=tuple(f"theta[{i}]" for i in range(MOST_THETA)), weights=WeightsArg("target", "nontarget"), mix=("mix",)
+    ),
 }
 _BYTES = {"i32": 4, "fp32": 4, "i64": 8}
 _PTX_BYTES = {"u32": 4, "b32": 4, "f32": 4, "u64": 8, "b64": 8}

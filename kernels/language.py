@@ -40,6 +40,11 @@ def jit(fn: Callable[..., Any]) -> Any:
     return fn if triton is None else triton.jit(fn)
 
 
+def constant(value: Any) -> Any:
+    """A number that kernels may name; without Triton it stays what it is."""
+    return value if triton is None else tl.constexpr(value)
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when fusedkd was imported)."""
     return HAS_TRITON and not isinstance(_probe, triton.JITFunction)

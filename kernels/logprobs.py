@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
+from .args import TOKEN_SAVED as SAVED
+from .args import TokenScalars, load_token_scalars, store_token_scalars
 from .columns import load_side, row_start, spread
+from .decomposition import about_side
 from .language import jit, tl
-from .online import log_sum
-from .rows import Side, pack, store_zeros
-from .split import about_side
+from .moments import log_sum
+from .rows import Side, grad_of, pack, store_zeros
 from .tiles import Line, architecture, fitting
 
-SAVED = 4  # centre, lse above it, log q_y, H
+__all__ = ["SAVED", "gradient", "value"]
 
 
 @jit
 def _finite(side, row, cols, mask):
-    """Logits with −inf made finite, and their slope."""
+    """Logits with −inf made finite, and their derivative by the stored number, in the shape of `cols`."""
     s, slope = load_side(side, row_start(side, row), cols, mask)
     return tl.where(s < -1e30, -1e30, s), slope
 
@@ -34,7 +36,7 @@ def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
     y = tl.load(token_ptr + row).to(tl.int32)
     top, total, warmth = -1e20, 0.0, 0.0
     for start in range(0, tl.where(y >= 0, V, 0), BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
         s, slope = _finite(side, row, cols, cols < V)
         live = (cols < V) & (cols != y)
         raised = tl.maximum(top, tl.max(tl.where(live, s, -1e20)))
@@ -49,13 +51,11 @@ def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
     alone = total == 0
     top = tl.where(alone, s_y, top)
     rest = tl.where(alone, -1e30, log_sum(total))
-    entropy, logprob, lse = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
+    stats = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
     counted = y >= 0
-    at = saved_ptr + row * 4
-    tl.store(at, tl.where(counted, top, 0.0))
-    tl.store(at + 1, lse)
-    tl.store(at + 2, tl.where(counted, logprob, 0.0))
-    tl.store(at + 3, tl.where(entropy < 0, 0.0, entropy))  # a maximum would drop NaN
+    entropy = tl.where(stats.entropy < 0, 0.0, stats.entropy)  # a maximum would drop NaN
+    centre, logprob = tl.where(counted, top, 0.0), tl.where(counted, stats.logprob, 0.0)
+    store_token_scalars(saved_ptr, row, TokenScalars(centre, stats.lse, logprob, entropy))
 
 
 @jit
@@ -65,26 +65,23 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
     up_logprob = tl.load(upstream_ptr + row * 2)
     up_entropy = tl.load(upstream_ptr + row * 2 + 1)
     if (y >= 0) & ((up_logprob != 0) | (up_entropy != 0)):
-        grad_ptr, stride_n, _, width = grad
-        top = tl.load(saved_ptr + row * 4)
-        lse = tl.load(saved_ptr + row * 4 + 1)
-        entropy = tl.load(saved_ptr + row * 4 + 3)
+        of_row = load_token_scalars(saved_ptr, row)
         tiles = tl.cdiv(V, BLOCK)
-        at_y, slope_y = 0.0 * lse, 0.0  # NaN where the value is, also without other tokens
+        at_y, slope_y = 0.0 * of_row.lse, 0.0  # NaN where the value is, also without other tokens
         for tile in range(0, tiles):
-            cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
+            cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
             s, slope = _finite(side, row, cols, cols < V)
-            log_q = (s - top) * inv_tau - lse
+            log_q = (s - of_row.centre) * inv_tau - of_row.lse
             q = tl.exp(log_q)
-            g = -q * (up_logprob + up_entropy * tl.where(q > 0, log_q + entropy, 0.0))
+            g = -q * (up_logprob + up_entropy * tl.where(q > 0, log_q + of_row.entropy, 0.0))
             g = tl.where((cols < V) & (cols != y), g, 0.0)
             at_y -= tl.sum(g)  # a row's gradient sums to 0: at the token nothing cancels this way
             slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s <= -1e30, 0.0, 1.0), 0.0))
-            out = grad_ptr + row * stride_n + spread(cols, grad[2])
-            tl.store(out, (g * inv_tau * slope).to(grad_ptr.dtype.element_ty), mask=cols < V)
+            out = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
+            tl.store(out, (g * inv_tau * slope).to(grad.ptr.dtype.element_ty), mask=cols < V)
         tl.debug_barrier()  # the 0 that a tile wrote there may be another warp's, and still on its way
-        out = grad_ptr + row * stride_n + spread(y, grad[2])
-        tl.store(out, (at_y * inv_tau * slope_y).to(grad_ptr.dtype.element_ty))
+        out = grad.ptr + row * grad.stride_n + spread(y, grad.stride_v)
+        tl.store(out, (at_y * inv_tau * slope_y).to(grad.ptr.dtype.element_ty))
     else:
         store_zeros(grad, row, BLOCK)
 
@@ -118,7 +115,7 @@ def gradient(
         vocabulary = side.x.shape[2]
         best = fitting(line(side), vocabulary)
         return _gradient[(len(out),)](
-            pack(side), tokens, saved, upstream, (out, *out.stride(), vocabulary), vocabulary, 1.0 / temperature,
+            pack(side), tokens, saved, upstream, grad_of(out, vocabulary), vocabulary, 1.0 / temperature,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
     return None

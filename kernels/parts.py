@@ -12,7 +12,7 @@ What a program finds in its tile it leaves in memory for the others of its row:
     value_and_gradient     all of them
     one_read     all of them in one launch: the tile stays in registers, so that a logit is read once
 
-Parts merge as running sums follow a raised maximum (online.py), all in one step and in the order of the vocabulary, so
+Parts merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary, so
 the order in which programs run changes no bit. The last program to finish a row's gradient writes the entry of the
 likeliest token, which is minus the sum of all others (rows.py).
 
@@ -28,41 +28,64 @@ from typing import Any
 
 import torch
 
-from .columns import (
-    as_numbers,
-    at_offsets,
-    finite,
-    load_numbers,
-    load_pair,
-    no_maxima,
-    place_of,
-    row_values,
-)
-from .language import interpreted, jit, tl, triton
-from .online import cross_entropy_advance
-from .rows import (
+from .args import (
+    CARRY,
+    DOMINANT,
+    MEETINGS,
     SAVED,
+    TERM_SUMS,
+    Carry,
+    Dominant,
+    EntropySums,
+    LogSumExp,
+    Maxima,
+    RowsArg,
+    RowSums,
+    SharedRow,
+    Target,
+    TermSums,
+    Totals,
+    ValueArg,
+    WeightsArg,
+    WorkspaceArg,
+    arrived_at,
+    carry_at,
+    dominant_at,
+    empty_carry,
+    load_extras,
+    load_scalars,
+    store_nothing_saved,
+    store_numbers,
+    store_saved,
+    sums_at,
+)
+from .columns import as_numbers, at_offsets, finite, load_pair, row_ptrs, row_values
+from .decomposition import meet, or_infinite
+from .language import interpreted, jit, tl, triton
+from .moments import cross_entropy_advance
+from .rows import (
     Problem,
     Side,
+    accumulate_tile,
     add_terms,
-    all_found,
     arguments,
-    close,
+    finish_row,
+    grad_of,
     gradient_tile,
     ignore,
     label_of,
     line,
     merge,
-    nothing_found,
-    store_likeliest,
-    store_saved,
+    merge_dominant,
+    no_dominant,
+    no_exponentials,
+    no_sums,
+    store_dominant,
     store_zero_tile,
     sweep_of,
-    take_tile,
     upstream_of,
 )
-from .split import meet, or_infinite
-from .streaming import CARRY, online_of
+from .streaming import online_of
 from .tiles import FUSION, Tile
 
 _PROGRAMS = 256  # two for every multiprocessor of the largest GPUs; smaller tiles for fewer rows, down to
@@ -81,13 +104,12 @@ WHOLE = {
 
 @jit
 def _tile_of(student, teacher, row, part, V, scales, BLOCK: tl.constexpr):
-    """Logits, which columns are compared (the label's too), the student's slope, columns."""
+    """LogitTile of the part's columns, in which the label's counts as compared too; the columns, (BLOCK,)."""
     seen = V
-    if scales[2] is not None:
-        seen = scales[2][1]
+    if scales.ce is not None:
+        seen = scales.ce.width
     cols = part * BLOCK + tl.arange(0, BLOCK)
-    s, t, live, slope = load_pair(student, teacher, place_of(student, teacher, row), cols, cols < V, cols < seen)
-    return s, t, live, slope, cols
+    return load_pair(student, teacher, row_ptrs(student, teacher, row), cols, cols < V, cols < seen), cols
 
 
 @jit
@@ -97,24 +119,22 @@ def _only(x, there):
 
 
 @jit
-def _leave_statistics(columns, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE, COUNT: tl.constexpr):
-    """A tile's statistics into memory at `at`."""
-    s, t, live, slope, cols = columns
-    inv_tau, factor, ce = scales
-    cross = as_numbers((-1e20, 0.0))
-    if ce is not None:
-        cross = cross_entropy_advance(cross, s, cols < ce[1])
-    nothing = (as_numbers(no_maxima()), as_numbers(INIT()), as_numbers((0.0, 0.0, 0.0)))
-    maxima, state, warmth = take_tile(s, t, live & (cols != label), nothing, inv_tau, mix, stats_ptr, theta, ADVANCE)
+def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE):
+    """Stores Carry and the online state of a LogitTile."""
+    cross = no_exponentials()
+    if scales.ce is not None:
+        cross = cross_entropy_advance(cross, x.s, cols < scales.ce.width)
+    none, live = no_sums(INIT), x.live & (cols != label)
+    acc = accumulate_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     mine = cols == label
-    found = maxima + warmth + cross + (_only(s, mine), _only(t, mine & live)) + state
-    for i in tl.static_range(10 + COUNT):
-        tl.store(at + i, found[i])
+    label_logits = (_only(x.s, mine), _only(x.t, mine & x.live))
+    store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)
 
 
 @jit
-def _lanes(at, there, COUNT: tl.constexpr, other):
-    """COUNT numbers of each part of a row. Past the first cache, which knows nothing of other programs' stores."""
+def _load_parts(at, there, COUNT: tl.constexpr, other):
+    """COUNT numbers of each part of a row, (PARTS,) each, with `other` where there is no part. With .cg, past the L1
+    cache, which knows nothing of other programs' stores."""
     out = ()
     for i in tl.static_range(COUNT):
         out = out + (tl.load(at + i, mask=there, other=other, cache_modifier=".cg"),)
@@ -122,185 +142,189 @@ def _lanes(at, there, COUNT: tl.constexpr, other):
 
 
 @jit
-def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """A row's maxima, online state, entropy sums, CE's maximum and sum, and the label's two logits."""
-    lane = tl.arange(0, LANES)
-    there = lane < parts
-    at = partial_ptr + (row * parts + lane) * (10 + COUNT)
-    maxima = _lanes(at, there, 3, -1e20)
-    warmth = _lanes(at + 3, there, 3, 0.0)
-    tops = tl.load(at + 6, mask=there, other=-1e20, cache_modifier=".cg")
-    exps = tl.load(at + 7, mask=there, other=0.0, cache_modifier=".cg")
-    label_logits = _lanes(at + 8, there, 2, float("-inf"))
-    state = _lanes(at + 10, there, COUNT, 0.0)
-    whole, state, warmth, cross = merge(
-        maxima, state, warmth, (tops, exps), lane, inv_tau, mix, stats_ptr, theta, ADVANCE
-    )
-    s_y, t_y = label_logits
-    return whole, state, warmth, cross, (_only(s_y, s_y != float("-inf")), _only(t_y, t_y != float("-inf")))
+def _carries(at, there):
+    """Carry of each part of a row, (PARTS,) each, likewise."""
+    empty = empty_carry()
+    out = ()
+    for i in tl.static_range(len(empty)):
+        out = out + (tl.load(at + i, mask=there, other=empty[i], cache_modifier=".cg"),)
+    return Carry(*out)
+
+
+@jit
+def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, PARTS: tl.constexpr):
+    """RowSums and LogSumExp of a row, and the label's two logits, −inf where it has none."""
+    index = tl.arange(0, PARTS)
+    there = index < parts
+    at = carry_at(partial_ptr, row * parts + index, COUNT)  # (PARTS,)
+    carry = _carries(at, there)
+    state = _load_parts(at + len(carry), there, COUNT, 0.0)
+    maxima = Maxima(carry.top_s, carry.top_t, carry.top_mixed)
+    entropies = EntropySums(carry.entropy_s, carry.entropy_t, carry.sum_t)
+    cross = LogSumExp(carry.ce_top, carry.ce_total)
+    acc, cross = merge(RowSums(maxima, state, entropies), cross, index, inv_tau, mix, stats_ptr, theta, ADVANCE)
+    s_y, t_y = carry.label_s, carry.label_t
+    return acc, cross, _only(s_y, s_y != float("-inf")), _only(t_y, t_y != float("-inf"))
 
 
 @jit
 def _met(
-    partial_ptr, row, parts, scales, mix, stats_ptr, theta,
-    ADVANCE, RATIO, GATHER, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    partial_ptr, row, parts, label, scales, mix, stats_ptr, theta,
+    ADVANCE, RATIO, GATHER, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The row's offsets (split.py: meet), what `_concluded` needs beside them, and what the row adds to theta."""
-    maxima, state, warmth, cross, at_label = _merged(
-        partial_ptr, row, parts, scales[0], mix, stats_ptr, theta, ADVANCE, COUNT, LANES
+    """SharedRow: what `_concluded` needs of a row all of whose parts have left their statistics."""
+    acc, cross, s_y, t_y = _merged(
+        partial_ptr, row, parts, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, PARTS
     )
-    s_y, t_y = at_label
     present = t_y != float("-inf")
-    target = (finite(s_y), finite(t_y), present)
-    met = meet(maxima, state, target[0], target[1], present, scales[0], mix, RATIO, DECOUPLED)
+    target = Target(finite(s_y), finite(t_y), present, label >= 0)
+    norms = meet(acc.maxima, acc.state, target.s, target.t, target.present, scales.inv_tau, mix, RATIO, DECOUPLED)
     extras = ()
     if GATHER is not None:  # of those that look at the online state alone
-        extras, _ = GATHER(None, None, None, state, met[1], None, theta, 0)
-    return (met, state, warmth, cross, target), extras
+        extras, _ = GATHER(None, None, None, acc.state, norms.log_norms, None, theta, 0)
+    return SharedRow(norms, acc, cross, target, extras)
 
 
 @jit
-def _leave_sums(columns, label, inv_tau, mix, met, theta, at, TERM):
-    """A tile's Σ f, Σ phi and largest d into memory at `at`."""
-    s, t, live, slope, cols = columns
-    centre, at_row, pair, own = met
-    q, p, logq, logp, delta, d = at_offsets(s, t, centre, at_row, inv_tau, mix)
-    f, phi = TERM(q, p, logq, logp, delta, theta)
-    sums = add_terms(as_numbers((0.0, 0.0, 0.0)), f, phi, d, live & (cols != label))
-    for i in tl.static_range(3):
-        tl.store(at + i, sums[i])
+def _leave_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
+    """Stores TermSums of a LogitTile."""
+    terms = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
+    f, phi = TERM(terms.q, terms.p, terms.logq, terms.logp, terms.delta, theta)
+    none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
+    store_numbers(at, add_terms(none, f, phi, terms.d, x.live & (cols != label)))
 
 
 @jit
 def _concluded(
-    sums_ptr, row, parts, label, scales, loss_ptr, stats_ptr, gathered, theta, weights,
-    TERM, SUMS, DECOUPLED: tl.constexpr, LANES: tl.constexpr,
+    sums_ptr, row, parts, scales, loss_ptr, stats_ptr, shared, theta, weights,
+    TERM, SUMS, DECOUPLED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Stores loss and statistics where there is room for them; returns the row scalars."""
-    met, state, warmth, cross, target = gathered
-    s_y, t_y, present = target
+    """Stores loss and statistics where there is room for them; returns RowScalars."""
+    acc, target = shared.acc, shared.target
     if SUMS is None:
-        lane = tl.arange(0, LANES)
-        total, mass, widest = _lanes(sums_ptr + (row * parts + lane) * 3, lane < parts, 3, 0.0)
-        total = or_infinite(tl.sum(total), tl.max(widest))
-        mass = tl.sum(mass)
+        index = tl.arange(0, PARTS)
+        none = TermSums(0.0, 0.0, 0.0)
+        swept = TermSums(
+            *_load_parts(sums_at(sums_ptr, row * parts + index), index < parts, len(none), 0.0)
+        )  # (PARTS,)
+        total = or_infinite(tl.sum(swept.total), tl.max(swept.widest))
+        mass = tl.sum(swept.mass)
     else:
-        l_s, l_t, r = met[1]
-        total, mass = SUMS(state, l_s, l_t, r, theta)
-    ends = (total, mass, cross, tl.where(s_y <= -1e30, float("-inf"), s_y))
-    return close(
-        row, scales, loss_ptr, stats_ptr, state, warmth, ends, (s_y, t_y, present, label >= 0), met, theta,
-        weights[0], weights[1], TERM, DECOUPLED,
+        norms = shared.norms.log_norms
+        total, mass = SUMS(acc.state, norms.l_s, norms.l_t, norms.r, theta)
+    totals = Totals(total, mass, shared.cross, tl.where(target.s <= -1e30, float("-inf"), target.s))
+    return finish_row(
+        row, scales, loss_ptr, stats_ptr, acc, totals, target, shared.norms, theta, weights, TERM, DECOUPLED
     )  # fmt: skip
 
 
 @jit
 def _write(
-    columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, found_ptr, arrived_ptr,
-    TERM, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr, arrived_ptr,
+    TERM, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient; whoever is last of the row also writes the likeliest token's entry."""
-    found = gradient_tile(
-        columns, row, label, label, scales, mix, student[8], grad, scalars, upstream, theta, nothing_found(1), TERM,
-    )  # fmt: skip
-    top, rest, s_top, slope_top = all_found(found, student)
-    at = found_ptr + (row * parts + part) * 4
-    tl.store(at, top + 0.0)
-    tl.store(at + 1, rest)
-    tl.store(at + 2, s_top)
-    tl.store(at + 3, tl.where(top >= 0, slope_top, 0.0))
+    """A tile of the gradient; whoever is last of the row also writes the dominant token's entry."""
+    mine = gradient_tile(
+        x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, no_dominant(1), TERM
+    )
+    mine = merge_dominant(mine, student)
+    slope = tl.where(mine.token >= 0, mine.slope, 0.0)
+    at = dominant_at(dominant_ptr, row * parts + part)
+    store_numbers(at, Dominant(mine.token + 0.0, mine.rest, mine.logit, slope))
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
-        lane = tl.arange(0, LANES)
-        tops, rests, logits, slopes = _lanes(found_ptr + (row * parts + lane) * 4, lane < parts, 4, 0.0)
-        likeliest = tl.max(tl.where(lane < parts, tops, -1.0)).to(tl.int32)
-        whole = (likeliest, tl.sum(rests), tl.sum(logits), tl.sum(slopes))
-        store_likeliest(row, label, scales, grad, whole, scalars[10], upstream)
+        index = tl.arange(0, PARTS)
+        each_at = dominant_at(dominant_ptr, row * parts + index)  # (PARTS,)
+        there = index < parts
+        each = Dominant(*_load_parts(each_at, there, len(mine), 0.0))  # (PARTS,)
+        token = tl.max(tl.where(there, each.token, -1.0)).to(tl.int32)
+        whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
+        store_dominant(row, label, scales, grad, whole, scalars.ce_lse, upstream)
 
 
 @jit
 def _deposit(
-    student, teacher, label_ptr, stats_ptr, room, V, scales, numbers,
+    student, teacher, label_ptr, stats_ptr, workspace, V, scales, numbers,
     INIT: tl.constexpr, ADVANCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    partial_ptr, _, _, _, parts = room
+    parts = workspace.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
     if counted:
-        columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = partial_ptr + (row * parts + part) * (10 + COUNT)
+        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
+        at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
         _leave_statistics(
-            columns, label, scales, row_values(numbers[2], row), stats_ptr, row_values(numbers[0], row), at,
-            INIT, ADVANCE, COUNT,
+            x, cols, label, scales, row_values(numbers.mix, row), stats_ptr, row_values(numbers.theta, row), at,
+            INIT, ADVANCE,
         )  # fmt: skip
 
 
 @jit
 def _sums(
-    student, teacher, label_ptr, room, V, scales, numbers,
+    student, teacher, label_ptr, workspace, V, scales, numbers,
     TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, GATHER: tl.constexpr, DECOUPLED: tl.constexpr,
-    COUNT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    partial_ptr, sums_ptr, _, _, parts = room
+    parts = workspace.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
     if counted:
-        theta = row_values(numbers[0], row)
-        mix = row_values(numbers[2], row)
-        gathered, extras = _met(
-            partial_ptr, row, parts, scales, mix, None, theta, ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES
-        )
-        columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        _leave_sums(
-            columns, label, scales[0], mix, gathered[0], theta + extras, sums_ptr + (row * parts + part) * 3, TERM
-        )
+        theta = row_values(numbers.theta, row)
+        mix = row_values(numbers.mix, row)
+        shared = _met(
+            workspace.partial_ptr, row, parts, label, scales, mix, None, theta,
+            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
+        )  # fmt: skip
+        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
+        at = sums_at(workspace.sums_ptr, row * parts + part)
+        _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta + shared.extras, at, TERM)
 
 
 @jit
 def _conclude(
-    label_ptr, loss_ptr, saved_ptr, stats_ptr, room, scales, numbers,
+    label_ptr, loss_ptr, saved_ptr, stats_ptr, workspace, scales, numbers,
     TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, GATHER: tl.constexpr,
-    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    partial_ptr, sums_ptr, _, _, parts = room
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
-        theta = row_values(numbers[0], row)
-        gathered, extras = _met(
-            partial_ptr, row, parts, scales, row_values(numbers[2], row), stats_ptr, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES,
+        theta = row_values(numbers.theta, row)
+        shared = _met(
+            workspace.partial_ptr, row, workspace.parts, label, scales, row_values(numbers.mix, row), stats_ptr, theta,
+            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
         )  # fmt: skip
+        weights = WeightsArg(*row_values(numbers.weights, row))
         scalars = _concluded(
-            sums_ptr, row, parts, label, scales, loss_ptr, stats_ptr, gathered, theta + extras,
-            row_values(numbers[1], row), TERM, SUMS, DECOUPLED, LANES,
+            workspace.sums_ptr, row, workspace.parts, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
+            weights, TERM, SUMS, DECOUPLED, PARTS,
         )  # fmt: skip
-        store_saved(saved_ptr, row, scalars + (label + 0.0,) + extras)
+        store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
         ignore(row, loss_ptr, stats_ptr)
-        store_saved(saved_ptr, row, ())
+        store_nothing_saved(saved_ptr, row)
 
 
 @jit
 def _gradient(
-    student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, room, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, workspace, V, scales, numbers,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    _, _, found_ptr, meeting_ptr, parts = room
+    parts = workspace.parts
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     label, counted = label_of(label_ptr, row)
     upstream = upstream_of(upstream_ptr, row)
     if counted & (upstream != 0):
-        columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        theta = row_values(numbers[0], row)
-        theta = theta + load_numbers(saved_ptr + row * 14 + 12, EXTRAS)
+        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
+        theta = row_values(numbers.theta, row)
+        theta = theta + load_extras(saved_ptr, row, EXTRAS)
         _write(
-            columns, student, row, part, parts, label, scales, row_values(numbers[2], row), grad,
-            load_numbers(saved_ptr + row * 14, 11), upstream, theta, found_ptr, meeting_ptr + 1 + row * 3,
-            TERM, LANES, BLOCK,
+            x, cols, student, row, part, parts, label, scales, row_values(numbers.mix, row), grad,
+            load_scalars(saved_ptr, row), upstream, theta, workspace.dominant_ptr,
+            arrived_at(workspace.meeting_ptr, row), TERM, PARTS, BLOCK,
         )  # fmt: skip
     else:
         store_zero_tile(grad, row, part * BLOCK, BLOCK)
@@ -317,58 +341,58 @@ def _wait(arrived_ptr, parts):
 
 @jit
 def _one_read(
-    student, teacher, about_rows, out, grad, room, V, scales, numbers,
+    student, teacher, about_rows, out, grad, workspace, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, LANES: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(INIT())
-    label_ptr, upstream_ptr = about_rows
-    loss_ptr, stats_ptr = out
-    partial_ptr, sums_ptr, found_ptr, meeting_ptr, parts = room
+    parts = workspace.parts
     if PHASE == 0:
-        ticket = tl.atomic_add(meeting_ptr, 1, scope="gpu")
+        ticket = tl.atomic_add(workspace.meeting_ptr, 1, scope="gpu")
     else:
         ticket = tl.program_id(0)
     row = (ticket // parts).to(tl.int64)
     part = ticket % parts
-    arrived_ptr = meeting_ptr + 1 + row * 3  # behind the tickets
-    label, counted = label_of(label_ptr, row)
+    arrived_ptr = arrived_at(workspace.meeting_ptr, row)  # of the statistics; the sums' comes next, then the gradient's
+    label, counted = label_of(about_rows.label_ptr, row)
     if counted:
-        theta = row_values(numbers[0], row)
-        mix = row_values(numbers[2], row)
-        columns = _tile_of(student, teacher, row, part, V, scales, BLOCK)
+        theta = row_values(numbers.theta, row)
+        mix = row_values(numbers.mix, row)
+        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
         if PHASE == 0 or PHASE == 1:
-            at = partial_ptr + (row * parts + part) * (10 + COUNT)
-            _leave_statistics(columns, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE, COUNT)
+            at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
+            _leave_statistics(x, cols, label, scales, mix, out.stats_ptr, theta, at, INIT, ADVANCE)
         if PHASE == 0:
             _wait(arrived_ptr, parts)
         if PHASE != 1:
-            gathered, extras = _met(
-                partial_ptr, row, parts, scales, mix, stats_ptr, theta, ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, LANES
-            )
-            theta = theta + extras
+            shared = _met(
+                workspace.partial_ptr, row, parts, label, scales, mix, out.stats_ptr, theta,
+                ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
+            )  # fmt: skip
+            theta = theta + shared.extras
             if SUMS is None:
                 if PHASE == 0 or PHASE == 2:
-                    at = sums_ptr + (row * parts + part) * 3
-                    _leave_sums(columns, label, scales[0], mix, gathered[0], theta, at, TERM)
+                    at = sums_at(workspace.sums_ptr, row * parts + part)
+                    _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta, at, TERM)
                 if PHASE == 0:
                     _wait(arrived_ptr + 1, parts)
             if PHASE == 0 or PHASE == 3:
                 # Every program of the row concludes; all store the same bits.
+                weights = WeightsArg(*row_values(numbers.weights, row))
                 scalars = _concluded(
-                    sums_ptr, row, parts, label, scales, loss_ptr, stats_ptr, gathered, theta,
-                    row_values(numbers[1], row), TERM, SUMS, DECOUPLED, LANES,
+                    workspace.sums_ptr, row, parts, scales, out.loss_ptr, out.stats_ptr, shared, theta, weights,
+                    TERM, SUMS, DECOUPLED, PARTS,
                 )  # fmt: skip
-                upstream = upstream_of(upstream_ptr, row)
+                upstream = upstream_of(about_rows.upstream_ptr, row)
                 if upstream != 0:
                     _write(
-                        columns, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                        found_ptr, arrived_ptr + 2, TERM, LANES, BLOCK,
+                        x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
+                        workspace.dominant_ptr, arrived_ptr + 2, TERM, PARTS, BLOCK,
                     )  # fmt: skip
     elif PHASE == 0 or PHASE == 3:
-        ignore(row, loss_ptr, stats_ptr)
+        ignore(row, out.loss_ptr, out.stats_ptr)
     if PHASE == 0 or PHASE == 3:
-        if not (counted & (upstream_of(upstream_ptr, row) != 0)):
+        if not (counted & (upstream_of(about_rows.upstream_ptr, row) != 0)):
             store_zero_tile(grad, row, part * BLOCK, BLOCK)
 
 
@@ -383,16 +407,18 @@ class _Layout:
         self.sweep = sweep_of(problem)
         self.counts = {
             "COUNT": len(online_of(problem).init.torch()),
-            "LANES": triton.next_power_of_2(self.parts),
+            "PARTS": triton.next_power_of_2(self.parts),
         }
         self.device = student.x.device
 
-    def room(self) -> tuple[Any, ...]:
-        """Deposits, sums, what the gradient found; tickets and each row's arrivals at three meetings; the parts."""
-        numbers = (CARRY + self.counts["COUNT"], 3, 4)
-        places = (torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32) for n in numbers)
-        meeting = torch.zeros(3 * self.rows + 1, device=self.device, dtype=torch.int32)
-        return (*places, meeting, self.parts)
+    def workspace(self) -> WorkspaceArg:
+        """Memory for what programs leave each other: nobody has come to any meeting yet."""
+        partial, sums, dominant = (
+            torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
+            for n in (CARRY + self.counts["COUNT"], TERM_SUMS, DOMINANT)
+        )
+        meeting = torch.zeros(1 + MEETINGS * self.rows, device=self.device, dtype=torch.int32)
+        return WorkspaceArg(partial, sums, dominant, meeting, self.parts)
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""
@@ -439,11 +465,16 @@ def value(
         plan = _Layout(problem, student, len(loss), _tile(problem, student, teacher, len(loss)))
         given = arguments(problem, student, teacher)
         sides = {key: given[key] for key in ("student", "teacher", "V")}
-        common = {"label_ptr": labels, "room": plan.room(), "scales": given["scales"], "numbers": given["numbers"]}
+        common = {
+            "label_ptr": labels,
+            "workspace": plan.workspace(),
+            "scales": given["scales"],
+            "numbers": given["numbers"],
+        }
         options = {"BLOCK": plan.tile.block, **plan.tile.options()}
         grid = (plan.rows * plan.parts,)
         _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
-        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "LANES")}
+        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "PARTS")}
         if plan.sweep["SUMS"] is None:
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
@@ -475,8 +506,8 @@ def gradient(
         given = arguments(problem, student, teacher)
         del given["ARGMAX"]
         _gradient[(plan.rows * plan.parts,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
-            room=plan.room(), **given, EXTRAS=problem.definition.extras, LANES=plan.counts["LANES"],
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
+            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, PARTS=plan.counts["PARTS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
 
@@ -522,11 +553,11 @@ def one_read(
                 f"one_read needs {plan.parts} programs at once for {plan.width} columns, and the device has {places} "
                 "multiprocessors: use value_and_gradient"
             )
-    given, room = arguments(problem, student, teacher), plan.room()
+    given, workspace = arguments(problem, student, teacher), plan.workspace()
     del given["ARGMAX"]
     for phase in phases:
         _one_read[(plan.rows * plan.parts,)](
-            about_rows=(labels, upstream), out=(loss, stats), grad=(out, *out.stride(), out.shape[1]), room=room,
-            **given, **plan.sweep, LANES=plan.counts["LANES"],
+            about_rows=RowsArg(labels, upstream), out=ValueArg(loss, stats), grad=grad_of(out), workspace=workspace,
+            **given, **plan.sweep, PARTS=plan.counts["PARTS"],
             PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Rows of logits in; per-token loss, statistics and gradient out. One program per row.
 
 Sweeps (each reads every logit once):
-    statistics   running maxima and online sums (online.py), the target's column held out; the value, if they suffice
+    statistics   running maxima and online sums (moments.py), the target's column held out; the value, if they suffice
     sums         only for divergences without a one-sweep form: Σ f, Σ phi at the final offsets (or what `gather` does)
     gradient     dL/ds = a·phi + b·q in reverse tile order, so that it meets the tiles still in cache. What eviction
                  hints would save here is not measured, so there are none
@@ -11,7 +11,7 @@ Sweeps (each reads every logit once):
     value_and_gradient       two sweeps (three) and one write, in one launch
 
 Each sweep goes through inner tiles first, in a loop of its own that masks nothing: whole tiles without the label and,
-for the gradient, of rows in which no other token can be likelier than 1/2. Each thread keeps its own sums (lanes.py).
+for the gradient, of rows in which no other token can be likelier than 1/2. Each thread keeps sums of its own.
 
 A row whose label is negative is ignored: nothing of it is read, zeros are written. So is the gradient of a row whose
 upstream gradient is 0, whatever its logits hold. Columns whose teacher logit is −inf are outside the support: removed
@@ -24,34 +24,63 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .args import (
+    SAVED,
+    STATS,
+    Centre,
+    CrossEntropyArg,
+    Dominant,
+    EntropySums,
+    GradArg,
+    LogitsArg,
+    LogSumExp,
+    Maxima,
+    ParametersArg,
+    RowContext,
+    RowScalars,
+    RowSums,
+    RowValue,
+    ScalesArg,
+    Target,
+    TargetLogs,
+    TermSums,
+    Totals,
+    WeightsArg,
+    load_extras,
+    load_scalars,
+    load_target,
+    store_no_stats,
+    store_nothing_saved,
+    store_saved,
+    store_side_stats,
+    store_terms,
+)
 from .columns import (
     as_numbers,
     beside_columns,
     centred,
     columns,
     finite,
-    load_numbers,
     load_pair,
     load_raw,
     load_side,
     merge_maxima,
     no_maxima,
-    place_of,
     raise_maxima,
+    row_ptrs,
     row_start,
     row_values,
     spread,
 )
-from .divergence import Definition, Online
-from .lanes import in_first_lane, lane_max, lane_sum, tile_columns
+from .decomposition import about_side, meet, or_infinite, settle
+from .divergence import Definition, OnlineForm
 from .language import jit, tl, triton
 from .maths import exp
-from .online import cross_entropy_advance, entropies_advance, log_sum
-from .split import about_side, meet, or_infinite, settle
+from .moments import cross_entropy_advance, entropies_advance, log_sum
+from .thread_sums import scatter_to_thread0, thread_max, thread_sum, tile_columns
 from .tiles import SMALLEST, Line, Tile, architecture, fitting
 
-SAVED = 14  # row scalars that the gradient sweep needs
-STATS = 11  # per-token statistics, in the order of fusedkd.KDStats
+__all__ = ["SAVED", "STATS", "Problem", "Side", "floor_rows", "gradient", "value", "value_and_gradient"]
 
 
 class Side(NamedTuple):
@@ -84,24 +113,36 @@ class Problem(NamedTuple):
 
 
 @jit
-def take_tile(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
-    """A tile into a row's maxima, online state and, if statistics are wanted, entropy sums."""
-    maxima, state, warmth = gathered
-    maxima, centre, move, own_log_t = raise_maxima(maxima, s, t, live, inv_tau, mix)
-    centre = beside_columns(centre, mix)
-    z, u, d = centred(s, t, centre, inv_tau, mix)
-    ez = exp(z)
-    eu = exp(u)
-    if stats_ptr is not None:
-        _, own, _ = centred(s, t, centre, inv_tau, ())
-        warmth = entropies_advance(warmth, state[0], move[0], own_log_t, z, own, live)
-    state = ADVANCE(state, move, z, u, d, ez, eu, live, theta)
-    return maxima, state, warmth
+def no_sums(INIT: tl.constexpr):
+    """RowSums of no columns, as numbers that a loop can carry."""
+    return RowSums(Maxima(*as_numbers(no_maxima())), as_numbers(INIT()), EntropySums(*as_numbers((0.0, 0.0, 0.0))))
 
 
 @jit
-def together(values):
-    """The sum over all lanes, of each."""
+def no_exponentials():
+    """LogSumExp of nothing, likewise."""
+    return LogSumExp(*as_numbers((-1e20, 0.0)))
+
+
+@jit
+def accumulate_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """RowSums with a tile of logits; without its entropies where no statistics are wanted."""
+    raised = raise_maxima(acc.maxima, s, t, live, inv_tau, mix)
+    centre = beside_columns(raised.centre, mix)  # (1, T, 1)
+    z, u, d = centred(s, t, centre, inv_tau, mix)  # (R, T, V)
+    ez = exp(z)
+    eu = exp(u)
+    entropies = acc.entropies
+    if stats_ptr is not None:
+        _, own, _ = centred(s, t, centre, inv_tau, ())
+        entropies = entropies_advance(entropies, acc.state[0], raised.move.log_s, raised.own_log_t, z, own, live)
+    state = ADVANCE(acc.state, raised.move, z, u, d, ez, eu, live, theta)
+    return RowSums(raised.maxima, state, entropies)
+
+
+@jit
+def reduce_all(values):
+    """A tuple of (T,) summed over all threads."""
     out = ()
     for i in tl.static_range(len(values)):
         out = out + (tl.sum(values[i]),)
@@ -109,79 +150,89 @@ def together(values):
 
 
 @jit
-def merge(maxima, state, warmth, cross, lane, inv_tau, mix, stats_ptr, theta, ADVANCE):
-    """What lanes, or parts of a row, have gathered as that of all: sums follow a raised maximum, all in one step."""
-    whole, move, own_log_t = merge_maxima(maxima, inv_tau, mix)
-    none = tl.zeros(lane.shape, tl.float32)
+def merge(acc, cross, thread, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """RowSums and LogSumExp of a row from those (T,) of its threads or parts: sums follow a raised maximum, all in one
+    step."""
+    raised = merge_maxima(acc.maxima, inv_tau, mix)
+    none = tl.zeros(thread.shape, tl.float32)  # (T,)
+    entropies = acc.entropies
     if stats_ptr is not None:
-        warmth = entropies_advance(warmth, state[0], move[0], own_log_t, none, none, lane < 0)
-    state = ADVANCE(state, move, none, none, none, none, none, lane < 0, theta)
-    top = tl.max(cross[0])
-    return whole, together(state), together(warmth), (top, tl.sum(cross[1] * tl.exp(cross[0] - top)))
+        entropies = entropies_advance(
+            entropies, acc.state[0], raised.move.log_s, raised.own_log_t, none, none, thread < 0
+        )
+    state = ADVANCE(acc.state, raised.move, none, none, none, none, none, thread < 0, theta)
+    top = tl.max(cross.top)
+    whole = RowSums(raised.maxima, reduce_all(state), EntropySums(*reduce_all(entropies)))
+    return whole, LogSumExp(top, tl.sum(cross.total * tl.exp(cross.top - top)))
 
 
 @jit
-def weigh(s, t, live, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE):
-    """take_tile of raw logits, all columns live: what does not count has e^z = e^u = 0, cheaper than masked sums."""
+def accumulate_raw_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
+    """Like accumulate_tile, for logits that may hold −inf. Masked columns become −1e30: their e^z = e^u = 0, and sums
+    need no mask."""
     s = tl.where(live, finite(s), -1e30)
     t = tl.where(live, finite(t), -1e30)
-    return take_tile(s, t, True, gathered, inv_tau, mix, stats_ptr, theta, ADVANCE)
+    return accumulate_tile(s, t, True, acc, inv_tau, mix, stats_ptr, theta, ADVANCE)
 
 
 @jit
 def inner_tiles(y, V, width, allowed, BLOCK: tl.constexpr):
-    """How many tiles need no mask: whole ones without the column y, none unless allowed. Which one y keeps out (or the
-    first behind them); how many tiles are left."""
-    whole = tl.where(allowed, V // BLOCK, 0)
-    apart = tl.where((y >= 0) & (y < whole * BLOCK), y // BLOCK, whole)
-    inside = whole - tl.where(apart < whole, 1, 0)
-    return inside, apart, tl.cdiv(width, BLOCK) - inside
+    """Returns (number of full tiles that need no mask, index of the full tile that holds y, number of tiles that need
+    a mask).
+
+    No tile goes without a mask unless `allowed`. Where no full tile holds y, the index is that of the first masked one.
+    """
+    full = tl.where(allowed, V // BLOCK, 0)
+    skip_tile = tl.where((y >= 0) & (y < full * BLOCK), y // BLOCK, full)
+    num_full = full - tl.where(skip_tile < full, 1, 0)
+    return num_full, skip_tile, tl.cdiv(width, BLOCK) - num_full
 
 
 @jit
-def inner_tile(i, apart, BLOCK: tl.constexpr):
-    """Where the i-th of the inner tiles begins."""
-    return (i + tl.where(i >= apart, 1, 0)) * BLOCK
+def inner_tile(i, skip_tile, BLOCK: tl.constexpr):
+    """First column of the i-th tile that needs no mask."""
+    return (i + tl.where(i >= skip_tile, 1, 0)) * BLOCK
 
 
 @jit
-def other_tile(i, inside, apart, BLOCK: tl.constexpr):
-    """Where the i-th of the tiles left begins: that of y first."""
-    return tl.where(i == 0, apart, inside + i) * BLOCK
+def other_tile(i, num_full, skip_tile, BLOCK: tl.constexpr):
+    """First column of the i-th tile that needs a mask: the one that holds y comes first."""
+    return tl.where(i == 0, skip_tile, num_full + i) * BLOCK
 
 
 @jit
 def statistics(
-    student, teacher, place, y, V, scales, mix, stats_ptr, theta, maxima, state, warmth, cross,
+    student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, cross,
     ADVANCE, ARGMAX, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """The first sweep: target, maxima, online state, entropy sums (if statistics are wanted), CE's maximum and sum.
+    """The first sweep: adds the columns to `acc`, RowSums, and to `cross`, LogSumExp, of the row's other columns.
 
-    Added to those given, of other columns of the row.
+    Returns (target, RowSums, LogSumExp). Entropies are summed only where statistics are wanted.
     """
-    inv_tau, factor, ce = scales
     best_s, best_t = -1e30, -1e30
     width = V
-    if ce is not None:
-        width = ce[1]
-    tile = tile_columns(student[0], BLOCK, THREADS)
-    lane = tl.arange(0, tile.shape[1])
-    maxima = in_first_lane(maxima, -1e20, lane)
-    state = in_first_lane(state, 0.0, lane)
-    warmth = in_first_lane(warmth, 0.0, lane)
-    cross = in_first_lane((cross[0],), -1e20, lane) + in_first_lane((cross[1],), 0.0, lane)
-    INNER: tl.constexpr = not ARGMAX and ce is None
-    inside, apart, others = inner_tiles(y, V, width, INNER, BLOCK)
+    if scales.ce is not None:
+        width = scales.ce.width
+    tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
+    thread = tl.arange(0, tile.shape[1])  # (T,)
+    acc = RowSums(
+        Maxima(*scatter_to_thread0(acc.maxima, -1e20, thread)),
+        scatter_to_thread0(acc.state, 0.0, thread),
+        EntropySums(*scatter_to_thread0(acc.entropies, 0.0, thread)),
+    )  # each (T,)
+    cross = LogSumExp(tl.where(thread == 0, cross.top, -1e20), tl.where(thread == 0, cross.total, 0.0))
+    INNER: tl.constexpr = not ARGMAX and scales.ce is None
+    num_full, skip_tile, num_masked = inner_tiles(y, V, width, INNER, BLOCK)
     if INNER:
-        for i in range(0, inside):
-            cols = inner_tile(i, apart, BLOCK) + tile
-            s, t, live, slope = load_raw(student, teacher, place, cols, None, None)
-            gathered = weigh(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
-            maxima, state, warmth = gathered
-    for i in range(0, others):
-        cols = other_tile(i, inside, apart, BLOCK) + tile
-        s, t, live, slope = load_raw(student, teacher, place, cols, cols < V, cols < width)
-        if ce is not None:
+        for i in range(0, num_full):
+            cols = inner_tile(i, skip_tile, BLOCK) + tile
+            x = load_raw(student, teacher, ptrs, cols, None, None)
+            acc = accumulate_raw_tile(x.s, x.t, x.live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    for i in range(0, num_masked):
+        cols = other_tile(i, num_full, skip_tile, BLOCK) + tile
+        x = load_raw(student, teacher, ptrs, cols, cols < V, cols < width)
+        s, t, live = x.s, x.t, x.live  # (R, T, V)
+        if scales.ce is not None:
             cross = cross_entropy_advance(cross, finite(s), cols < width)
         if ARGMAX:
             # The favourite so far is held out; one that beats it takes its place, and the old one that of the new.
@@ -200,84 +251,62 @@ def statistics(
             best_t = tl.where(favourite >= 0, top, best_t)
         else:
             live = live & (cols != y)
-        gathered = weigh(s, t, live, (maxima, state, warmth), inv_tau, mix, stats_ptr, theta, ADVANCE)
-        maxima, state, warmth = gathered
-    maxima, state, warmth, cross = merge(maxima, state, warmth, cross, lane, inv_tau, mix, stats_ptr, theta, ADVANCE)
-    return y, maxima, state, warmth, cross
+        acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    acc, cross = merge(acc, cross, thread, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    return y, acc, cross
 
 
 @jit
 def add_terms(sums, f, phi, d, live):
-    """Σ f, Σ phi and the largest d, with a tile."""
-    total = sums[0] + lane_sum(tl.where(live, f, 0.0))
-    mass = sums[1] + lane_sum(tl.where(live, phi, 0.0))
-    return total, mass, tl.maximum(sums[2], lane_max(tl.where(live, d, 0.0)))
+    """TermSums with a tile."""
+    total = sums.total + thread_sum(tl.where(live, f, 0.0))
+    mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
+    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, d, 0.0))))
 
 
 @jit
-def term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Σ f, Σ phi and the largest d over the columns, added to `sums`: the sweep of what has no one-sweep form."""
-    tile = tile_columns(student[0], BLOCK, THREADS)
-    total, mass, widest = in_first_lane(sums, 0.0, tl.arange(0, tile.shape[1]))
-    for start in range(0, view[2], BLOCK):
-        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, start + tile)
-        f, phi = TERM(q, p, logq, logp, delta, theta)
-        total, mass, widest = add_terms((total, mass, widest), f, phi, d, live)
-    return tl.sum(total), tl.sum(mass), tl.max(widest)
+def term_sums(student, teacher, ctx, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """`sums`, TermSums, with the columns: the sweep of what has no one-sweep form."""
+    tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
+    sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
+    for start in range(0, ctx.V, BLOCK):
+        x, live, t = columns(student, teacher, ctx, at, start + tile)
+        f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)
+        sums = add_terms(sums, f, phi, x.d, live)
+    return TermSums(tl.sum(sums.total), tl.sum(sums.mass), tl.max(sums.widest))
 
 
 @jit
-def _store_stats(stats_ptr, row, held, present, empty, split, about_student, about_teacher):
-    """One row of KDStats; what is about the target is NaN where nothing is held out."""
-    loss, target_loss, nontarget_loss, target_grad, nontarget_grad = split
-    at = stats_ptr + row * 11
-    tl.store(at, tl.where(empty, 0.0, loss))
-    tl.store(at + 1, tl.where(held, tl.where(empty, 0.0, target_loss), float("nan")))
-    tl.store(at + 2, tl.where(held, tl.where(empty, 0.0, nontarget_loss), float("nan")))
-    tl.store(at + 3, tl.where(held, tl.where(empty, 0.0, target_grad), float("nan")))
-    tl.store(at + 4, tl.where(held, tl.where(empty, 0.0, nontarget_grad), float("nan")))
-    for i in tl.static_range(2):
-        if i == 0:
-            log_z, warmth, x_y, shift, alone = about_student
-        else:
-            log_z, warmth, x_y, shift, alone = about_teacher
-        entropy, logprob, lse = about_side(log_z, warmth, x_y, shift, alone, present, empty)
-        tl.store(at + 5 + i, entropy)
-        tl.store(at + 7 + i, tl.where(held, logprob, float("nan")))
-        tl.store(at + 9 + i, lse)
-
-
-@jit
-def close(
-    row, scales, loss_ptr, stats_ptr, state, warmth, ends, about_target, met, theta, target, nontarget,
-    TERM, DECOUPLED: tl.constexpr,
-):  # fmt: skip
-    """Stores loss and statistics of a row whose sums are known; returns what the gradient sweep needs."""
-    inv_tau, factor, ce = scales
-    total, mass, cross, s_label = ends
-    s_y, t_y, present, held = about_target
-    centre, at, pair, own = met
-    c_s, c_t, k, m = centre
-    log_zs, zy, own_uy = own
-    loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, b, grad_y = settle(
-        total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED
-    )
-    empty = state[1] == 0  # nothing to compare but the label: every term is 0
-    out = tl.where(empty, 0.0, loss * factor)
-    ce_lse = cross[0] + log_sum(cross[1])
-    if ce is not None:
-        out += ce[0] * (ce_lse - s_label)
+def finish_row(
+    row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED: tl.constexpr
+):
+    """Stores loss and statistics of a row whose sums are known; returns its RowScalars."""
+    terms = settle(
+        totals.total, totals.mass, norms.binary, target.present, theta, weights.target, weights.nontarget, TERM,
+        DECOUPLED,
+    )  # fmt: skip
+    empty = acc.state[1] == 0  # nothing to compare but the label: every term is 0
+    out = tl.where(empty, 0.0, terms.loss * scales.factor)
+    ce_lse = totals.cross.top + log_sum(totals.cross.total)
+    if scales.ce is not None:
+        out += scales.ce.weight * (ce_lse - totals.label_s)
     if loss_ptr is not None:
         tl.store(loss_ptr + row, out)
+    centre, own, inv_tau = norms.centre, norms.own, scales.inv_tau
     if stats_ptr is not None:
-        split = (loss, target_loss, nontarget_loss, target_grad, nontarget_grad)
-        about_student = (log_zs, warmth[0], zy, c_s * inv_tau, s_y * inv_tau)
-        about_teacher = (log_sum(warmth[2]), warmth[1], own_uy, (c_t + k) * inv_tau, t_y * inv_tau)
-        _store_stats(stats_ptr, row, held, present, empty, split, about_student, about_teacher)
-    a = tl.where(empty, 0.0, a)
-    b = tl.where(empty, 0.0, b)
-    grad_y = tl.where(empty, 0.0, grad_y)
-    return c_s, c_t, k, m, at[0], at[1], at[2], a, b, grad_y, ce_lse
+        shift_s, alone_s = centre.c_s * inv_tau, target.s * inv_tau
+        log_zt = log_sum(acc.entropies.z_t)
+        shift_t, alone_t = (centre.c_t + centre.k) * inv_tau, target.t * inv_tau
+        store_terms(stats_ptr, row, terms, target.held, empty)
+        of_student = about_side(own.log_zs, acc.entropies.student, own.z_y, shift_s, alone_s, target.present, empty)
+        store_side_stats(stats_ptr, row, 0, of_student, target.held)
+        of_teacher = about_side(log_zt, acc.entropies.teacher, own.own_u_y, shift_t, alone_t, target.present, empty)
+        store_side_stats(stats_ptr, row, 1, of_teacher, target.held)
+    a = tl.where(empty, 0.0, terms.a)
+    b = tl.where(empty, 0.0, terms.b)
+    grad_y = tl.where(empty, 0.0, terms.grad_y)
+    l_s, l_t, r = norms.log_norms
+    return RowScalars(centre.c_s, centre.c_t, centre.k, centre.m, l_s, l_t, r, a, b, grad_y, ce_lse)
 
 
 @jit
@@ -286,133 +315,118 @@ def _row_scalars(
     TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """All sweeps of the value: stores loss and statistics, returns theta and what the gradient sweep needs."""
-    inv_tau, factor, ce = scales
-    theta = row_values(numbers[0], row)
-    target, nontarget = row_values(numbers[1], row)
-    mix = row_values(numbers[2], row)
+    """All sweeps of the value: stores loss and statistics, returns RowValue."""
+    theta = row_values(numbers.theta, row)
+    weights = WeightsArg(*row_values(numbers.weights, row))
+    mix = row_values(numbers.mix, row)
     y = label
     if ARGMAX:
         y = tl.full((), -1, tl.int32)
-    place = place_of(student, teacher, row)
-    y, maxima, state, warmth, cross = statistics(
-        student, teacher, place, y, V, scales, mix, stats_ptr, theta,
-        as_numbers(no_maxima()), as_numbers(INIT()), as_numbers((0.0, 0.0, 0.0)), as_numbers((-1e20, 0.0)),
+    ptrs = row_ptrs(student, teacher, row)
+    y, acc, cross = statistics(
+        student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, no_sums(INIT), no_exponentials(),
         ADVANCE, ARGMAX, BLOCK, THREADS,
     )  # fmt: skip
-    s_y, t_y, present, slope_y = load_pair(student, teacher, place, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
-    centre, at, pair, own = meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED)
-    view = (place, y, V, inv_tau, mix, centre)
+    held_out = load_pair(student, teacher, ptrs, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
+    target = Target(held_out.s, held_out.t, held_out.live, y >= 0)
+    norms = meet(acc.maxima, acc.state, target.s, target.t, target.present, scales.inv_tau, mix, RATIO, DECOUPLED)
+    ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, norms.centre)
     extras, sums = (), ()
     if GATHER is not None:
-        label_terms = (pair[0], pair[1], pair[2], present)
-        extras, sums = GATHER(student, teacher, view, state, at, label_terms, theta, BLOCK)
+        logs = TargetLogs(norms.binary.logq_y, norms.binary.logp_y, norms.binary.delta_y, target.present)
+        extras, sums = GATHER(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK)
         theta = theta + extras
     if len(sums) == 2:
         total, mass = sums
     elif SUMS is None:
-        total, mass, widest = term_sums(
-            student, teacher, view, at, theta, as_numbers((0.0, 0.0, 0.0)), TERM, BLOCK, THREADS
-        )
-        total = or_infinite(total, widest)
+        none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
+        swept = term_sums(student, teacher, ctx, norms.log_norms, theta, none, TERM, BLOCK, THREADS)
+        total, mass = or_infinite(swept.total, swept.widest), swept.mass
     else:
-        total, mass = SUMS(state, at[0], at[1], at[2], theta)
-    s_label = 0.0
-    if ce is not None:
-        s_label, slope_label = load_side(student, place[1], label, label >= 0)
-    ends = (total, mass, cross, s_label)
-    about_target = (s_y, t_y, present, y >= 0)
-    scalars = close(
-        row, scales, loss_ptr, stats_ptr, state, warmth, ends, about_target, (centre, at, pair, own), theta,
-        target, nontarget, TERM, DECOUPLED,
-    )  # fmt: skip
-    return y, mix, theta, extras, scalars
+        total, mass = SUMS(acc.state, norms.log_norms.l_s, norms.log_norms.l_t, norms.log_norms.r, theta)
+    label_s = 0.0
+    if scales.ce is not None:
+        label_s, label_slope = load_side(student, ptrs.student, label, label >= 0)
+    totals = Totals(total, mass, cross, label_s)
+    scalars = finish_row(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED)
+    return RowValue(y, mix, theta, extras, scalars)
 
 
 @jit
-def nothing_found(LANES: tl.constexpr):
-    """What gradient_tile starts from: the likeliest token, the sum of the others, its student logit and its slope."""
-    zeros = tl.zeros((LANES,), tl.float32)
-    return tl.full((LANES,), -1, tl.int32), zeros, zeros, zeros
+def no_dominant(THREADS: tl.constexpr):
+    """Dominant, (THREADS,) each, before any tile."""
+    zeros = tl.zeros((THREADS,), tl.float32)
+    return Dominant(tl.full((THREADS,), -1, tl.int32), zeros, zeros, zeros)
 
 
 @jit
 def slopes(s, t, scalars, inv_tau, mix, theta, TERM):
-    """q and phi of a tile."""
-    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
-    z, u, d = centred(s, t, (c_s, c_t, k, m), inv_tau, mix)
-    q = exp(z - l_s)
-    f, phi = TERM(q, exp(u - l_t), z - l_s, u - l_t, d - r, theta)
+    """q and phi of a tile of logits, two tiles."""
+    z, u, d = centred(s, t, Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m), inv_tau, mix)
+    q = exp(z - scalars.l_s)
+    f, phi = TERM(q, exp(u - scalars.l_t), z - scalars.l_s, u - scalars.l_t, d - scalars.r, theta)
     return q, phi
 
 
 @jit
-def inner_gradient_tile(columns, row, scales, mix, grad, scalars, upstream, theta, TERM):
+def inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM):
     """Writes a tile of the gradient in which all columns are of one kind: neither the target nor likelier than 1/2."""
-    s, t, live, slope, cols = columns
-    inv_tau, factor, ce = scales
-    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
-    grad_ptr, stride_n, _, width = grad
-    q, phi = slopes(s, finite(t), scalars, inv_tau, mix, theta, TERM)
-    scale = upstream * factor * inv_tau
-    g = tl.where(live, (a * scale) * phi + (b * scale) * q, 0.0)
-    g = tl.where(s <= -1e30, 0.0, g)  # not `s > -1e30` the other way round: NaN has to pass
-    at = grad_ptr + row * stride_n + spread(cols, grad[2])
-    tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty))
+    q, phi = slopes(x.s, finite(x.t), scalars, scales.inv_tau, mix, theta, TERM)
+    scale = upstream * scales.factor * scales.inv_tau
+    g = tl.where(x.live, (scalars.a * scale) * phi + (scalars.b * scale) * q, 0.0)
+    g = tl.where(x.s <= -1e30, 0.0, g)  # not `s > -1e30` the other way round: NaN has to pass
+    at = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
+    tl.store(at, (g * x.slope).to(grad.ptr.dtype.element_ty))
 
 
 @jit
-def gradient_tile(columns, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, found, TERM):
-    """Writes a tile of the gradient, 0 for the likeliest token; returns `found`, of each lane, with the tile."""
-    s, t, live, slope, cols = columns
-    inv_tau, factor, ce = scales
-    c_s, c_t, k, m, l_s, l_t, r, a, b, grad_y, ce_lse = scalars
-    top, rest, s_top, slope_top = found
-    grad_ptr, stride_n, _, width = grad
-    q, phi = slopes(s, t, scalars, inv_tau, mix, theta, TERM)
-    likeliest = tl.where(live & (cols != y), q, 0.0) > 0.5
-    g = tl.where(live, tl.where(cols == y, grad_y, a * phi + b * q), 0.0)
-    g = tl.where(likeliest, 0.0, g)
-    rest += lane_sum(g)
-    top = tl.maximum(top, lane_max(tl.where(likeliest, cols, -1)))
+def gradient_tile(
+    x, cols, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, dominant, TERM
+):  # fmt: skip
+    """Writes a tile of the gradient, 0 for the dominant token; returns Dominant of each thread with the tile."""
+    q, phi = slopes(x.s, x.t, scalars, scales.inv_tau, mix, theta, TERM)
+    dominates = tl.where(x.live & (cols != y), q, 0.0) > 0.5  # in at most one column of the row
+    g = tl.where(x.live, tl.where(cols == y, scalars.grad_y, scalars.a * phi + scalars.b * q), 0.0)
+    g = tl.where(dominates, 0.0, g)
+    rest = dominant.rest + thread_sum(g)  # (T,)
+    token = tl.maximum(dominant.token, thread_max(tl.where(dominates, cols, -1)))
     # At most one is not 0; `grad` may lie over the logits, so it cannot be read later.
-    s_top += lane_sum(tl.where(likeliest, s, 0.0))
+    logit = dominant.logit + thread_sum(tl.where(dominates, x.s, 0.0))
+    slope = dominant.slope
     if softcap is not None:
-        slope_top += lane_sum(tl.where(likeliest, slope, 0.0))
+        slope += thread_sum(tl.where(dominates, x.slope, 0.0))
     # Multiplied after it is masked: a select moved behind the rounding to half precision would undo its packing.
-    g = tl.where(s <= -1e30, 0.0, g) * (upstream * factor * inv_tau)  # NaN has to pass
-    if ce is not None:
-        g += upstream * ce[0] * (tl.exp(s - ce_lse) - tl.where(cols == label, 1.0, 0.0))
-        g = tl.where(likeliest, 0.0, g)
-    at = grad_ptr + row * stride_n + spread(cols, grad[2])
-    tl.store(at, (g * slope).to(grad_ptr.dtype.element_ty), mask=cols < width)
-    return top, rest, s_top, slope_top
+    g = tl.where(x.s <= -1e30, 0.0, g) * (upstream * scales.factor * scales.inv_tau)  # NaN has to pass
+    if scales.ce is not None:
+        g += upstream * scales.ce.weight * (tl.exp(x.s - scalars.ce_lse) - tl.where(cols == label, 1.0, 0.0))
+        g = tl.where(dominates, 0.0, g)
+    at = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
+    tl.store(at, (g * x.slope).to(grad.ptr.dtype.element_ty), mask=cols < grad.width)
+    return Dominant(token, rest, logit, slope)
 
 
 @jit
-def all_found(found, student):
-    """The likeliest token (−1: none), the sum of the others, its student logit and its slope."""
-    top, rest, s_top, slope_top = found
-    if student[8] is None:
+def merge_dominant(dominant, student):
+    """Dominant of the row from those (T,) of its threads."""
+    if student.softcap is None:
         slope = 1.0
-        if student[7] is not None:
-            slope = slope * student[7]
+        if student.scale is not None:
+            slope = slope * student.scale
     else:
-        slope = tl.sum(slope_top)
-    return tl.max(top), tl.sum(rest), tl.sum(s_top), slope
+        slope = tl.sum(dominant.slope)
+    return Dominant(tl.max(dominant.token), tl.sum(dominant.rest), tl.sum(dominant.logit), slope)
 
 
 @jit
-def store_likeliest(row, label, scales, grad, found, ce_lse, upstream):
-    """The entry of the likeliest token, if there is one: minus the sum of all others."""
-    top, rest, s_top, slope_top = found
-    inv_tau, factor, ce = scales
-    grad_ptr, stride_n, _, width = grad
-    if top >= 0:
-        g = -upstream * factor * inv_tau * rest
-        if ce is not None:
-            g += upstream * ce[0] * (tl.exp(s_top - ce_lse) - tl.where(top == label, 1.0, 0.0))
-        tl.store(grad_ptr + row * stride_n + spread(top, grad[2]), (g * slope_top).to(grad_ptr.dtype.element_ty))
+def store_dominant(row, label, scales, grad, dominant, ce_lse, upstream):
+    """The entry of the dominant token, if there is one: minus the sum of all others."""
+    if dominant.token >= 0:
+        g = -upstream * scales.factor * scales.inv_tau * dominant.rest
+        if scales.ce is not None:
+            q = tl.exp(dominant.logit - ce_lse)
+            g += upstream * scales.ce.weight * (q - tl.where(dominant.token == label, 1.0, 0.0))
+        at = grad.ptr + row * grad.stride_n + spread(dominant.token, grad.stride_v)
+        tl.store(at, (g * dominant.slope).to(grad.ptr.dtype.element_ty))
 
 
 @jit
@@ -422,35 +436,31 @@ def gradient_sweep(
 ):  # fmt: skip
     """The last sweep, tiles in reverse: writes upstream · dL/d(stored student number) over the student's width.
 
-    Returns the token that holds most of the mass (−1: none), whose entry is not written: a·phi + b·q cancels there. The
-    gradient of a row sums to 0, and the sum of the others, which is returned too, does not cancel.
+    Returns Dominant of the row, whose entry is not written: a·phi + b·q cancels there. The gradient of a row sums to 0,
+    and the sum of the others does not cancel.
     """
-    inv_tau, factor, ce = scales
-    width = grad[3]
     seen = V
-    if ce is not None:
-        seen = width
-    place = place_of(student, teacher, row)
-    first = tile_columns(student[0], BLOCK, THREADS)
-    top, rest, s_top, slope_top = nothing_found(first.shape[1])
-    INNER: tl.constexpr = ce is None
+    if scales.ce is not None:
+        seen = grad.width
+    ptrs = row_ptrs(student, teacher, row)
+    first = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
+    dominant = no_dominant(first.shape[1])  # each (T,)
+    INNER: tl.constexpr = scales.ce is None
     # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (columns.py).
-    inside, apart, others = inner_tiles(y, V, width, INNER & (tl.exp(0.125 * inv_tau - scalars[4]) <= 0.5), BLOCK)
+    none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
+    num_full, skip_tile, num_masked = inner_tiles(y, V, grad.width, INNER & none_dominates, BLOCK)
     if INNER:
-        for i in range(0, inside):
-            cols = inner_tile(inside - 1 - i, apart, BLOCK) + first
-            s, t, live, slope = load_raw(student, teacher, place, cols, None, None)
-            inner_gradient_tile(
-                (s, t, live, slope, cols), row, scales, mix, grad, scalars, upstream, theta, TERM
-            )  # fmt: skip
-    for i in range(0, others):
-        cols = other_tile(i, inside, apart, BLOCK) + first
-        s, t, live, slope = load_pair(student, teacher, place, cols, cols < V, cols < seen)
-        top, rest, s_top, slope_top = gradient_tile(
-            (s, t, live, slope, cols), row, y, label, scales, mix, student[8], grad, scalars, upstream, theta,
-            (top, rest, s_top, slope_top), TERM,
-        )  # fmt: skip
-    return all_found((top, rest, s_top, slope_top), student)
+        for i in range(0, num_full):
+            cols = inner_tile(num_full - 1 - i, skip_tile, BLOCK) + first
+            x = load_raw(student, teacher, ptrs, cols, None, None)
+            inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM)
+    for i in range(0, num_masked):
+        cols = other_tile(i, num_full, skip_tile, BLOCK) + first
+        x = load_pair(student, teacher, ptrs, cols, cols < V, cols < seen)
+        dominant = gradient_tile(
+            x, cols, row, y, label, scales, mix, student.softcap, grad, scalars, upstream, theta, dominant, TERM
+        )
+    return merge_dominant(dominant, student)
 
 
 @jit
@@ -458,38 +468,27 @@ def _whole_gradient(
     student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """The last sweep over a whole row, the likeliest token included."""
-    found = gradient_sweep(
+    """The last sweep over a whole row, the dominant token included."""
+    dominant = gradient_sweep(
         student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
     )
     tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
-    store_likeliest(row, label, scales, grad, found, scalars[10], upstream)
+    store_dominant(row, label, scales, grad, dominant, scalars.ce_lse, upstream)
 
 
 @jit
 def store_zero_tile(grad, row, start, BLOCK: tl.constexpr):
-    """A tile of a row of `grad` = (pointer, row stride, column stride, width)."""
-    grad_ptr, stride_n, _, width = grad
-    cols = start + tl.arange(0, BLOCK)
-    zeros = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + row * stride_n + spread(cols, grad[2]), zeros, mask=cols < width)
+    """Zeros over BLOCK columns of a row of GradArg."""
+    cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+    zeros = tl.zeros((BLOCK,), grad.ptr.dtype.element_ty)
+    tl.store(grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v), zeros, mask=cols < grad.width)
 
 
 @jit
 def store_zeros(grad, row, BLOCK: tl.constexpr):
-    """A row of `grad`."""
-    for start in range(0, grad[3], BLOCK):
+    """Zeros over a row of GradArg."""
+    for start in range(0, grad.width, BLOCK):
         store_zero_tile(grad, row, start, BLOCK)
-
-
-@jit
-def store_saved(saved_ptr, row, scalars):
-    """What a row's gradient needs, and zeros behind it."""
-    for i in tl.static_range(14):
-        if i < len(scalars):
-            tl.store(saved_ptr + row * 14 + i, scalars[i])
-        else:
-            tl.store(saved_ptr + row * 14 + i, 0.0)
 
 
 @jit
@@ -506,8 +505,7 @@ def ignore(row, loss_ptr, stats_ptr):
     """Zeros for a row that does not count."""
     tl.store(loss_ptr + row, 0.0)
     if stats_ptr is not None:
-        for i in tl.static_range(11):
-            tl.store(stats_ptr + row * 11 + i, 0.0)
+        store_no_stats(stats_ptr, row)
 
 
 @jit
@@ -529,16 +527,16 @@ def _value(
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
-        y, mix, theta, extras, scalars = _row_scalars(
+        of_row = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
             TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         if saved_ptr is not None:
-            store_saved(saved_ptr, row, scalars + (y + 0.0,) + extras)
+            store_saved(saved_ptr, row, of_row.scalars, of_row.y, of_row.extras)
     else:
         ignore(row, loss_ptr, stats_ptr)
         if saved_ptr is not None:
-            store_saved(saved_ptr, row, ())
+            store_nothing_saved(saved_ptr, row)
 
 
 @jit
@@ -550,14 +548,13 @@ def _gradient(
     label, counted = label_of(label_ptr, row)
     upstream = tl.load(upstream_ptr + row)
     if counted & (upstream != 0):
-        at = saved_ptr + row * 14
-        scalars = load_numbers(at, 11)
-        theta = row_values(numbers[0], row)
-        theta = theta + load_numbers(at + 12, EXTRAS)
-        mix = row_values(numbers[2], row)
+        scalars = load_scalars(saved_ptr, row)
+        theta = row_values(numbers.theta, row)
+        theta = theta + load_extras(saved_ptr, row, EXTRAS)
+        mix = row_values(numbers.mix, row)
         y = label
         if ARGMAX:
-            y = tl.load(at + 11).to(tl.int32)
+            y = load_target(saved_ptr, row)
         _whole_gradient(
             student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
         )
@@ -574,7 +571,7 @@ def _value_and_gradient(
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
-        y, mix, theta, extras, scalars = _row_scalars(
+        of_row = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
             TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
@@ -583,8 +580,9 @@ def _value_and_gradient(
         upstream = upstream_of(upstream_ptr, row)
         if upstream != 0:
             _whole_gradient(
-                student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
-            )
+                student, teacher, row, of_row.y, label, V, scales, of_row.mix, grad, of_row.scalars, upstream,
+                of_row.theta, TERM, BLOCK, THREADS,
+            )  # fmt: skip
     else:
         ignore(row, loss_ptr, stats_ptr)
     if not (counted & (upstream_of(upstream_ptr, row) != 0)):  # loaded again: kept, it would cost registers
@@ -593,21 +591,29 @@ def _value_and_gradient(
 
 def arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
     """Everything the row kernels take in common."""
-    ce = (float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
+    ce = CrossEntropyArg(float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
+    mix = () if problem.mix is None else (problem.mix,)
     return {
         "student": pack(student),
         "teacher": pack(teacher),
         "V": problem.vocab_size,
-        "scales": (1.0 / problem.temperature, float(problem.factor), ce),
-        "numbers": (problem.parameters, problem.weights, () if problem.mix is None else (problem.mix,)),
+        "scales": ScalesArg(1.0 / problem.temperature, float(problem.factor), ce),
+        "numbers": ParametersArg(problem.parameters, WeightsArg(*problem.weights), mix),
         "TERM": problem.definition.term,
         "ARGMAX": problem.argmax,
     }
 
 
-def pack(side: Side) -> tuple[Any, ...]:
-    """A side as kernels take it (columns.load_side)."""
-    return (side.x, side.first, side.x.shape[1], *side.x.stride(), side.bias, side.scale, side.softcap, side.floor)
+def pack(side: Side) -> LogitsArg:
+    """A side as kernels take it."""
+    outer, n, v = side.x.stride()
+    return LogitsArg(side.x, side.first, side.x.shape[1], outer, n, v, side.bias, side.scale, side.softcap, side.floor)
+
+
+def grad_of(out: torch.Tensor, width: int | None = None) -> GradArg:
+    """A gradient (N, ≥ width) as kernels take it, all of its columns unless told."""
+    n, v = out.stride()
+    return GradArg(out, n, v, out.shape[1] if width is None else width)
 
 
 def sweep_of(problem: Problem) -> dict[str, Any]:
@@ -636,7 +642,7 @@ def line(problem: Problem, student: Side, teacher: Side) -> Line:
     return architecture(student.x.device), kind, width
 
 
-def tile_class(online: Online, busy: bool) -> str:
+def tile_class(online: OnlineForm, busy: bool) -> str:
     """The row of the table: looking for the target, or mixing the teacher, takes the registers of a heavier one."""
     return "heavy" if busy and online.tile == "light" else online.tile
 
@@ -675,7 +681,7 @@ def gradient(
     if n:
         best = tile(problem, student, teacher)
         return _gradient[(n,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=(out, *out.stride(), out.shape[1]),
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
             **arguments(problem, student, teacher), EXTRAS=problem.definition.extras,
             **best.launch(),
         )  # fmt: skip
@@ -698,7 +704,7 @@ def value_and_gradient(
         best = tile(problem, student, teacher)
         return _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
-            grad=(out, *out.stride(), out.shape[1]),
+            grad=grad_of(out),
             **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None

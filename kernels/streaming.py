@@ -12,18 +12,51 @@ from typing import Any
 
 import torch
 
-from .columns import load_numbers, load_pair, place_of, row_values
-from .divergence import Online
+from .args import (
+    CARRY,
+    EMPTY,
+    FOUND,
+    Centre,
+    EntropySums,
+    LogNorms,
+    LogSumExp,
+    Maxima,
+    RowContext,
+    RowSums,
+    carry_at,
+    found_at,
+    load_carried_state,
+    load_carry,
+    load_extras,
+    load_rest,
+    load_scalars,
+    load_sums,
+    store_carried,
+    store_carried_label,
+    store_found,
+    store_sums,
+)
+from .columns import load_pair, row_ptrs, row_values
+from .divergence import OnlineForm
 from .language import jit, tl
-from .rows import Problem, Side, arguments, gradient_sweep, label_of, statistics, store_zeros, term_sums, tile
+from .rows import (
+    Problem,
+    Side,
+    arguments,
+    grad_of,
+    gradient_sweep,
+    label_of,
+    statistics,
+    store_zeros,
+    term_sums,
+    tile,
+)
 from .tiles import Tile
 
-CARRY = 10  # three maxima, three entropy sums, CE's maximum and sum, the label's two logits; then the online state
-FOUND = 4  # sum of the row's other entries, likeliest token (−1: none), its student logit and that one's slope
-EMPTY = (-1e20, -1e20, -1e20, 0.0, 0.0, 0.0, -1e20, 0.0, float("-inf"), float("-inf"))
+__all__ = ["CARRY", "EMPTY", "FOUND", "absorb", "add_sums", "gradient", "online_of"]
 
 
-def online_of(problem: Problem) -> Online:
+def online_of(problem: Problem) -> OnlineForm:
     """The statistics sweep of a problem."""
     return problem.definition.sweep(problem.parameters)
 
@@ -36,27 +69,25 @@ def _absorb(
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
-        theta = row_values(numbers[0], row)
-        mix = row_values(numbers[2], row)
-        at = carry_ptr + row * (10 + COUNT)
-        carry = load_numbers(at, 8)
-        state = load_numbers(at + 10, COUNT)
+        theta = row_values(numbers.theta, row)
+        mix = row_values(numbers.mix, row)
+        at = carry_at(carry_ptr, row, COUNT)
+        carry = load_carry(at)
+        acc = RowSums(
+            Maxima(carry.top_s, carry.top_t, carry.top_mixed),
+            load_carried_state(at, COUNT),
+            EntropySums(carry.entropy_s, carry.entropy_t, carry.sum_t),
+        )
         y = label - first
-        place = place_of(student, teacher, row)
-        _, maxima, state, warmth, ce = statistics(
-            student, teacher, place, y, V, scales, mix, stats_ptr, theta,
-            (carry[0], carry[1], carry[2]), state, (carry[3], carry[4], carry[5]), (carry[6], carry[7]),
+        ptrs = row_ptrs(student, teacher, row)
+        _, acc, cross = statistics(
+            student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, LogSumExp(carry.ce_top, carry.ce_total),
             ADVANCE, False, BLOCK, THREADS,
         )  # fmt: skip
-        carry = maxima + warmth + ce
-        for i in tl.static_range(8):
-            tl.store(at + i, carry[i])
-        for i in tl.static_range(COUNT):
-            tl.store(at + 10 + i, state[i])
+        store_carried(at, acc, cross)
         here = (label >= 0) & (y >= 0) & (y < V)
-        s_y, t_y, present, _ = load_pair(student, teacher, place, y, here, here)
-        tl.store(at + 8, s_y, mask=here)
-        tl.store(at + 9, tl.where(present, t_y, float("-inf")), mask=here)
+        x = load_pair(student, teacher, ptrs, y, here, here)
+        store_carried_label(at, x.s, tl.where(x.live, x.t, float("-inf")), here)
 
 
 @jit
@@ -67,22 +98,18 @@ def _add_sums(
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
-        saved = saved_ptr + row * 14
-        theta = row_values(numbers[0], row)
-        theta = theta + load_numbers(saved + 12, EXTRAS)
-        view = (
-            place_of(student, teacher, row),
-            label - first,
-            V,
-            scales[0],
-            row_values(numbers[2], row),
-            load_numbers(saved, 4),
-        )
-        at = load_numbers(saved + 4, 3)
-        sums = load_numbers(sums_ptr + row * 3, 3)
-        sums = term_sums(student, teacher, view, at, theta, sums, TERM, BLOCK, THREADS)
-        for i in tl.static_range(3):
-            tl.store(sums_ptr + row * 3 + i, sums[i])
+        theta = row_values(numbers.theta, row)
+        theta = theta + load_extras(saved_ptr, row, EXTRAS)
+        ptrs = row_ptrs(student, teacher, row)
+        y = label - first
+        mix = row_values(numbers.mix, row)
+        scalars = load_scalars(saved_ptr, row)  # a, b and grad_y are not known yet
+        centre = Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m)
+        ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, centre)
+        log_norms = LogNorms(scalars.l_s, scalars.l_t, scalars.r)
+        sums = load_sums(sums_ptr, row)
+        sums = term_sums(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK, THREADS)
+        store_sums(sums_ptr, row, sums)
 
 
 @jit
@@ -94,22 +121,18 @@ def _gradient(
     label, counted = label_of(label_ptr, row)
     upstream = tl.load(upstream_ptr + row)
     if counted & (upstream != 0):
-        at = saved_ptr + row * 14
-        scalars = load_numbers(at, 11)
-        theta = row_values(numbers[0], row)
-        theta = theta + load_numbers(at + 12, EXTRAS)
+        scalars = load_scalars(saved_ptr, row)
+        theta = row_values(numbers.theta, row)
+        theta = theta + load_extras(saved_ptr, row, EXTRAS)
         y = label - first
-        top, rest, s_top, slope_top = gradient_sweep(
-            student, teacher, row, y, y, V, scales, row_values(numbers[2], row), grad, scalars, upstream, theta, TERM,
+        dominant = gradient_sweep(
+            student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, upstream, theta, TERM,
             BLOCK, THREADS,
         )  # fmt: skip
-        found = found_ptr + row * 4
-        rest += tl.load(found)
+        at = found_at(found_ptr, row)
+        rest = dominant.rest + load_rest(at)
         tl.debug_barrier()  # every warp reads the sum, one writes it
-        tl.store(found, rest)
-        tl.store(found + 1, top + first + 0.0, mask=top >= 0)
-        tl.store(found + 2, s_top, mask=top >= 0)
-        tl.store(found + 3, slope_top, mask=top >= 0)
+        store_found(at, rest, dominant, first)
     else:
         store_zeros(grad, row, BLOCK)
 
@@ -172,7 +195,7 @@ def gradient(
     best = _tile(problem, student, teacher, out.shape[1])
     common = arguments(problem, student, teacher)
     return _gradient[(len(out),)](
-        common["student"], common["teacher"], labels, saved, upstream, found, (out, *out.stride(), out.shape[1]),
+        common["student"], common["teacher"], labels, saved, upstream, found, grad_of(out),
         problem.vocab_size, first, common["scales"], common["numbers"], TERM=problem.definition.term,
         EXTRAS=problem.definition.extras, **best.launch(),
     )  # fmt: skip

@@ -103,13 +103,13 @@ def fitting(line: Line, vocabulary: int) -> Tile:
 def candidates(line: Line) -> list[Tile]:
     """The tiles worth timing for a line, the table's own first."""
     amd = line[0].startswith("gfx")
-    lanes = 64 if amd else 32
+    warp = 64 if amd else 32
     found = [
         Tile(block, warps, registers)
         for block in BLOCKS
         for warps in WARPS
         for registers in (REGISTERS[:1] if amd else REGISTERS)
-        for columns in [block // (lanes * warps)]
-        if columns * line[2] >= LOAD and columns <= MOST_COLUMNS and lanes * warps * (registers or 0) <= REGISTER_FILE
+        for columns in [block // (warp * warps)]
+        if columns * line[2] >= LOAD and columns <= MOST_COLUMNS and warp * warps * (registers or 0) <= REGISTER_FILE
     ]
     return list(dict.fromkeys([chosen(line), *found]))

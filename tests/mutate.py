@@ -33,7 +33,7 @@ from _pytest.runner import runtestprotocol
 from tqdm import tqdm
 
 import fusedkd
-from fusedkd.kernels import columns, maths, mixture, online, split
+from fusedkd.kernels import columns, decomposition, maths, mixture, moments
 from fusedkd.kernels.divergence import Definition, Derived
 from fusedkd.kernels.divergences import REGISTRY, definitions
 from fusedkd.kernels.mixture import SATURATING
@@ -94,7 +94,7 @@ def spoiled(original: Callable[..., Any], at: int | None, change: Change, versio
             return change(made, version)
         members = list(made)
         members[at] = change(members[at], version)
-        return type(made)(members) if type(made) is not tuple else tuple(members)
+        return made._make(members) if hasattr(made, "_make") else tuple(members)
 
     return wrong
 
@@ -352,18 +352,18 @@ def in_shared_maths() -> Iterator[Mutant]:
         yield from in_function(f"maths.{fn}", getattr(maths, fn), one, ("1 % off",), stages)
     several = {
         "mixture.log_mixture": (mixture.log_mixture, ("log(m/q)", "log(m/p)", "far")),
-        "split.binary": (split.binary, ("log q_y", "log p_y", "δ_y", "log Q", "log P", "δ_Q")),
-        "split.offsets": (split.offsets, ("l_s", "l_t", "r")),
-        "split.assemble": (split.assemble, ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T")),
-        "split.about_side": (split.about_side, ("entropy", "logprob", "lse")),
+        "decomposition.binary": (decomposition.binary, ("log q_y", "log p_y", "δ_y", "log Q", "log P", "δ_Q")),
+        "decomposition.offsets": (decomposition.offsets, ("l_s", "l_t", "r")),
+        "decomposition.assemble": (decomposition.assemble, ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T")),
+        "decomposition.about_side": (decomposition.about_side, ("entropy", "logprob", "lse")),
         "columns.centred": (columns.centred, ("z", "u", "d")),
         "columns.target_terms": (columns.target_terms, ("z_y", "u_y", "d_y", "own u_y")),
-        "online._shift": (online._shift, ("Z", "A", "B")),
-        "online.remainder_sums": (online.remainder_sums, ("total", "slope")),
-        "online.entropies_advance": (online.entropies_advance, ("student", "teacher", "Σ e^u")),
-        "online.cross_entropy_advance": (online.cross_entropy_advance, ("maximum", "sum")),
+        "moments._shift": (moments._shift, ("Z", "A", "B")),
+        "moments.remainder_sums": (moments.remainder_sums, ("total", "slope")),
+        "moments.entropies_advance": (moments.entropies_advance, ("student", "teacher", "Σ e^u")),
+        "moments.cross_entropy_advance": (moments.cross_entropy_advance, ("maximum", "sum")),
     }
-    on_numbers = ("mixture.log_mixture", "split.binary", "split.assemble")  # what cpu.by_row runs
+    on_numbers = ("mixture.log_mixture", "decomposition.binary", "decomposition.assemble")  # what cpu.by_row runs
     for name, (formula, outputs) in several.items():
         unused = () if name in on_numbers else ("scalar",)
         yield from in_function(name, formula, dict(enumerate(outputs)), ("1 % off",), stages, unused)

@@ -23,7 +23,7 @@ from fusedkd.kernels.divergence import Definition, Derived
 from fusedkd.kernels.divergences import REGISTRY, definitions
 from fusedkd.kernels.language import jit, tl
 from fusedkd.kernels.mixture import SATURATING
-from fusedkd.kernels.online import log_sum
+from fusedkd.kernels.moments import log_sum
 
 FILES = sorted((Path(__file__).parent.parent / "kernels/divergences").glob("[!_]*.py"))
 AB_LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, -0.3), (0.0, 0.0), (0.0, 0.6), (0.6, 0.0), (0.01, 0.8), (1, 1)]

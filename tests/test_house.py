@@ -205,3 +205,24 @@ def test_import_is_light() -> None:
     brought = {name.split(".")[0] for name in python(code).split()}
     assert "fusedkd" in brought
     assert not brought & {"transformers", "tokenizers", "matplotlib", "tqdm", "numpy", "bench"}
+
+
+KEYS = """
+import triton.language as tl
+from fusedkd.kernels import args, logprobs, parts, rows, streaming
+
+args._LAYOUTS = tl.constexpr(LAYOUTS) if LAYOUTS else args._LAYOUTS
+kernels = [
+    rows._value, rows._gradient, streaming._absorb, streaming._add_sums, streaming._gradient, logprobs._value,
+    logprobs._gradient, parts._deposit, parts._sums, parts._conclude, parts._gradient, parts._one_read,
+]
+print(*(kernel.cache_key for kernel in kernels))
+"""
+
+
+def test_another_layout_is_another_kernel() -> None:
+    """Triton's cache does not give the kernels of one order of a row's numbers in memory to another order."""
+    now, again, other = (python(f"LAYOUTS = {text!r}\n{KEYS}").split() for text in (None, None, "another order"))
+    assert now == again
+    assert len(set(now)) == len(now)
+    assert not set(now) & set(other)

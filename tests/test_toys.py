@@ -15,12 +15,12 @@ from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd.kernels.divergence import Definition, Online
+from fusedkd.kernels.divergence import Definition, OnlineForm
 from fusedkd.kernels.divergences import REGISTRY
-from fusedkd.kernels.lanes import lane_sum
 from fusedkd.kernels.language import formula, jit, tl
 from fusedkd.kernels.maths import expm1, expm1_product, log1p
-from fusedkd.kernels.online import log_sum
+from fusedkd.kernels.moments import log_sum
+from fusedkd.kernels.thread_sums import thread_sum
 
 
 @formula
@@ -53,10 +53,10 @@ def chi_squared_advance(state, move, z, u, d, ez, eu, live, theta):
     first, second = _shifted(z_s, first, second, x)
     scale = tl.exp(log_s)
     gap = expm1_product(ez, eu, d)
-    z_s = scale * z_s + lane_sum(tl.where(live, ez, 0.0))
-    z_t = tl.exp(log_t) * z_t + lane_sum(tl.where(live, eu, 0.0))
-    first = scale * first + lane_sum(tl.where(live, gap, 0.0))
-    second = scale * second + lane_sum(tl.where(live, gap * expm1(d), 0.0))
+    z_s = scale * z_s + thread_sum(tl.where(live, ez, 0.0))
+    z_t = tl.exp(log_t) * z_t + thread_sum(tl.where(live, eu, 0.0))
+    first = scale * first + thread_sum(tl.where(live, gap, 0.0))
+    second = scale * second + thread_sum(tl.where(live, gap * expm1(d), 0.0))
     return z_s, z_t, first, second
 
 
@@ -102,7 +102,7 @@ TOYS = {
         chi_squared_term,
         chi_squared_reference,
         reads_logs=False,
-        online=Online(chi_squared_init, chi_squared_advance, chi_squared_ratio, chi_squared_sums),
+        online=OnlineForm(chi_squared_init, chi_squared_advance, chi_squared_ratio, chi_squared_sums),
     ),
     "toy_distance": Definition("toy_distance", distance_term, distance_reference),
 }
@@ -153,7 +153,7 @@ def careless_advance(state, move, z, u, d, ez, eu, live, theta):
 def test_a_sum_over_all_threads_is_refused(advance: Any) -> None:
     """A definition whose one-sweep form would be wrong on a GPU is not made, and the error says what to write."""
     online = TOYS["toy_chi_squared"].online._replace(advance=advance)
-    with pytest.raises(ValueError, match=r"'toy' reduces a tile by tl\.sum in _whole_sum.*lane_sum"):
+    with pytest.raises(ValueError, match=r"'toy' reduces a tile by tl\.sum in _whole_sum.*thread_sum"):
         Definition("toy", chi_squared_term, chi_squared_reference, online=online)
 
 

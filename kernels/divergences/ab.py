@@ -22,11 +22,11 @@ import functools
 
 import torch
 
-from ..divergence import Definition, Online, Parameter
-from ..lanes import lane_sum
+from ..divergence import Definition, OnlineForm, Parameter
 from ..language import formula, tl, torch_twin
 from ..maths import LOG2E, Summand, expm1_ratio
-from ..online import moments_advance, moments_ratio
+from ..moments import moments_advance, moments_ratio
+from ..thread_sums import thread_sum
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
 _PLAIN = 0.1  # relative size from which a plain difference of weights keeps its digits
@@ -180,11 +180,11 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     w = power(c, z)
     v = mixed_power(alpha, u, beta, z)
     p = power(c, u)
-    weight = to_w * weight + lane_sum(tl.where(live, w, 0.0))
-    first = moved[0] + lane_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
-    second = moved[1] + lane_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
-    mixed_sum = to_v * mixed_sum + lane_sum(tl.where(live, v, 0.0))
-    teacher_sum = to_u * teacher_sum + lane_sum(tl.where(live, p, 0.0))
+    weight = to_w * weight + thread_sum(tl.where(live, w, 0.0))
+    first = moved[0] + thread_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
+    second = moved[1] + thread_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
+    mixed_sum = to_v * mixed_sum + thread_sum(tl.where(live, v, 0.0))
+    teacher_sum = to_u * teacher_sum + thread_sum(tl.where(live, p, 0.0))
     return z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum
 
 
@@ -239,5 +239,5 @@ AB = Definition(
         _EXPONENT("alpha", 0.2, "exponent of p; float32 overflows beyond"),
         _EXPONENT("beta", 0.7, "exponent of q; float32 overflows beyond"),
     ),
-    online=Online(init, advance, ratio, sums, tile="heavy"),
+    online=OnlineForm(init, advance, ratio, sums, tile="heavy"),
 )

@@ -58,22 +58,20 @@ def _image(x):
 
 
 @jit
-def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+def gather(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
     """The weights of both KLs."""
-    place, y, V, inv_tau, mix, centre = view
-    logq_y, logp_y, delta_y, present = label
-    l_s, l_t, r = at
     mu = theta[0]
     low = tl.full((), -2147483648, tl.int64)  # F > μ here, unless everything is in the head
     high = tl.full((), 2147483648, tl.int64)  # F ≤ μ here
     for _ in range(0, 16):
         part = (high - low + 3) // 4
         first, second, third = 0.0, 0.0, 0.0
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            s, t, live, slope = load_pair(student, teacher, place, cols, cols < V, cols < 0)
-            p = tl.where(live, tl.exp(((t - centre[1]) - centre[2]) * inv_tau - l_t), 0.0)
-            image = _image(t)
+        for start in range(0, ctx.V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+            x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < 0)
+            u = ((x.t - ctx.centre.c_t) - ctx.centre.k) * ctx.inv_tau
+            p = tl.where(x.live, tl.exp(u - at.l_t), 0.0)
+            image = _image(x.t)
             first += tl.sum(tl.where(image >= low + part, p, 0.0))
             second += tl.sum(tl.where(image >= low + 2 * part, p, 0.0))
             third += tl.sum(tl.where(image >= low + 3 * part, p, 0.0))
@@ -84,14 +82,14 @@ def gather(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr)
         low = new_low
     high = tl.where(mu >= 1, -2147483648, high)
 
-    gap_y = tl.abs(expm1_product(tl.exp(logq_y), tl.exp(logp_y), delta_y))
+    gap_y = tl.abs(expm1_product(tl.exp(label.logq), tl.exp(label.logp), label.delta))
     head, tail, favourite = 0.0, 0.0, 0.0
     top = tl.full((), -2147483649, tl.int64)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
-        gap = tl.where(live, tl.abs(expm1_product(q, p, delta)), 0.0)
-        is_label = (cols == y) & present
+    for start in range(0, ctx.V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        x, live, t = columns(student, teacher, ctx, at, cols)
+        gap = tl.where(live, tl.abs(expm1_product(x.q, x.p, x.delta)), 0.0)
+        is_label = (cols == ctx.y) & label.present
         gap = tl.where(is_label, gap_y, gap)
         image = tl.where(live | is_label, _image(t), -2147483649)
         head += tl.sum(tl.where(image >= high, gap, 0.0))

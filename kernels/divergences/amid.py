@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from ..columns import columns
+from ..decomposition import or_infinite
 from ..divergence import TWO_SWEEPS, Definition, Derived, Form, Gather, Parameter
 from ..language import formula, jit, tl
 from ..maths import expm1_product, log1p
 from ..mixture import log_mixture
-from ..online import log_sum
-from ..split import or_infinite
+from ..moments import log_sum
 from .ab import AB
 from .ab import term as ab_term
 
@@ -100,17 +100,17 @@ def log_total(near, far):
 
 
 @jit
-def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr):
+def _gather(student, teacher, ctx, at, label, theta, PARTS, BLOCK: tl.constexpr):
     """(log R, Φ), (F, Σ phi): two sweeps over the columns, the label's added by hand."""
-    logq_y, logp_y, delta_y, present = label
+    logq_y, logp_y, delta_y, present = label.logq, label.logp, label.delta, label.present
     q_y = tl.exp(logq_y)
     near, far = growth(q_y, logq_y, logp_y, delta_y, theta)
     near = tl.where(present, near, 0.0)
     far = tl.where(present, far, 0.0)
-    for start in range(0, view[2], BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
-        more, r = growth(q, logq, logp, delta, theta)
+    for start in range(0, ctx.V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        x, live, t = columns(student, teacher, ctx, at, cols)
+        more, r = growth(x.q, x.logq, x.logp, x.delta, theta)
         near += tl.sum(tl.where(live, more, 0.0))
         far += tl.sum(tl.where(live, r, 0.0))
     log_r_sum = log_total(near, far)
@@ -118,29 +118,29 @@ def _gather(student, teacher, view, at, label, theta, PARTS, BLOCK: tl.constexpr
     f_y, phi_y, share_y, r_y, direct_y = PARTS(q_y, tl.exp(logp_y), logq_y, logp_y, delta_y, known)
     mass = tl.where(present, phi_y, 0.0)
     total, shared, weight, direct, widest = 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, view[2], BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        q, p, logq, logp, delta, d, live, t = columns(student, teacher, view, at, cols)
-        f, phi, share, r, past = PARTS(q, p, logq, logp, delta, known)
+    for start in range(0, ctx.V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        x, live, t = columns(student, teacher, ctx, at, cols)
+        f, phi, share, r, past = PARTS(x.q, x.p, x.logq, x.logp, x.delta, known)
         total += tl.sum(tl.where(live, f, 0.0))
         mass += tl.sum(tl.where(live, phi, 0.0))
         shared += tl.sum(tl.where(live, share * phi, 0.0))
         weight += tl.sum(tl.where(live, share * r, 0.0))
         direct += tl.sum(tl.where(live, past, 0.0))
-        widest = tl.maximum(widest, tl.max(tl.where(live, d, 0.0)))
+        widest = tl.maximum(widest, tl.max(tl.where(live, x.d, 0.0)))
     return (log_r_sum, mass), (or_infinite(total, widest), shared - mass * weight + direct)
 
 
 @jit
-def gather_teacher(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+def gather_teacher(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
     """For orders pr and rp."""
-    return _gather(student, teacher, view, at, label, theta, parts_teacher, BLOCK)
+    return _gather(student, teacher, ctx, at, label, theta, parts_teacher, BLOCK)
 
 
 @jit
-def gather_student(student, teacher, view, state, at, label, theta, BLOCK: tl.constexpr):
+def gather_student(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
     """For orders qr and rq."""
-    return _gather(student, teacher, view, at, label, theta, parts_student, BLOCK)
+    return _gather(student, teacher, ctx, at, label, theta, parts_student, BLOCK)
 
 
 def _whole_rows(parts: Any) -> Any:

@@ -1,6 +1,6 @@
 """The decoupled form of any divergence D: target·D(b_p, b_q) + nontarget·D(p̂, q̂).
 
-b is the binary distribution (target, rest), hats are the rows renormalised without the target (derived in split.py).
+b is the binary distribution (target, rest), hats are the rows renormalised without the target (see decomposition.py).
 Gradient: dL/dz_y = T = target·[Q phi_y − q_y phi(P,Q)]; dL/dz_k = nontarget·[phi(p̂_k, q̂_k) − q̂_k Φ̂] − T q̂_k.
 With base fkl this is DKD with weights (target, nontarget) = (α, β), with base rkl and (1, γ) it is DRKL. The decoupled
 forms of the others are derived here; we know of no publication that has them.

@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation, α·TCKD + β·NCKD: the decoupled form (split.py) of forward KL.
+"""Decoupled knowledge distillation, α·TCKD + β·NCKD: the decoupled form (decomposition.py) of forward KL.
 
     TCKD = KL(b_p‖b_q)        NCKD = KL(p̂‖q̂)        KL(p‖q) = TCKD + (1 − p_y)·NCKD
 

@@ -3,7 +3,7 @@
     DRKL_γ = KL(b_q‖b_p) + γ·KL(q̂‖p̂)
 
 b is the binary distribution (target, rest), hats are the rows renormalised without the target. It is the decoupled form
-(split.py) of rkl.py with weights (1, γ).
+(decomposition.py) of rkl.py with weights (1, γ).
 Gradient: dL/dz_y = B = q_y (1 − q_y)(a_q − a_p), a = log-odds of the target; dL/dz_k = q̂_k [γ (E_q̂[d] − d_k) − B]
 with d = u − z. RKL's push on the target logit by the non-target tokens, −q_y (1 − q_y) KL(q̂‖p̂), is gone exactly, and
 the tail keeps its gradient as q_y → 1.

@@ -4,7 +4,7 @@ Summand: f = p·rem2(−δ) with rem2(x) = e^x − 1 − x: adding Σ(q − p) =
 divergence is a sum of tiny terms instead of a difference of large ones.
 Gradient: phi = ∂f/∂log q = q − p = p·expm1(−δ); Φ = Σ phi = 0, so dL/dz_k = q_k − p_k. No force of the non-target
 tokens acts on the target logit: dL_N/dz_y = 0.
-One sweep: KL(p‖q) = B'/Z_t − (x − log1p(x)) from teacher-weighted moments, x = (A' + B')/Z_t (online.py).
+One sweep: KL(p‖q) = B'/Z_t − (x − log1p(x)) from teacher-weighted moments, x = (A' + B')/Z_t (moments.py).
 Edge cases: p = 0 contributes nothing; q = 0 < p gives inf in value, and a finite gradient elsewhere.
 Source: Kullback and Leibler 1951; distillation: Hinton et al. 2015 (arXiv 1503.02531), eq. 2-4 (up to the teacher's
 entropy, which this value does not contain, and τ²).
@@ -12,10 +12,10 @@ entropy, which this value does not contain, and τ²).
 
 import torch
 
-from ..divergence import Definition, Online
+from ..divergence import Definition, OnlineForm
 from ..language import formula, tl
 from ..maths import expm1_product, rem2_product
-from ..online import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
+from ..moments import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
 
 
 @formula
@@ -46,5 +46,5 @@ FKL = Definition(
     term,
     reference,
     reads_logs=False,
-    online=Online(moments_init, teacher_moments_advance, teacher_moments_ratio, sums),
+    online=OnlineForm(moments_init, teacher_moments_advance, teacher_moments_ratio, sums),
 )

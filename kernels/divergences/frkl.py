@@ -2,16 +2,16 @@
 
 Summand: the same mean of those of fkl.py and rkl.py.
 Gradient: phi = (1−w)(q − p) − w q δ, so dL/dz_k = (1−w)(q_k − p_k) − w q_k (δ_k + KL(q‖p)).
-One sweep: student- and teacher-weighted moments side by side (online.py).
+One sweep: student- and teacher-weighted moments side by side (moments.py).
 Edge cases: those of the two parts; at w = 1 a column with q = 0 < p is no longer infinite.
 Source: the weighted sum of DistiLLM's code (symmetric_kl) and of Wu et al., AKL, COLING 2025 (arXiv 2404.02657).
 """
 
 import torch
 
-from ..divergence import Definition, Online, Parameter
+from ..divergence import Definition, OnlineForm, Parameter
 from ..language import formula, tl
-from ..online import moments_advance, moments_ratio, teacher_moments_advance
+from ..moments import moments_advance, moments_ratio, teacher_moments_advance
 from .fkl import reference as forward_reference
 from .fkl import sums as forward_sums
 from .fkl import term as forward_term
@@ -74,6 +74,6 @@ FRKL = Definition(
     term,
     reference,
     parameters=(Parameter("w", 0.5, "0: forward KL, 1: reverse KL", low=0.0, high=1.0),),
-    online=Online(init, advance, ratio, sums, tile="heavy"),
+    online=OnlineForm(init, advance, ratio, sums, tile="heavy"),
     reads_logs=False,
 )

@@ -3,17 +3,17 @@
 Summand: f = q·rem2(δ) with rem2(x) = e^x − 1 − x: adding Σ(p − q) = 0 makes every term non-negative.
 Gradient: phi = ∂f/∂log q = −q·δ and Φ = KL(q‖p), so dL/dz_k = −q_k (δ_k + KL(q‖p)). The non-target tokens push the
 target logit up by q_y (1 − q_y) KL(q̂‖p̂), also where q_y = p_y: what DRKL removes (drkl.py).
-One sweep: KL(q‖p) = B/Z − (x − log1p(x)) from student-weighted moments, x = (A + B)/Z (online.py).
+One sweep: KL(q‖p) = B/Z − (x − log1p(x)) from student-weighted moments, x = (A + B)/Z (moments.py).
 Edge cases: q = 0 contributes nothing; p = 0 < q would be +inf, which the support rule prevents.
 Source: Kullback and Leibler 1951; distillation of language models: Gu et al., MiniLLM, ICLR 2024, eq. 1.
 """
 
 import torch
 
-from ..divergence import Definition, Online
+from ..divergence import Definition, OnlineForm
 from ..language import formula
 from ..maths import rem2_product
-from ..online import moments_advance, moments_init, moments_ratio, remainder_sums
+from ..moments import moments_advance, moments_init, moments_ratio, remainder_sums
 
 
 @formula
@@ -37,5 +37,5 @@ def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
 
 
 RKL = Definition(
-    "rkl", term, reference, reads_logs=False, online=Online(moments_init, moments_advance, moments_ratio, sums)
+    "rkl", term, reference, reads_logs=False, online=OnlineForm(moments_init, moments_advance, moments_ratio, sums)
 )

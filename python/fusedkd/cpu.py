@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .kernels.decomposition import ABSENT, binary, offsets, or_infinite, settle
 from .kernels.maths import Summand, exp, row_dots, softplus, tanh
 from .kernels.rows import Problem, Side
-from .kernels.split import ABSENT, binary, offsets, or_infinite, settle
 
 BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
 _FEW = 16  # rows whose scalars Python calculates faster than torch does
@@ -348,7 +348,7 @@ def _difference(
     anchored: bool,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d = u − z; `anchored` brings each side near 0 first, so that a large offset rounds nothing (online.py)."""
+    """d = u − z; `anchored` brings each side near 0 first, so that a large offset rounds nothing (moments.py)."""
     if anchored:
         c_s, c_t = (torch.floor(x * 4 + 0.5) / 4 for x in tops)
         d = torch.sub(t, c_t, out=out).sub_(s - c_s).sub_((tops[1] - c_t) - (tops[0] - c_s))

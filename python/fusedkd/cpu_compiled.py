@@ -20,12 +20,12 @@ import torch
 from . import cpu
 from .cpu import columnwise, floor_rows, row_blocks, shaped, stored
 from .kernels.columns import above_centre, at_offsets, centre_of, centred, mixed, no_maxima
-from .kernels.divergence import Definition, Online
-from .kernels.lanes import lane_max, lane_sum
+from .kernels.decomposition import ABSENT, about_side, meet, or_infinite, settle
+from .kernels.divergence import Definition, OnlineForm
 from .kernels.maths import exp
-from .kernels.online import entropies_advance, log_sum
+from .kernels.moments import entropies_advance, log_sum
 from .kernels.rows import Problem, Side
-from .kernels.split import ABSENT, about_side, meet, or_infinite, settle
+from .kernels.thread_sums import thread_max, thread_sum
 
 __all__ = ["check", "floor_rows", "gradient", "refusal", "value", "value_and_gradient"]
 
@@ -64,7 +64,7 @@ class _Kind(NamedTuple):
     """What a graph is compiled for; everything else in it is a tensor."""
 
     definition: Definition
-    online: Online
+    online: OnlineForm
     decoupled: bool
     argmax: bool
     with_stats: bool
@@ -122,12 +122,12 @@ def _columns(pair: _Pair, argmax: bool) -> _Columns:
 
 def _centre(s: torch.Tensor, t: torch.Tensor, inv_tau: torch.Tensor, mix: tuple[Any, ...]) -> tuple[Any, Any]:
     """The maxima of whole rows and what logits are measured from, as columns.raise_maxima finds them tile by tile."""
-    top_s, top_t = (lane_max.torch(x).clamp(min=no_maxima.torch()[0]) for x in (s, t))
+    top_s, top_t = (thread_max.torch(x).clamp(min=no_maxima.torch()[0]) for x in (s, t))
     maxima = (top_s, top_t, 0.0)
     centre = centre_of.torch(maxima, inv_tau, ())
     if not mix:
         return maxima, centre
-    maxima = (top_s, top_t, lane_max.torch(mixed.torch(*above_centre.torch(s, t, centre), mix)))
+    maxima = (top_s, top_t, thread_max.torch(mixed.torch(*above_centre.torch(s, t, centre), mix)))
     return maxima, centre_of.torch(maxima, inv_tau, mix)
 
 
@@ -142,7 +142,7 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         s_y, t_y = (cpu.or_unknown(x.gather(1, y)) for x in (s, t))
         present = live.gather(1, y)
         live = live & ~held
-    # What does not count has e^z = e^u = 0, and may then be called live (online.py).
+    # What does not count has e^z = e^u = 0, and may then be called live (moments.py).
     s, t = torch.where(live, s, ABSENT), torch.where(live, t, ABSENT)
     maxima, centre = _centre(s, t, inv_tau, mix)
     z, u, d = centred.torch(s, t, centre, inv_tau, mix)
@@ -162,7 +162,7 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         total, mass = online.sums.torch(state, *at, theta)
     else:
         f, phi = kind.definition.term.torch(q, p, logq, logp, delta, theta)
-        total, mass = (lane_sum.torch(torch.where(live, x, 0.0)) for x in (f, phi))
+        total, mass = (thread_sum.torch(torch.where(live, x, 0.0)) for x in (f, phi))
         total = or_infinite.torch(total, torch.where(live, d, 0.0).amax(-1, keepdim=True))
     settled = settle.torch(
         total, mass, target, present, theta, *numbers.weights, kind.definition.term.torch, kind.decoupled
@@ -232,7 +232,7 @@ def _gradient(
         likeliest = likeliest & ~held
         g = torch.where(held, grad_y, g)
     g = torch.where(counts & ~likeliest, g, 0.0) * (upstream * numbers.factor * numbers.inv_tau)
-    entry = -lane_sum.torch(g)
+    entry = -thread_sum.torch(g)
     top = torch.where(likeliest, _numbered(t), -1).amax(-1, keepdim=True)
     at = top.clamp(min=0).long()
     to, V = pair.student[0] if out is None else out, t.shape[1]

@@ -3,9 +3,9 @@
 import torch
 
 from .cpu import logits, or_unknown, row_blocks
+from .kernels.decomposition import about_side
 from .kernels.maths import exp
 from .kernels.rows import Side
-from .kernels.split import about_side
 
 
 def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> None:

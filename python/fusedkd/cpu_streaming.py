@@ -10,10 +10,10 @@ import torch
 
 from .cpu import columnwise, logits, or_unknown, row_blocks
 from .kernels.columns import centred, raise_maxima
+from .kernels.decomposition import ABSENT
 from .kernels.maths import exp
-from .kernels.online import cross_entropy_advance, entropies_advance
+from .kernels.moments import cross_entropy_advance, entropies_advance
 from .kernels.rows import Problem, Side
-from .kernels.split import ABSENT
 from .kernels.streaming import CARRY, online_of
 
 

@@ -21,9 +21,9 @@ from .call import LossCall, problem_of, sources_of, wide_dtype
 from .cpu import conclude, values_at
 from .dtypes import accumulation_dtype, gradient_dtype, size_of
 from .kernels import streaming as triton_streaming
-from .kernels.online import log_sum
+from .kernels.decomposition import ABSENT, about_side, meet, or_infinite
+from .kernels.moments import log_sum
 from .kernels.rows import SAVED, STATS, Problem, Side
-from .kernels.split import ABSENT, about_side, meet, or_infinite
 from .kernels.streaming import CARRY, EMPTY, FOUND, online_of
 from .planner import LIKELIEST_ROWS
 from .sides import Source
@@ -46,7 +46,7 @@ class _Met(NamedTuple):
     """Everything about the rows that does not need the sums: (n,) each."""
 
     saved: Tensor  # (n, SAVED), the gradient's a, b, T still missing
-    pair: tuple[Tensor, ...]  # split.binary
+    pair: tuple[Tensor, ...]  # decomposition.binary
     extras: tuple[Tensor, ...]
     present: Tensor
     empty: Tensor

@@ -17,23 +17,24 @@ Either way the gradient sweep is dL/dz_k = a·phi_k + b·q_k with phi and q take
 The forms above subtract nothing that cancels when q_y → 1; h_y − q_y H would.
 
 Offsets: log q_k = z_k − c_s − l_s and δ_k = log p_k − log q_k = d_k − r, where d is centred on the two row maxima and
-r = log(Z_t/Z_s) comes from second-order sums (online.py), never from a difference of two log-sum-exps.
+r = log(Z_t/Z_s) comes from second-order sums (moments.py), never from a difference of two log-sum-exps.
 
 Sources: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7 (decoupled FKL: TCKD, NCKD); Luong, Tran and
 Chen, arXiv 2604.00223 (decoupled RKL with a constant weight). The two structures for a general f are derived here.
 """
 
+from .args import Binary, Decomposition, LogNorms, OwnTerms, RowNorms, SideStats
 from .columns import centre_of, target_terms
 from .language import formula, tl
 from .maths import expm1, log1p, softplus
-from .online import log_sum
+from .moments import log_sum
 
 ABSENT = -1e30  # log-probability of a column that is not there; finite, so that 0 · ABSENT = 0
 
 
 @formula
 def binary(log_zs, log_zt, r, zy, uy, dy):
-    """Target against rest: log q_y, log p_y, δ_y, log Q, log P, δ_Q.
+    """Binary: log q_y, log p_y, δ_y, log Q, log P, δ_Q of the target against the rest.
 
     zy, uy, dy are the label's centred student logit, teacher logit and their difference; ABSENT, ABSENT, r if no label
     is held out.
@@ -49,34 +50,34 @@ def binary(log_zs, log_zt, r, zy, uy, dy):
     small = tl.where(near, gap, 0.0)
     delta_y = tl.where(near, -log1p(tl.exp(log_rest_q) * expm1(-small)), logp_y - logq_y)
     delta_rest = tl.where(near, -log1p(tl.exp(logq_y) * expm1(small)), log_rest_p - log_rest_q)
-    return logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest
+    return Binary(logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
 
 
 @formula
 def offsets(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, DECOUPLED: tl.constexpr):
-    """(l_s, l_t, r) at which the non-target columns are evaluated: conditional if decoupled, full otherwise."""
+    """LogNorms at which the non-target columns are evaluated: conditional if decoupled, full otherwise."""
     if DECOUPLED:
-        return log_zs, log_zt, r
+        return LogNorms(log_zs, log_zt, r)
     else:
-        return log_zs - log_rest_q, log_zt - log_rest_p, r - delta_rest
+        return LogNorms(log_zs - log_rest_q, log_zt - log_rest_p, r - delta_rest)
 
 
 @formula
 def meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED: tl.constexpr):
-    """Centre, offsets, `binary`, and (log Z_s, z_y, the unmixed u_y) of a row whose statistics are complete."""
+    """RowNorms of a row whose Maxima and online state are those of all its columns."""
     centre = centre_of(maxima, inv_tau, mix)
     log_zs = log_sum(state[0])
     log_zt = log_sum(state[1])
     r = RATIO(state)
     zy, uy, dy, own_uy = target_terms(s_y, t_y, present, centre, inv_tau, mix, r)
     pair = binary(log_zs, log_zt, r, zy, uy, dy)
-    at = offsets(log_zs, log_zt, r, pair[3], pair[4], pair[5], DECOUPLED)
-    return centre, at, pair, (log_zs, zy, own_uy)
+    at = offsets(log_zs, log_zt, r, pair.log_rest_q, pair.log_rest_p, pair.delta_rest, DECOUPLED)
+    return RowNorms(centre, at, pair, OwnTerms(log_zs, zy, own_uy))
 
 
 @formula
 def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
-    """Loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient sweep's a, b, T, from F = total and Φ = mass.
+    """Decomposition: loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient's a, b, T, from F = total and Φ = mass.
 
     A loss of NaN makes b and T NaN, and with them the whole row of the gradient: a phi may compare and see no NaN.
     """
@@ -101,12 +102,13 @@ def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targ
     known = loss == loss
     slope = tl.where(known, slope, loss)
     grad_y = tl.where(known, grad_y, loss)
-    return loss, target_loss, nontarget_loss, target_grad, nontarget_grad, nontarget + 0.0 * q_y, slope, grad_y
+    a = nontarget + 0.0 * q_y
+    return Decomposition(loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, slope, grad_y)
 
 
 @formula
 def settle(total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED: tl.constexpr):
-    """`assemble` with the terms of the target and of the rest evaluated: from F, Φ and what `binary` returned."""
+    """Decomposition from F, Φ and Binary: `assemble` with the terms of the target and of the rest evaluated."""
     logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     f_y, phi_y = TERM(tl.exp(logq_y), tl.exp(logp_y), logq_y, logp_y, delta_y, theta)
     f_y = tl.where(present, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
@@ -123,7 +125,7 @@ def or_infinite(total, widest):
 
 @formula
 def about_side(log_z, warmth, x_y, shift, alone, present, empty):
-    """Entropy, log-probability of the target and log-sum-exp of one side.
+    """SideStats: entropy, log-probability of the target and log-sum-exp of one side.
 
     log_z and warmth = Σ e^x x are of the other columns, x_y is the target's, all above `shift`; `alone` is the target's
     logit where there are no others.
@@ -133,4 +135,4 @@ def about_side(log_z, warmth, x_y, shift, alone, present, empty):
     about_target = tl.where(present, tl.exp(logprob) * x_y, 0.0)
     entropy = tl.where(empty, 0.0, lse - warmth * tl.exp(-lse) - about_target)
     logprob = tl.where(present, tl.where(logprob <= -1e29, float("-inf"), logprob), float("-inf"))
-    return entropy, logprob, tl.where(empty, alone, lse + shift)
+    return SideStats(entropy, logprob, tl.where(empty, alone, lse + shift))

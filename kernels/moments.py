@@ -15,18 +15,19 @@ partial rows merge. Far apart (B/Z ≥ 1/2) it is the remainders that cancel, an
 Every online state starts with Z_s, Z_t. Functions that a divergence may bring of its own, each a `formula`:
 
     init() -> state                                         zeros
-    advance(state, move, z, u, d, ez, eu, live, theta)      rescale by the move of the maxima, add a tile, by `lane_sum`
+    advance(state, move, z, u, d, ez, eu, live, theta)      rescale by the move of the maxima, add a tile: thread_sum
     ratio(state) -> r
-    sums(state, l_s, l_t, r, theta) -> (F, Φ)               at any row offsets (split.py)
+    sums(state, l_s, l_t, r, theta) -> (F, Φ)               at any row offsets (decomposition.py)
 
 A column that does not count has e^z = e^u = 0 and may be called live: what is summed must vanish with these two.
 
 `move` = (log ρ_s, log ρ_t, Δ): old centres minus new ones, and their difference by which d falls, all over τ.
 """
 
-from .lanes import across, lane_max, lane_sum
+from .args import EntropySums, LogSumExp
 from .language import formula, tl
 from .maths import expm1_product, log1p, rem2_product
+from .thread_sums import broadcast_per_thread, thread_max, thread_sum
 
 
 @formula
@@ -37,23 +38,26 @@ def log_sum(z):
 
 @formula
 def entropies_advance(warmth, zeroth, log_s, log_t, z, u, live):
-    """(Σ e^z z, Σ e^u u, Σ e^u) with a tile; zeroth is Z_s before it, and log_s, log_t say how z and u move."""
+    """EntropySums with a tile; zeroth is Z_s before it, and log_s, log_t say how z and u move."""
     warm_s, warm_t, sum_t = warmth
     to_s = tl.exp(log_s)
     to_t = tl.exp(log_t)
     warm_s = to_s * warm_s + tl.where(to_s > 0, to_s * log_s, 0.0) * zeroth
     warm_t = to_t * warm_t + tl.where(to_t > 0, to_t * log_t, 0.0) * sum_t
-    warm_s += lane_sum(tl.where(live, tl.exp(z) * z, 0.0))
-    warm_t += lane_sum(tl.where(live, tl.exp(u) * u, 0.0))
-    sum_t = to_t * sum_t + lane_sum(tl.where(live, tl.exp(u), 0.0))
-    return warm_s, warm_t, sum_t
+    warm_s += thread_sum(tl.where(live, tl.exp(z) * z, 0.0))
+    warm_t += thread_sum(tl.where(live, tl.exp(u) * u, 0.0))
+    sum_t = to_t * sum_t + thread_sum(tl.where(live, tl.exp(u), 0.0))
+    return EntropySums(warm_s, warm_t, sum_t)
 
 
 @formula
 def cross_entropy_advance(cross, s, live):
-    """The maximum and the sum of exponentials of a log-sum-exp, with a tile."""
-    top = tl.maximum(cross[0], lane_max(s))
-    return top, cross[1] * tl.exp(cross[0] - top) + lane_sum(tl.where(live, tl.exp(s - across(top)), 0.0))
+    """LogSumExp with a tile."""
+    old, total = cross
+    top = tl.maximum(old, thread_max(s))
+    return LogSumExp(
+        top, total * tl.exp(old - top) + thread_sum(tl.where(live, tl.exp(s - broadcast_per_thread(top)), 0.0))
+    )
 
 
 @formula
@@ -76,10 +80,10 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
     z_s, z_t, first, second = state
     to_t = tl.exp(log_t)
     z_s, first, second = _shift(z_s, first, second, tl.exp(log_s), to_t, x)
-    z_s += lane_sum(tl.where(live, ez, 0.0))
-    z_t = to_t * z_t + lane_sum(tl.where(live, eu, 0.0))
-    first += lane_sum(tl.where(live, ez * d, 0.0))
-    second += lane_sum(tl.where(live, rem2_product(ez, eu, d), 0.0))
+    z_s += thread_sum(tl.where(live, ez, 0.0))
+    z_t = to_t * z_t + thread_sum(tl.where(live, eu, 0.0))
+    first += thread_sum(tl.where(live, ez * d, 0.0))
+    second += thread_sum(tl.where(live, rem2_product(ez, eu, d), 0.0))
     return z_s, z_t, first, second
 
 
