@@ -52,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     elif not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "interpreter(reason): needs Triton's interpreter itself; --emulate skips it")
+    config.addinivalue_line("markers", "smoke: a look at every path in a minute on two cores (pytest -m smoke -n 2)")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone in this test")
     config.addinivalue_line("markers", "xdist_group: tests that one process runs (pytest-xdist)")
     if os.environ.get("TRITON_INTERPRET") == "1":

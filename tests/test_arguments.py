@@ -123,6 +123,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.smoke
 @each("mistake", ARGUMENTS)
 def test_arguments(mistake: str) -> None:
     """Each argument of kd_loss."""
@@ -175,6 +176,7 @@ DIVERGENCES: dict[str, tuple[tuple[str, dict[str, Any]], Any, tuple[str, ...]]] 
 }
 
 
+@pytest.mark.smoke
 @each("mistake", DIVERGENCES)
 def test_divergences(mistake: str) -> None:
     """Each argument of the factory."""
@@ -190,6 +192,7 @@ RANGED = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "parameter"), RANGED, ids=[f"{name}-{parameter.name}" for name, parameter in RANGED])
 def test_ranges(name: str, parameter: Parameter) -> None:
     """Both ends of a parameter's range are accepted, the next float behind either is refused with the range."""
@@ -252,6 +255,7 @@ HEADS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.smoke
 @each("mistake", HEADS)
 @each("role", ["student", "teacher"])
 def test_heads(mistake: str, role: str) -> None:

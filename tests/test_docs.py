@@ -38,6 +38,7 @@ def test_there_is_something_to_run() -> None:
     }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("page", [page for page, blocks in EXAMPLES.items() if blocks], ids=lambda page: page.stem)
 def test_examples(page: Path) -> None:
     """The blocks of a page run in order; what they assert holds."""
@@ -46,6 +47,7 @@ def test_examples(page: Path) -> None:
         exec(compile(block, str(page), "exec"), names)
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_emulator_in_a_script() -> None:
     """The page's example as it says: a process of its own, since this one may have Triton's interpreter."""

@@ -188,6 +188,7 @@ def test_dropped_rows_are_not_read(reduction: str, backend: str) -> None:
         assert torch.equal(ours, clean)
 
 
+@pytest.mark.smoke
 @each("kind", KINDS)
 @each("reduction", ["mean", "none"])
 def test_many_chunks(kind: str, reduction: str) -> None:
@@ -196,6 +197,7 @@ def test_many_chunks(kind: str, reduction: str) -> None:
     check_heads(*sides(kind, lead, 129), random_labels(lead, 129), ("drkl", {}), "torch", reduction=reduction)
 
 
+@pytest.mark.smoke
 def test_without_labels(backend: str) -> None:
     """A divergence that holds nothing out needs no labels."""
     for name in ("fkl", "rkl", "ab"):

@@ -50,6 +50,7 @@ def run(rows: Rows, case: Case, backend: str) -> tuple[Tensor, Tensor]:
 
 
 # Far apart the oracle has checked both twins; close together is where two ways to compute the same part.
+@pytest.mark.smoke
 @each("twin", TWINS)
 @pytest.mark.parametrize(("distance", "backend"), [(None, "torch"), (1.4e-2, "torch"), (1.4e-2, "triton")])
 def test_identity(twin: str, distance: float | None, backend: str) -> None:

@@ -148,6 +148,7 @@ def test_without_labels(case: Case, backend: str) -> None:
     check_logits(Rows.of(rows.student, rows.teacher, None), case, backend, typical=TYPICAL)
 
 
+@pytest.mark.smoke
 @each("case", DEFAULTS)
 def test_backends_agree(case: Case) -> None:
     """The same call on both backends: the same numbers, the same ignored rows."""

@@ -60,6 +60,7 @@ def test_every_way(case: Case, kind: str, reduction: str, backend: str) -> None:
     check_heads(*sides(kind), random_labels(LEAD, VOCABULARY), case, backend, reduction=reduction, schedule="streaming")
 
 
+@pytest.mark.smoke
 @each("case", [("rkl", {}), ("jsd", {})])
 @pytest.mark.parametrize(
     ("backend", "dtype"), [(b, d) for b, dtypes in DTYPES.items() for d in dtypes if d != torch.float32], ids=named

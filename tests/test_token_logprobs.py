@@ -69,6 +69,7 @@ def check(
     )
 
 
+@pytest.mark.smoke
 @each("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b, ds in DTYPES.items() for d in ds], ids=named)
 def test_logits(backend: str, dtype: torch.dtype, temperature: float) -> None:
