@@ -47,7 +47,8 @@ def interpret(library: Library, packed: Packed) -> None:
 def _argument(types: Any, path: tuple[int, ...], constants: dict[Any, Any], given: Iterator[tuple[str, Any]]) -> Any:
     """A kernel's argument: constants as compiled, the rest as packed, in order."""
     if isinstance(types, tuple):
-        return tuple(_argument(kind, (*path, i), constants, given) for i, kind in enumerate(types))
+        values = [_argument(kind, (*path, i), constants, given) for i, kind in enumerate(types)]
+        return types._make(values) if hasattr(types, "_fields") else tuple(values)
     if types == "constexpr":
         return constants[path]
     kind, value = next(given)

@@ -178,7 +178,8 @@ def _checked(name: str, parameter: Parameter, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{key} must be a float or a tensor, got {type(value).__name__}")
-    if not math.isfinite(value := float(value)):
+    value = float(value)
+    if not -math.inf < value < math.inf:  # torch.compile traces no math.isfinite of a number that changes
         raise ValueError(f"{key} must be finite, got {value}")
     if not parameter.low <= value <= parameter.high:
         raise ValueError(f"{key} must be {parameter.domain} ({parameter.meaning}), got {value}")
