@@ -219,7 +219,7 @@ def spec(name: str) -> dict[str, Any]:
     maps = {key: _affine(name, key, defaults) for key in slots}
     definition = form.definition
     two = "_two" if definition.online.sums is None else ""
-    chosen = [(p.one_sweep_from, math.inf) for p in definition.parameters] if len(definition.sweeps) > 1 else []
+    one_sweep = [(p.one_sweep_from, math.inf) for p in definition.parameters] if len(definition.sweeps) > 1 else []
     if len(defaults) > MOST_PARAMETERS or len(form.theta) > MOST_THETA:
         raise ValueError(f"{name} has more parameters than the C library passes on")
     return {
@@ -233,7 +233,7 @@ def spec(name: str) -> dict[str, Any]:
         "target": maps["target"],
         "nontarget": maps["nontarget"],
         "mix": maps.get("mix", (0.0, [])),
-        "one_sweep": chosen,
+        "one_sweep": one_sweep,
     }
 
 

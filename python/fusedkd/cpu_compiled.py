@@ -3,9 +3,9 @@
 Two graphs for a block of rows, value and gradient, follow the sweeps of kernels/rows.py and are traced from the same
 formulas. torch.compile makes loops over the columns of them, which keep nothing of a row's size and look at no value:
 rows that are close, where cpu.py must calculate with care, take as long as others. A graph is compiled when a kind of
-call is first seen, which takes seconds and a C++ compiler. `refusal` says what is not compiled: float64, since the
-kernels' series are those of float32, and what searches its rows first (amid.py, akl.py), of which a graph would take
-minutes.
+call is first seen, which takes seconds and a C++ compiler. `check_rows` refuses what is not compiled: float64, since
+the kernels' series are those of float32, and what searches its rows first (amid.py, akl.py), of which a graph would
+take minutes.
 """
 
 import os
@@ -27,7 +27,7 @@ from .kernels.moments import entropies_advance, log_sum
 from .kernels.rows import Problem, Side
 from .kernels.thread_sums import thread_max, thread_sum
 
-__all__ = ["check", "floor_rows", "gradient", "refusal", "value", "value_and_gradient"]
+__all__ = ["check", "check_rows", "floor_rows", "gradient", "value", "value_and_gradient"]
 
 _SCALARS = 11  # per row, before those that the row itself decides (Gather)
 # Never keep a number per column that can be calculated again: memory is slower.
@@ -51,13 +51,17 @@ def check() -> None:
         )
 
 
-def refusal(definition: Definition, dtype: torch.dtype) -> str | None:
-    """Why rows of this definition, with losses of this dtype, are not compiled; None if they are."""
+def check_rows(definition: Definition, dtype: torch.dtype) -> None:
+    """Refuse rows that are not compiled.
+
+    Raises:
+        ValueError: the losses are float64, or the definition searches its rows.
+    """
     if dtype == torch.float64:
-        return "float64 inputs need"
-    if definition.separable:
-        return None
-    return f"divergence {definition.name.split('_')[0]!r} searches its rows and needs"
+        raise ValueError('float64 inputs need backend="torch", got backend="compiled"')
+    if not definition.separable:
+        name = definition.name.split("_")[0]
+        raise ValueError(f'divergence {name!r} searches its rows and needs backend="torch", got backend="compiled"')
 
 
 class _Kind(NamedTuple):
