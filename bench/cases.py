@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..eager import EAGER
+from ..cli.eager import EAGER
 from .shapes import Shape
 
 STD = 5.0  # of logits, as a trained model's

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm import hidden_gradient, project, weight_gradient
-from ..planner import plan
+from ..schedules.gemm import hidden_gradient, project, weight_gradient
+from ..schedules.planner import plan
 from ..timing import Clock, interleaved
 from .shapes import Shape
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import tuning
-from ..commands import Progress, make_folder, positive, require, usable_device
+from ..backends import tuning
+from ..cli.commands import Progress, make_folder, positive, require, usable_device
 from ..timing import Clock
 from . import readme, report
 from .measure import Deadline, machine

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ..commands import make_folder, positive, require
+from ..cli.commands import make_folder, positive, require
 from . import targets
 from .measure import source
 from .results import load, stem

@@ -2,9 +2,9 @@
 
     python -m fusedkd.bench.instructions --out bench/results
 
-Instructions per logit pair of each loop: the divergences below are compiled by kernels/aot.py and counted by
-kernels/sass.py, in about two minutes. docs/measured.md has the table. Any other kernel:
-python -m fusedkd.kernels.aot sm_90 bfloat16 NAME --instructions.
+Instructions per logit pair of each loop: the divergences below are compiled by kernels/aot/compiler.py and counted by
+kernels/aot/sass.py, in about two minutes. docs/measured.md has the table. Any other kernel:
+python -m fusedkd.kernels.aot.compiler sm_90 bfloat16 NAME --instructions.
 
 What runs of whole kernels take, instructions, memory and barriers: compiled.py, in about half an hour.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..commands import make_folder
+from ..cli.commands import make_folder
 from ..kernels.language import triton
 from . import compiled
 from .tables import Table
@@ -49,7 +49,7 @@ def counted(architecture: str, dtype: str) -> Iterator[dict[str, Any]]:
     Raises:
         subprocess.CalledProcessError: the compiler failed.
     """
-    command = ("-m", "fusedkd.kernels.aot", architecture, dtype, *DIVERGENCES, "--instructions")
+    command = ("-m", "fusedkd.kernels.aot.compiler", architecture, dtype, *DIVERGENCES, "--instructions")
     for report in map(json.loads, compiled.printed(*command, TRITON_INTERPRET="0")):
         print(f"loops of {report['name']} {dtype}: {report['kernel']}", file=sys.stderr, flush=True)
         yield {key: report[key] for key in KEPT}

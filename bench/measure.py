@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import info, kernels
+from .. import kernels
+from ..cli import info
 from ..timing import reason
 from . import rivals
 

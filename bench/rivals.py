@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import Head, kd_loss, kd_value_and_grad
+from ..cli.eager import EAGER
 from ..divergence import as_divergence
-from ..eager import EAGER
-from ..kernels import parts
+from ..kernels.device import split_rows
+from ..kernels.device.rows import Problem, Side
 from ..kernels.language import interpreted
-from ..kernels.rows import Problem, Side
 from .cases import Case, HeadInputs, Loss, RowInputs, eager_loss
 
 KLS_AND_JSD = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # GKD's β, which Liger and TRL share
@@ -121,7 +121,7 @@ def _fused_rows_read_once(divergence: str) -> Loss:
         gradient, rows = torch.empty_like(x.student), x.student.new_empty(n, dtype=torch.float32)
         upstream = torch.full_like(rows, 1 / n)
         labels = x.labels if divergence == "drkl" else None
-        parts.one_read(problem, student, teacher, labels, upstream, gradient, rows, None)
+        split_rows.one_read(problem, student, teacher, labels, upstream, gradient, rows, None)
         return rows.mean(), gradient
 
     return loss

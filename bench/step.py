@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..demo import Budget, Plan, Recipe, build
+from ..cli.demo import Budget, Plan, Recipe, build
 from . import shapes
 from .cases import STD, Answer, Case, HeadInputs, Loss, answer, errors, truth
 from .measure import in_fresh_process, peak_bytes

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedkd.kernels import aot, embed
+from fusedkd.kernels.aot import compiler, embed
 
 ROOT = Path(__file__).parent.parent
 ARCHS, NAMES = ("80", "90"), ("rkl", "drkl", "ab", "jsd", "taid")  # of the library that most tests share
@@ -168,18 +168,18 @@ class Library:
         """A kernel's code, as the library holds it."""
         return (ctypes.c_ubyte * line["bytes"]).in_dll(self.c, line["symbol"])
 
-    def variant(self, line: dict[str, Any]) -> aot.Variant:
+    def variant(self, line: dict[str, Any]) -> compiler.Variant:
         """What a kernel of the manifest was compiled from, but for its tile."""
         (found,) = (
             variant
-            for key, variant in aot.variants(aot.DTYPES[line["dtype"]][1], f"sm_{line['arch']}")
+            for key, variant in compiler.variants(compiler.DTYPES[line["dtype"]][1], f"sm_{line['arch']}")
             if (key, variant.name) == (line["kernel"], line["divergence"]) and not variant.argmax
         )
         return found
 
     def signature(self, line: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
         """Types and constants of a kernel's parameters."""
-        return aot.specialization(self.variant(line), line["dtype"], embed.CALLS[line["variant"]])[:2]
+        return compiler.specialization(self.variant(line), line["dtype"], embed.CALLS[line["variant"]])[:2]
 
     def _launched(self, launch: Any) -> None:
         """Read back and run; an exception would be lost between Python and C, so `status` raises it."""

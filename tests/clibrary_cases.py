@@ -25,7 +25,8 @@ from clibrary import CASES, DTYPES, LAYOUTS, POINTED, Library, Packed, call, mem
 from close import assert_close, relative, rounding
 
 import fusedkd
-from fusedkd.kernels import embed, rows
+from fusedkd.kernels.aot import embed
+from fusedkd.kernels.device import rows
 from fusedkd.loss import KDStats
 
 DEVICES = {90: 0, 80: 1}  # those of tests/c/libcuda.c that take the code of an architecture

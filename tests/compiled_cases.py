@@ -104,7 +104,7 @@ def problem_rows(dtype: torch.dtype, layout: str) -> Any:
 
 def problem_of(case: Any, columns: int) -> Any:
     """What the launchers of kernels are given of a divergence and its parameters."""
-    from fusedkd.kernels import rows
+    from fusedkd.kernels.device import rows
 
     form = fusedkd.divergence(case[0], **case[1]).form
     weights = (float(form.target), float(form.nontarget))
@@ -114,9 +114,9 @@ def problem_of(case: Any, columns: int) -> Any:
 def split_rows(wanted: bool) -> None:
     """Whether several programs share a row, where they can: nothing but GPUs with few rows asks for it."""
     from fusedkd import backends
-    from fusedkd.kernels import parts
+    from fusedkd.kernels.device import split_rows
 
-    backends.splits_rows = lambda problem, x: wanted and parts.serves(problem)
+    backends.splits_rows = lambda problem, x: wanted and split_rows.serves(problem)
 
 
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:
@@ -124,7 +124,7 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
     from cases import VALUE, expected
     from close import assert_close, rounding
 
-    from fusedkd.kernels import rows
+    from fusedkd.kernels.device import rows
 
     data = problem_rows(dtype, layout)
     problem = problem_of(case, COLUMNS[layout])._replace(ce_weight=0.25)
@@ -182,7 +182,7 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     import test_token_logprobs
     from cases import check_heads, check_logits, random_labels, side, unrelated
 
-    from fusedkd.kernels import parts, rows
+    from fusedkd.kernels.device import rows, split_rows
 
     prepare = laid_out(layout)
     split_rows(way == "parts")
@@ -195,7 +195,7 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     elif way == "over logits":
         _whole(rows.value_and_gradient, case, dtype, layout, over=True)
     elif way == "one read":
-        _whole(parts.one_read, case, dtype, layout, over=layout in (STRIDED, FAR_COLUMNS))
+        _whole(split_rows.one_read, case, dtype, layout, over=layout in (STRIDED, FAR_COLUMNS))
     elif way == "streaming":
         heads = (side((3,), COLUMNS[layout] // 4, width) for width in (16, 24))
         labels = random_labels((3,), COLUMNS[layout] // 4).roll(1)

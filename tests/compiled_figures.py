@@ -85,12 +85,12 @@ def _fused(given: Given) -> None:
 
 
 def _one_read(given: Given) -> None:
-    from fusedkd.kernels import parts, rows
+    from fusedkd.kernels.device import rows, split_rows
 
     (n, columns), (student, teacher) = given.student.shape, (rows.Side(x[None]) for x in given[:2])
     problem = compiled_cases.problem_of((given.divergence, {}), columns)
     out, loss = torch.empty_like(given.student), torch.empty(n)
-    parts.one_read(problem, student, teacher, given.labels, torch.ones(n), out, loss, None)
+    split_rows.one_read(problem, student, teacher, given.labels, torch.ones(n), out, loss, None)
 
 
 def _streaming(given: Given) -> None:
@@ -145,13 +145,13 @@ def resources(ptx: str) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
 
-    from fusedkd.kernels import aot, sass
-    from fusedkd.kernels.tiles import FUSION
+    from fusedkd.kernels.aot import compiler, sass
+    from fusedkd.kernels.device.tiles import FUSION
 
     backend: Any = make_backend(GPUTarget("cuda", CAPABILITY, 32))
     cubin = backend.make_cubin(ptx, {}, backend.parse_options(dict(FUSION)), CAPABILITY)
-    found = aot.resources(cubin)
-    return Resources(found["registers"], found["stack"], sass.loaded_ahead(aot.disassembly(cubin)))
+    found = compiler.resources(cubin)
+    return Resources(found["registers"], found["stack"], sass.loaded_ahead(compiler.disassembly(cubin)))
 
 
 def blocks_at_once(registers: int, threads: int, shared: int) -> int:

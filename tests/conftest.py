@@ -177,7 +177,7 @@ def clib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, whose time goes by operations: long rows in tiles of 8192 columns, which is still several."""
     with contextlib.suppress(ImportError):
-        tiles = importlib.import_module("fusedkd.kernels.tiles")
+        tiles = importlib.import_module("fusedkd.kernels.device.tiles")
         if not torch.cuda.is_available() and request.config.getoption("--emulate") is None:
             table = {line: dataclasses.replace(tile, block=8192) for line, tile in tiles.TABLE.items()}
             monkeypatch.setattr(tiles, "TABLE", table)

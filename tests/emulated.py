@@ -16,10 +16,11 @@ import emulator
 import torch
 
 import fusedkd
-from fusedkd.kernels import logprobs, parts, rows, streaming
+from fusedkd.kernels.device import rows, split_rows, vocab_chunks
+from fusedkd.kernels.device import token_logprobs as logprobs
 
 emulator.install(90, order=sys.argv[2] if len(sys.argv) > 2 else "lockstep")
-WAYS = {"rows": rows.value_and_gradient, "parts": parts.value_and_gradient, "one_read": parts.one_read}
+WAYS = {"rows": rows.value_and_gradient, "parts": split_rows.value_and_gradient, "one_read": split_rows.one_read}
 ANY_V = 1003  # no multiple of anything
 NAN = torch.nan
 
@@ -75,13 +76,13 @@ def chunks() -> dict[str, Any]:
     labels, asked = torch.tensor([3, 250, 600]), problem("rkl", ANY_V)
     loss, saved = torch.full((3,), NAN), torch.full((3, rows.SAVED), NAN)
     rows.value(asked, rows.Side(student[None]), rows.Side(teacher[None]), labels, loss, saved, None)
-    found = torch.zeros(3, streaming.FOUND)
+    found = torch.zeros(3, vocab_chunks.FOUND)
     sums = []
     for first, last in ((0, 512), (512, ANY_V)):
         s, t = (x[None, :, first:last] for x in (student, teacher))
         out = torch.full((3, last - first), NAN)
         part = asked._replace(vocab_size=last - first)
-        streaming.gradient(part, rows.Side(s), rows.Side(t), labels, saved, torch.ones(3), found, out, first)
+        vocab_chunks.gradient(part, rows.Side(s), rows.Side(t), labels, saved, torch.ones(3), found, out, first)
         sums.append(out.double().sum(-1))
     return {"error": float((found[:, 0] - sum(sums)).abs().max())}
 

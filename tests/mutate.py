@@ -33,10 +33,10 @@ from _pytest.runner import runtestprotocol
 from tqdm import tqdm
 
 import fusedkd
-from fusedkd.kernels import columns, decomposition, maths, mixture, moments
-from fusedkd.kernels.divergence import Definition, Derived
 from fusedkd.kernels.divergences import REGISTRY, definitions
-from fusedkd.kernels.mixture import SATURATING
+from fusedkd.kernels.maths import centering, decomposition, elementary, mixture, moments
+from fusedkd.kernels.maths.definition import Definition, Derived
+from fusedkd.kernels.maths.mixture import SATURATING
 
 TESTS = Path(__file__).parent
 
@@ -349,15 +349,15 @@ def in_shared_maths() -> Iterator[Mutant]:
 
     one: dict[int | None, str] = {None: "value"}
     for fn in ("expm1_product", "rem2_product", "expm1_ratio", "log1p", "softplus", "exp", "expm1", "tanh"):
-        yield from in_function(f"maths.{fn}", getattr(maths, fn), one, ("1 % off",), stages)
+        yield from in_function(f"maths.{fn}", getattr(elementary, fn), one, ("1 % off",), stages)
     several = {
         "mixture.log_mixture": (mixture.log_mixture, ("log(m/q)", "log(m/p)", "far")),
         "decomposition.binary": (decomposition.binary, ("log q_y", "log p_y", "δ_y", "log Q", "log P", "δ_Q")),
         "decomposition.offsets": (decomposition.offsets, ("l_s", "l_t", "r")),
         "decomposition.assemble": (decomposition.assemble, ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T")),
         "decomposition.about_side": (decomposition.about_side, ("entropy", "logprob", "lse")),
-        "columns.centred": (columns.centred, ("z", "u", "d")),
-        "columns.target_terms": (columns.target_terms, ("z_y", "u_y", "d_y", "own u_y")),
+        "centering.centred": (centering.centred, ("z", "u", "d")),
+        "centering.target_terms": (centering.target_terms, ("z_y", "u_y", "d_y", "own u_y")),
         "moments._shift": (moments._shift, ("Z", "A", "B")),
         "moments.remainder_sums": (moments.remainder_sums, ("total", "slope")),
         "moments.entropies_advance": (moments.entropies_advance, ("student", "teacher", "Σ e^u")),

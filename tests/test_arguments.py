@@ -15,8 +15,8 @@ from cases import each
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkd
-from fusedkd.kernels.divergence import Parameter
 from fusedkd.kernels.divergences import REGISTRY
+from fusedkd.kernels.maths.definition import Parameter
 
 N, V, WIDTH = 3, 7, 5
 SIZE = N * V

@@ -23,7 +23,7 @@ from fusedkd import timing
 from fusedkd.bench import cases, gpu, measure, readme, results, rivals, sections, shapes, subjects, targets
 from fusedkd.bench.cases import Answer, Case, HeadInputs, RowInputs, answer, errors, make_inputs, relative, truth
 from fusedkd.bench.tables import tables
-from fusedkd.eager import EAGER
+from fusedkd.cli.eager import EAGER
 
 ROOT = Path(__file__).parent.parent
 STATUSES = {"measured", "imprecise", "wrong", "absent", "failed", "not measured"}

@@ -21,7 +21,7 @@ from clibrary import CASES, LAYOUTS, ROOT, SAME, STATUS_NUMBER, Library, Packed,
 from close import relative
 
 import fusedkd
-from fusedkd.kernels import embed
+from fusedkd.kernels.aot import embed
 
 if not embed.triton:
     pytest.skip("Triton is not installed", allow_module_level=True)

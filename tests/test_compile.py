@@ -14,7 +14,7 @@ import pytest
 
 from fusedkd.bench.instructions import BUDGETS
 
-aot = pytest.importorskip("fusedkd.kernels.aot")
+aot = pytest.importorskip("fusedkd.kernels.aot.compiler")
 if not aot.rows.triton:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
@@ -57,7 +57,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def compiled(architecture: str, dtype: str, *arguments: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in python("-m", "fusedkd.kernels.aot", architecture, dtype, *arguments)]
+    return [json.loads(line) for line in python("-m", "fusedkd.kernels.aot.compiler", architecture, dtype, *arguments)]
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), PAIRS, ids=lambda value: str(value))
@@ -87,7 +87,7 @@ def test_compile(architecture: str, dtype: str) -> None:
 
 
 STRIDED = """
-from fusedkd.kernels import aot
+from fusedkd.kernels.aot import compiler as aot
 for kernel, variant in aot.variants(2, "sm_90"):
     if kernel in aot.ROW_KERNELS and variant.name == "rkl":
         aot.build(aot.source(variant, "bfloat16", aot.Call("none", stats=True)), variant.tile, "sm_90")

@@ -24,7 +24,7 @@ from cases import (
 )
 
 import fusedkd
-from fusedkd import cpu
+from fusedkd.backends import torch_rows
 
 pytestmark = pytest.mark.xdist_group("compiled")  # one process, so that a graph is compiled once
 KINDS: list[Case] = [("rkl", {}), ("hellinger", {}), ("drkl", ARGMAX)]  # one sweep, two, a target of its own
@@ -136,8 +136,8 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_give_every_thread_its_rows(threads: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows, in multiples of the threads; where few rows fit, compiled loops get one for each, within limits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    n, width = 100, cpu.BLOCK // 5
-    blocks = list(cpu.row_blocks(width, None, n, torch.device("cpu"), shared=shared))
+    n, width = 100, torch_rows.BLOCK // 5
+    blocks = list(torch_rows.row_blocks(width, None, n, torch.device("cpu"), shared=shared))
     assert [row for block in blocks for row in range(n)[block]] == list(range(n))
     sizes = {len(range(n)[block]) for block in blocks[:-1]}
     few = {16: {16}, 1000: {20}} if shared else {16: {5}, 1000: {5}}

@@ -52,7 +52,7 @@ def test_nan_is_not_lost_to_a_maximum() -> None:
 
 
 PTX = """
-from fusedkd.kernels import aot
+from fusedkd.kernels.aot import compiler as aot
 for kernel, variant in aot.variants(2, "sm_90"):
     if (kernel, variant.name) == {wanted}:
         print(aot.build(aot.source(variant, "bfloat16"), variant.tile, "sm_90").asm["ptx"])

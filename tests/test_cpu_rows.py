@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkd
-from fusedkd import cpu, cpu_logprobs
-from fusedkd.kernels.logprobs import SAVED as SAVED_LOGPROBS
-from fusedkd.kernels.rows import SAVED, STATS, Problem, Side
+from fusedkd.backends import torch_logprobs, torch_rows
+from fusedkd.kernels.device.rows import SAVED, STATS, Problem, Side
+from fusedkd.kernels.device.token_logprobs import SAVED as SAVED_LOGPROBS
 
 FEW, MANY = 64, 512  # rows; more than those that Python calculates one by one (cpu.by_row), and fewer than a block
 WIDTHS = [10, 300]  # columns: the largest is looked for at once, or piece by piece
@@ -70,9 +70,9 @@ def operations_of(rows: int, case: Case, width: int) -> list[int]:
     loss, out, upstream = torch.zeros(rows), torch.zeros(rows, width), torch.ones(rows)
     saved, stats = torch.zeros(rows, SAVED), torch.zeros(rows, STATS)
     return [
-        count(lambda: cpu.value(*sides, loss, saved, stats)),
-        count(lambda: cpu.gradient(*sides, saved, upstream, out)),
-        count(lambda: cpu.value_and_gradient(*sides, upstream, out, loss, stats)),
+        count(lambda: torch_rows.value(*sides, loss, saved, stats)),
+        count(lambda: torch_rows.gradient(*sides, saved, upstream, out)),
+        count(lambda: torch_rows.value_and_gradient(*sides, upstream, out, loss, stats)),
     ]
 
 
@@ -84,8 +84,8 @@ def test_log_probabilities() -> None:
         saved, out = torch.zeros(rows, SAVED_LOGPROBS), torch.zeros(rows, 300)
         args = (Side(student[None]), labels, saved)
         return [
-            count(lambda: cpu_logprobs.value(*args, 1.0)),
-            count(lambda: cpu_logprobs.gradient(*args, torch.ones(rows, 2), out, 1.0)),
+            count(lambda: torch_logprobs.value(*args, 1.0)),
+            count(lambda: torch_logprobs.gradient(*args, torch.ones(rows, 2), out, 1.0)),
         ]
 
     assert operations(FEW) == operations(MANY)
@@ -114,4 +114,4 @@ def test_likeliest(width: int) -> None:
     q = torch.rand(200, width)
     q[:50] = q[:50].mul(3).floor()
     q[50:60, -1] = 2.0
-    assert torch.equal(cpu._likeliest(q), q.argmax(-1))
+    assert torch.equal(torch_rows._likeliest(q), q.argmax(-1))

@@ -1,6 +1,6 @@
 """Each definition by itself, in float64: phi against f, f against the reference, the reference against the literature.
 
-And the elementary functions of kernels/maths.py, in both of their forms, over the whole range of float32.
+And the elementary functions of kernels/maths/elementary.py, in both of their forms, over the whole range of float32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from cases import ALL, device, each
 from torch import Tensor
 
 import fusedkd
-from fusedkd.cpu import Columns, Whole
-from fusedkd.kernels import maths
-from fusedkd.kernels.columns import centred, no_maxima, raise_maxima
-from fusedkd.kernels.divergence import Definition, Derived
+from fusedkd.backends.torch_rows import Columns, Whole
 from fusedkd.kernels.divergences import REGISTRY, definitions
 from fusedkd.kernels.language import jit, tl
-from fusedkd.kernels.mixture import SATURATING
-from fusedkd.kernels.moments import log_sum
+from fusedkd.kernels.maths import elementary
+from fusedkd.kernels.maths.centering import centred, no_maxima, raise_maxima
+from fusedkd.kernels.maths.definition import Definition, Derived
+from fusedkd.kernels.maths.mixture import SATURATING
+from fusedkd.kernels.maths.moments import log_sum
 
 FILES = sorted((Path(__file__).parent.parent / "kernels/divergences").glob("[!_]*.py"))
 AB_LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, -0.3), (0.0, 0.0), (0.0, 0.6), (0.6, 0.0), (0.01, 0.8), (1, 1)]
@@ -413,7 +413,9 @@ FORMULAS: dict[str, Formula] = {
 
 def test_every_formula_is_checked() -> None:
     """A new elementary function needs a line above."""
-    assert {name for name, value in vars(maths).items() if callable(getattr(value, "torch", None))} == set(FORMULAS)
+    assert {name for name, value in vars(elementary).items() if callable(getattr(value, "torch", None))} == set(
+        FORMULAS
+    )
 
 
 @jit
@@ -447,7 +449,7 @@ def test_formula(name: str, backend: str) -> None:
     make, exact, bounds = FORMULAS[name]
     arguments = make()
     truth = float32_range(exact(*(x.double() for x in arguments)))
-    formula = getattr(maths, name)
+    formula = getattr(elementary, name)
     if backend == "torch":
         ours = formula.torch(*arguments)
     else:
@@ -470,7 +472,7 @@ def test_scalar_formula(name: str) -> None:
     arguments = make()
     truth = float32_range(exact(*(x.double() for x in arguments)))
     rows = zip(*(x.tolist() for x in arguments), strict=True)
-    ours = torch.tensor([getattr(maths, name).scalar(*row) for row in rows], dtype=torch.float64)
+    ours = torch.tensor([getattr(elementary, name).scalar(*row) for row in rows], dtype=torch.float64)
     assert entries(float32_range(ours), truth).max() <= min(bounds.values())
 
 
@@ -518,7 +520,7 @@ def test_row_formula(name: str, size: float) -> None:
     x -= (w * x.exp()).sum(-1, keepdim=True).log() if size < 10 else x.amax(-1, keepdim=True)
     v = (w.double() * x.double().exp()).float()
     truth = exact(*(side.double() for side in (w, v, x)))
-    ours = getattr(maths, name).torch(w.clone(), v.clone(), x.clone())
+    ours = getattr(elementary, name).torch(w.clone(), v.clone(), x.clone())
     assert ((ours.double() - truth).norm(dim=-1) <= 1e-5 * truth.norm(dim=-1)).all()
     if name == "rem2_product":
         total = truth.sum(-1)

@@ -19,8 +19,8 @@ import torch
 from test_definition import SERIES, SPREADS, error, evaluate, pair
 
 import fusedkd
-from fusedkd.kernels.divergence import Definition
 from fusedkd.kernels.divergences import ALL
+from fusedkd.kernels.maths.definition import Definition
 
 DEFINITIONS = [member for member in ALL if isinstance(member, Definition)]
 DOCS = Path(__file__).parent.parent / "docs"

@@ -9,7 +9,7 @@ import torch
 from test_commands import fusedkd_command
 
 from fusedkd import divergences
-from fusedkd.explain import TEACHER, effect, page
+from fusedkd.cli.explain import TEACHER, effect, page
 
 DOCS = Path(__file__).parent.parent / "docs" / "divergences"
 PNG = b"\x89PNG\r\n"

@@ -41,7 +41,7 @@ from torch import Tensor
 import fusedkd
 from fusedkd.bench.cases import HeadInputs, RowInputs, answer, errors, truth
 from fusedkd.bench.measure import peak_bytes
-from fusedkd.kernels import parts, rows
+from fusedkd.kernels.device import rows, split_rows
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device; `make gpu` runs this file on a machine that has one", allow_module_level=True)
@@ -84,7 +84,7 @@ def test_shared_rows(case: Case, rows_: int) -> None:
         return gradient, loss
 
     usual = run(rows.value_and_gradient)
-    for way in (parts.value_and_gradient, parts.one_read):
+    for way in (split_rows.value_and_gradient, split_rows.one_read):
         first, second = run(way), run(way)
         for ours, again, theirs in zip(first, second, usual, strict=True):
             assert torch.equal(ours, again)

@@ -61,7 +61,7 @@ def test_there_is_something_to_check() -> None:
     assert {path.name for path in BENCH} >= {"gpu.py", "measure.py"}
     assert {path.name for path in PYTHON} >= {"loss.py", "operator.py"}
     assert not {*KERNELS, *BENCH} & {*PYTHON}
-    assert "torch" in roots(imports(PACKAGE / "kernels/rows.py"))
+    assert "torch" in roots(imports(PACKAGE / "kernels/device/rows.py"))
     assert "triton" in roots(imports(PACKAGE / "kernels/language.py"))
 
 
@@ -209,12 +209,13 @@ def test_import_is_light() -> None:
 
 KEYS = """
 import triton.language as tl
-from fusedkd.kernels import args, logprobs, parts, rows, streaming
+from fusedkd.kernels.device import args, rows, split_rows, token_logprobs, vocab_chunks
 
 args._LAYOUTS = tl.constexpr(LAYOUTS) if LAYOUTS else args._LAYOUTS
 kernels = [
-    rows._value, rows._gradient, streaming._absorb, streaming._add_sums, streaming._gradient, logprobs._value,
-    logprobs._gradient, parts._deposit, parts._sums, parts._conclude, parts._gradient, parts._one_read,
+    rows._value, rows._gradient, vocab_chunks._absorb, vocab_chunks._add_sums, vocab_chunks._gradient,
+    token_logprobs._value, token_logprobs._gradient, split_rows._deposit, split_rows._sums, split_rows._conclude,
+    split_rows._gradient, split_rows._one_read,
 ]
 print(*(kernel.cache_key for kernel in kernels))
 """

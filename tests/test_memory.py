@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkd
-from fusedkd import chunked, gemm, loss, planner
+from fusedkd import loss
 from fusedkd.call import LossCall
 from fusedkd.kernels.language import interpreted
+from fusedkd.schedules import gemm, planner, token_chunks
 
 N, V, D, K = 640, 20_000, 8, 12  # rows, vocabulary, widths of student and teacher; a chunk of rows is 214 on a CPU
 interpreter = pytest.mark.skipif(not interpreted(), reason="counted in Triton's interpreter")
@@ -370,23 +371,23 @@ def test_autocast_casts_what_is_shared_once(shared: tuple[str, ...]) -> None:
         assert copies[1] - copies[0] == (part in shared)
 
 
-def again(call: LossCall) -> chunked.Result:
+def again(call: LossCall) -> token_chunks.Result:
     """The same call once more."""
     with torch.no_grad():
-        return chunked.run(call)
+        return token_chunks.run(call)
 
 
 def runs(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[LossCall]:
     """What forward and backward of a call ask chunked.run to do."""
     seen: list[LossCall] = []
-    original = chunked.run
+    original = token_chunks.run
 
-    def run(call: LossCall) -> chunked.Result:
+    def run(call: LossCall) -> token_chunks.Result:
         seen.append(call)
         return original(call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunked, "run", run)
+        patch.setattr(token_chunks, "run", run)
         call.run()
     return seen
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusedkd
 from fusedkd import backends
-from fusedkd.kernels import parts
+from fusedkd.kernels.device import split_rows
 
 VOCABULARY = 300
 LABEL = 130
@@ -80,8 +80,8 @@ def test_options(case: Case, backend: str) -> None:
 
 def share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row by three programs."""
-    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: parts.serves(problem))
-    monkeypatch.setattr(parts, "SMALLEST", 128)
+    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(split_rows, "SMALLEST", 128)
 
 
 @each("case", [case for case in CASES if case[0] not in ("amid", "akl") and case[1] is not ARGMAX])

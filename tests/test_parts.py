@@ -17,8 +17,8 @@ from close import relative
 import fusedkd
 from fusedkd import backends
 from fusedkd.backends import interpreted
-from fusedkd.kernels import parts, rows
-from fusedkd.kernels.tiles import Tile
+from fusedkd.kernels.device import rows, split_rows
+from fusedkd.kernels.device.tiles import Tile
 
 if not interpreted():
     pytest.skip("on a GPU tests/test_gpu.py runs these paths", allow_module_level=True)
@@ -32,12 +32,12 @@ ONE_SWEEP, TWO_SWEEPS, MIXED = ("rkl", {}), ("jsd", {}), ("taid", {"base": "fkl"
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every row is shared by five programs; which functions ran."""
     ran: list[str] = []
-    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: parts.serves(problem))
-    monkeypatch.setattr(parts, "SMALLEST", 128)
+    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(split_rows, "SMALLEST", 128)
     for name in ("value", "gradient", "value_and_gradient"):
-        original = getattr(parts, name)
+        original = getattr(split_rows, name)
         monkeypatch.setattr(
-            parts, name, lambda *args, name=name, original=original: (ran.append(name), original(*args))
+            split_rows, name, lambda *args, name=name, original=original: (ran.append(name), original(*args))
         )
     return ran
 
@@ -122,8 +122,8 @@ def shuffled() -> Iterator[dict[int, list[int]]]:
 @each("case", CASES)
 def test_one_read(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Phase by phase, as the interpreter runs it: what one program per row finds."""
-    monkeypatch.setattr(parts, "WHOLE", dict.fromkeys(parts.WHOLE, Tile(128, 4)))
-    for ours, theirs in zip(both(case, parts.one_read), both(case, rows.value_and_gradient), strict=True):
+    monkeypatch.setattr(split_rows, "WHOLE", dict.fromkeys(split_rows.WHOLE, Tile(128, 4)))
+    for ours, theirs in zip(both(case, split_rows.one_read), both(case, rows.value_and_gradient), strict=True):
         assert not ours.isnan().any()
         assert relative(ours, theirs.double()) < 1e-5
 
@@ -131,7 +131,7 @@ def test_one_read(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @each("way", ["value_and_gradient", "one_read"])
 def test_in_place(way: str) -> None:
     """The gradient may lie over the logits: no program reads what another has written."""
-    fresh, over = both(ONE_SWEEP, getattr(parts, way)), both(ONE_SWEEP, getattr(parts, way), in_place=True)
+    fresh, over = both(ONE_SWEEP, getattr(split_rows, way)), both(ONE_SWEEP, getattr(split_rows, way), in_place=True)
     for one, other in zip(fresh, over, strict=True):
         assert torch.equal(one, other)
 
@@ -141,10 +141,10 @@ def test_in_place(way: str) -> None:
 @each("way", ["value_and_gradient", "one_read"])
 def test_any_order(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that run in another order give the same bits."""
-    monkeypatch.setattr(parts, "WHOLE", dict.fromkeys(parts.WHOLE, Tile(128, 4)))
-    usual = both(case, getattr(parts, way))
+    monkeypatch.setattr(split_rows, "WHOLE", dict.fromkeys(split_rows.WHOLE, Tile(128, 4)))
+    usual = both(case, getattr(split_rows, way))
     with shuffled() as orders:
-        for one, other in zip(usual, both(case, getattr(parts, way)), strict=True):
+        for one, other in zip(usual, both(case, getattr(split_rows, way)), strict=True):
             assert torch.equal(one, other)
     assert any(order != sorted(order) for order in orders.values())
 
@@ -152,7 +152,7 @@ def test_any_order(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_refuses_what_needs_a_whole_row() -> None:
     """A search over the row, or sweeps of its own."""
     with pytest.raises(ValueError, match="needs a whole row in one program"):
-        both(("akl", {}), parts.value_and_gradient)
+        both(("akl", {}), split_rows.value_and_gradient)
 
 
 def test_few_rows_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_few_rows_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = rows.Problem(form.definition, form.decoupled, form.theta, (1.0, 1.0), VOCABULARY)
         return backends.logit_functions("triton", problem, Logits(rows_, is_cuda=is_cuda))  # type: ignore[arg-type]
 
-    assert chosen("rkl", backends.FEW_ROWS, is_cuda=True) is parts
+    assert chosen("rkl", backends.FEW_ROWS, is_cuda=True) is split_rows
     assert chosen("rkl", backends.FEW_ROWS + 1, is_cuda=True) is rows
     assert chosen("rkl", 1, is_cuda=False) is rows
     assert chosen("akl", 1, is_cuda=True) is rows

@@ -9,7 +9,8 @@ import torch
 from cases import each
 
 import fusedkd
-from fusedkd import loss, planner
+from fusedkd import loss
+from fusedkd.schedules import planner
 
 
 def test_a_call_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

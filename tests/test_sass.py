@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fusedkd.kernels import sass
+from fusedkd.kernels.aot import sass
 
 PAIR = ["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x1000]"]  # one tile of two sides
 ELEMENTS = 8  # bfloat16 numbers in 16 bytes

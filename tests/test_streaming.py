@@ -24,8 +24,8 @@ from cases import (
 from close import assert_close
 
 import fusedkd
-from fusedkd import planner
 from fusedkd.call import LossCall
+from fusedkd.schedules import planner
 
 LEAD, VOCABULARY = (2, 3), 515
 WHOLE_ROWS = ("amid", "akl")

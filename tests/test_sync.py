@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusedkd
-from fusedkd import backends, checks, planner
-from fusedkd.kernels import rows as triton_rows
+from fusedkd import backends, checks
+from fusedkd.kernels.device import rows as triton_rows
 from fusedkd.kernels.language import HAS_TRITON
 from fusedkd.ops.operator import OPERATORS
+from fusedkd.schedules import planner
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)

@@ -15,12 +15,12 @@ from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd.kernels.divergence import Definition, OnlineForm
 from fusedkd.kernels.divergences import REGISTRY
 from fusedkd.kernels.language import formula, jit, tl
-from fusedkd.kernels.maths import expm1, expm1_product, log1p
-from fusedkd.kernels.moments import log_sum
-from fusedkd.kernels.thread_sums import thread_sum
+from fusedkd.kernels.maths.definition import Definition, OnlineForm
+from fusedkd.kernels.maths.elementary import expm1, expm1_product, log1p
+from fusedkd.kernels.maths.moments import log_sum
+from fusedkd.kernels.maths.reductions import thread_sum
 
 
 @formula

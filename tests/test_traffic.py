@@ -16,11 +16,12 @@ from cases import ALL, IGNORE, Case, each
 from torch import Tensor
 
 import fusedkd
-from fusedkd import backends, planner, streaming
-from fusedkd.kernels import parts
-from fusedkd.kernels.divergence import Definition
+from fusedkd import backends
+from fusedkd.kernels.device import split_rows
 from fusedkd.kernels.divergences import REGISTRY
 from fusedkd.kernels.language import formula, interpreted
+from fusedkd.kernels.maths.definition import Definition
+from fusedkd.schedules import planner, vocab_chunks
 
 if not interpreted():
     pytest.skip("bytes are counted in Triton's interpreter", allow_module_level=True)
@@ -166,7 +167,7 @@ def test_the_counter_counts() -> None:
 def test_shared_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs per row read and write what one does; beside that, a few numbers for each tile."""
     monkeypatch.setattr(backends, "splits_rows", lambda problem, x: True)
-    monkeypatch.setattr(parts, "SMALLEST", 128)
+    monkeypatch.setattr(split_rows, "SMALLEST", 128)
     name, params = case
     student, teacher, labels = problem()
     with traffic() as moved:
@@ -300,13 +301,13 @@ def test_columns_beyond_the_vocabulary() -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The passes over the vocabulary of a streamed call, forward then backward, kept alive; several chunks each."""
     seen: list[Any] = []
-    original = streaming._pass
+    original = vocab_chunks._pass
 
     def noted(*args: Any) -> Any:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(streaming, "_pass", noted)
+    monkeypatch.setattr(vocab_chunks, "_pass", noted)
     for name in ("_STREAM_LEAST", "_CPU_STREAM"):
         monkeypatch.setattr(planner, name, 256)
     return seen

@@ -14,15 +14,18 @@ from test_commands import fusedkd_command
 from torch import Tensor
 
 import fusedkd
-from fusedkd import backends, chunked, streaming, tuning
-from fusedkd.kernels import aot, tiles
-from fusedkd.kernels import logprobs as logprob_kernels
-from fusedkd.kernels import rows as row_kernels
-from fusedkd.kernels import streaming as streaming_kernels
-from fusedkd.kernels.tiles import ANY, TABLE, Line, Tile
+from fusedkd import backends
+from fusedkd.backends import tuning
+from fusedkd.backends.tuning import Search, Tuned
+from fusedkd.kernels.aot import compiler
+from fusedkd.kernels.device import rows as row_kernels
+from fusedkd.kernels.device import tiles
+from fusedkd.kernels.device import token_logprobs as logprob_kernels
+from fusedkd.kernels.device import vocab_chunks as streaming_kernels
+from fusedkd.kernels.device.tiles import ANY, TABLE, Line, Tile
 from fusedkd.ops import logits as logits_operators
 from fusedkd.ops import token_logprobs as token_operators
-from fusedkd.tuning import Search, Tuned
+from fusedkd.schedules import token_chunks, vocab_chunks
 
 if not row_kernels.triton:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -60,8 +63,8 @@ def through(monkeypatch: pytest.MonkeyPatch, found: Search) -> None:
     """All of fusedkd launches its kernels by way of this search."""
     monkeypatch.setattr(logits_operators, "row_functions", lambda backend: Tuned(row_kernels, found))
     monkeypatch.setattr(logits_operators, "logit_functions", lambda backend, problem, x: Tuned(row_kernels, found))
-    monkeypatch.setattr(chunked, "row_functions", lambda backend: Tuned(row_kernels, found))
-    monkeypatch.setattr(streaming, "functions_of", lambda backend: Tuned(streaming_kernels, found))
+    monkeypatch.setattr(token_chunks, "row_functions", lambda backend: Tuned(row_kernels, found))
+    monkeypatch.setattr(vocab_chunks, "functions_of", lambda backend: Tuned(streaming_kernels, found))
     monkeypatch.setattr(token_operators, "functions_of", lambda backend: Tuned(logprob_kernels, found))
 
 
@@ -141,12 +144,12 @@ def of_tokens() -> list[Tensor]:
 PATHS: dict[str, tuple[Callable[[], list[Tensor]], set[str]]] = {
     "logits": (loss_and_gradient, {"rows.value", "rows.gradient"}),
     "chunked": (lambda: of_heads(schedule="chunked"), {"rows.value_and_gradient"}),
-    "streaming": (lambda: of_heads(schedule="streaming"), {"streaming.absorb", "streaming.gradient"}),
+    "streaming": (lambda: of_heads(schedule="streaming"), {"vocab_chunks.absorb", "vocab_chunks.gradient"}),
     "two sweeps": (
         lambda: of_heads(schedule="streaming", divergence="tvd"),
-        {"streaming.absorb", "streaming.add_sums", "streaming.gradient"},
+        {"vocab_chunks.absorb", "vocab_chunks.add_sums", "vocab_chunks.gradient"},
     ),
-    "tokens": (of_tokens, {"logprobs.value", "logprobs.gradient"}),
+    "tokens": (of_tokens, {"token_logprobs.value", "token_logprobs.gradient"}),
 }
 
 
@@ -302,7 +305,7 @@ def test_only_the_variable_starts_a_search(value: str | None, monkeypatch: pytes
     of_heads(schedule="streaming")
     kernels = {name for kernel in found.seconds.values() for name in kernel}
     if value == "1":
-        assert {name.partition(".")[0] for name in kernels} == {"rows", "logprobs", "streaming"}
+        assert {name.partition(".")[0] for name in kernels} == {"rows", "token_logprobs", "vocab_chunks"}
     else:
         assert not kernels
         assert before == TABLE
@@ -340,7 +343,7 @@ def test_the_benchmark_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_is_whole() -> None:
     """Each class at 2 and 4 bytes for any architecture; lines for one are of an architecture that is compiled for."""
     assert {(kind, width) for name, kind, width in TABLE if name == ANY} == {(k, w) for k in CLASSES for w in (2, 4)}
-    assert {name for name, _, _ in TABLE} <= {ANY, *aot.ARCHITECTURES}
+    assert {name for name, _, _ in TABLE} <= {ANY, *compiler.ARCHITECTURES}
     assert all(tile.source for tile in TABLE.values())
 
 
@@ -351,7 +354,7 @@ def test_an_architecture_may_differ() -> None:
     assert tiles.fitting(("sm_90", "light", 2), 100_000) == own
     assert tiles.fitting(("sm_100", "light", 2), 100_000) == usual
     compiled = {
-        name: {variant.name: variant.tile for kernel, variant in aot.variants(2, name) if kernel == "value"}
+        name: {variant.name: variant.tile for kernel, variant in compiler.variants(2, name) if kernel == "value"}
         for name in ("sm_100", "sm_90")
     }
     assert compiled["sm_90"]["fkl"] == compiled["sm_90"]["token_logprobs"] == own
@@ -378,17 +381,17 @@ def test_architecture(hip: str | None, properties: dict[str, Any], name: str, mo
     tiles.architecture.cache_clear()
     assert found == [name] * 4
     assert len(asked) == 2
-    assert name in aot.ARCHITECTURES
+    assert name in compiler.ARCHITECTURES
     assert tiles.architecture(torch.device("cpu")) == tiles.architecture(torch.device("xpu", 0)) == ANY
 
 
 @pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("name", aot.ARCHITECTURES)
+@pytest.mark.parametrize("name", compiler.ARCHITECTURES)
 def test_candidates(name: str, width: int) -> None:
     """The table's own first, no two alike; a thread loads 16 bytes; AMD's compiler has no register limit."""
     line = (name, "heavy", width)
     found = tiles.candidates(line)
-    lanes = aot.ARCHITECTURES[name][2]
+    lanes = compiler.ARCHITECTURES[name][2]
     assert found[0] == tiles.chosen(line)
     assert len(set(found)) == len(found) > 5
     for tile in found[1:]:

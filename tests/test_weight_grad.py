@@ -13,7 +13,7 @@ from close import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd import gemm, planner, streaming
+from fusedkd.schedules import gemm, planner, vocab_chunks
 
 LEAD, VOCABULARY = (2, 4), 130
 SCHEDULES = ("chunked", "streaming")
@@ -314,7 +314,7 @@ def test_product_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     dz, hidden, size = torch.randn(N, V).half(), torch.randn(N, D).half(), torch.tensor(8.0)
     start = torch.randn(V, D)
     buffer = start.clone()
-    streaming._add_product(dz, hidden, size, buffer)
+    vocab_chunks._add_product(dz, hidden, size, buffer)
     assert_close(buffer, start.double() + 8.0 * dz.double().T @ hidden.double(), VALUE)
 
 

@@ -11,7 +11,7 @@ import oracle
 import torch
 from close import rounding
 
-from fusedkd.kernels import embed
+from fusedkd.kernels.aot import embed
 
 ROWS = 6
 SIZES = {1008: "aligned", 1003: "odd"}

@@ -1,4 +1,4 @@
-/* What the generated sources and fusedkd.c share: kernels/embed.py writes the tables, fusedkd.c reads them. */
+/* What the generated sources and fusedkd.c share: kernels/aot/embed.py writes the tables, fusedkd.c reads them. */
 #ifndef FUSEDKD_KERNELS_H
 #define FUSEDKD_KERNELS_H
 

@@ -1,6 +1,6 @@
 """Every divergence, in reading order. Adding one: a new file here and its name in ALL."""
 
-from ..divergence import Definition, Derived
+from ..maths.definition import Definition, Derived
 from .ab import AB
 from .akl import AKL
 from .alpha import ALPHA

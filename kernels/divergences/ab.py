@@ -22,11 +22,11 @@ import functools
 
 import torch
 
-from ..divergence import Definition, OnlineForm, Parameter
 from ..language import formula, tl, torch_twin
-from ..maths import LOG2E, Summand, expm1_ratio
-from ..moments import moments_advance, moments_ratio
-from ..thread_sums import thread_sum
+from ..maths.definition import Definition, OnlineForm, Parameter
+from ..maths.elementary import LOG2E, Summand, expm1_ratio
+from ..maths.moments import moments_advance, moments_ratio
+from ..maths.reductions import thread_sum
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
 _PLAIN = 0.1  # relative size from which a plain difference of weights keeps its digits

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from ..columns import columns, load_pair
-from ..divergence import Definition, Derived, Form, Gather, Parameter
+from ..device.loads import columns, load_pair
 from ..language import formula, jit, tl
-from ..maths import expm1_product
+from ..maths.definition import Definition, Derived, Form, Gather, Parameter
+from ..maths.elementary import expm1_product
 from .fkl import sums as forward_sums
 from .fkl import term as forward_term
 from .frkl import FRKL

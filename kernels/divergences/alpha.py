@@ -8,7 +8,7 @@ Source: Amari 1985; for language models the family that contains both KLs (Wang 
 
 from typing import Any
 
-from ..divergence import NONTARGET, TARGET, Derived, Form, Parameter
+from ..maths.definition import NONTARGET, TARGET, Derived, Form, Parameter
 from .ab import AB
 
 

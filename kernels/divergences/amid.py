@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from ..columns import columns
-from ..decomposition import or_infinite
-from ..divergence import TWO_SWEEPS, Definition, Derived, Form, Gather, Parameter
+from ..device.loads import columns
 from ..language import formula, jit, tl
-from ..maths import expm1_product, log1p
-from ..mixture import log_mixture
-from ..moments import log_sum
+from ..maths.decomposition import or_infinite
+from ..maths.definition import TWO_SWEEPS, Definition, Derived, Form, Gather, Parameter
+from ..maths.elementary import expm1_product, log1p
+from ..maths.mixture import log_mixture
+from ..maths.moments import log_sum
 from .ab import AB
 from .ab import term as ab_term
 

@@ -10,7 +10,7 @@ Source: the structure is that of Zhao et al., Decoupled Knowledge Distillation, 
 
 from typing import Any
 
-from ..divergence import NONTARGET, TARGET, Derived, Form, Parameter
+from ..maths.definition import NONTARGET, TARGET, Derived, Form, Parameter
 
 
 def form(base: Form, target: Any, nontarget: Any) -> Form:

@@ -11,7 +11,7 @@ there with temperature 4 and τ². The paper excludes the target by a logit of �
 
 from typing import Any
 
-from ..divergence import Derived, Form, Parameter
+from ..maths.definition import Derived, Form, Parameter
 from .fkl import FKL
 
 

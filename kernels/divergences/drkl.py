@@ -15,7 +15,7 @@ as target and γ = 0.5, by its account inside the range that the paper calls sta
 
 from typing import Any
 
-from ..divergence import POSITIVE, Derived, Form, Parameter
+from ..maths.definition import POSITIVE, Derived, Form, Parameter
 from .rkl import RKL
 
 

@@ -12,10 +12,10 @@ entropy, which this value does not contain, and τ²).
 
 import torch
 
-from ..divergence import Definition, OnlineForm
 from ..language import formula, tl
-from ..maths import expm1_product, rem2_product
-from ..moments import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
+from ..maths.definition import Definition, OnlineForm
+from ..maths.elementary import expm1_product, rem2_product
+from ..maths.moments import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
 
 
 @formula

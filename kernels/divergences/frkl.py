@@ -9,9 +9,9 @@ Source: the weighted sum of DistiLLM's code (symmetric_kl) and of Wu et al., AKL
 
 import torch
 
-from ..divergence import Definition, OnlineForm, Parameter
 from ..language import formula, tl
-from ..moments import moments_advance, moments_ratio, teacher_moments_advance
+from ..maths.definition import Definition, OnlineForm, Parameter
+from ..maths.moments import moments_advance, moments_ratio, teacher_moments_advance
 from .fkl import reference as forward_reference
 from .fkl import sums as forward_sums
 from .fkl import term as forward_term

@@ -8,10 +8,10 @@ Source: Hellinger 1909; as a distillation loss a member of the α-divergences (a
 
 import torch
 
-from ..divergence import Definition
 from ..language import formula, tl
-from ..maths import expm1_product
-from ..mixture import SATURATING
+from ..maths.definition import Definition
+from ..maths.elementary import expm1_product
+from ..maths.mixture import SATURATING
 
 
 @formula

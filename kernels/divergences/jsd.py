@@ -13,10 +13,10 @@ Source: Agarwal et al., GKD, ICLR 2024, section 2; Lin 1991 (weighted JSD).
 
 import torch
 
-from ..divergence import Definition, Parameter
 from ..language import formula, tl
-from ..maths import expm1_product, rem2_product
-from ..mixture import SATURATING, log_mixture
+from ..maths.definition import Definition, Parameter
+from ..maths.elementary import expm1_product, rem2_product
+from ..maths.mixture import SATURATING, log_mixture
 
 
 @formula

@@ -10,10 +10,10 @@ Source: Kullback and Leibler 1951; distillation of language models: Gu et al., M
 
 import torch
 
-from ..divergence import Definition, OnlineForm
 from ..language import formula
-from ..maths import rem2_product
-from ..moments import moments_advance, moments_init, moments_ratio, remainder_sums
+from ..maths.definition import Definition, OnlineForm
+from ..maths.elementary import rem2_product
+from ..maths.moments import moments_advance, moments_init, moments_ratio, remainder_sums
 
 
 @formula

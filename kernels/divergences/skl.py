@@ -10,10 +10,10 @@ Source: Ko et al., DistiLLM, ICML 2024, eq. 4 (λ = 0.1); Lee 1999 (skew diverge
 
 import torch
 
-from ..divergence import Definition, Parameter
 from ..language import formula, tl
-from ..maths import expm1_product, rem2_product
-from ..mixture import SATURATING, log_mixture
+from ..maths.definition import Definition, Parameter
+from ..maths.elementary import expm1_product, rem2_product
+from ..maths.mixture import SATURATING, log_mixture
 
 
 @formula

@@ -13,7 +13,7 @@ KL(m‖q) plus the entropy of m and has the same gradient.
 
 from typing import Any
 
-from ..divergence import Derived, Form, Parameter
+from ..maths.definition import Derived, Form, Parameter
 
 
 def form(t: Any, base: Form) -> Form:

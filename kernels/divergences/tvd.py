@@ -9,10 +9,10 @@ Source: Wen et al., f-DISTILL, ACL 2023, section 3 (TVD for sequence distillatio
 
 import torch
 
-from ..divergence import Definition
 from ..language import formula, tl
-from ..maths import expm1_product
-from ..mixture import SATURATING
+from ..maths.definition import Definition
+from ..maths.elementary import expm1_product
+from ..maths.mixture import SATURATING
 
 
 @formula

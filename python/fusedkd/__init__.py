@@ -2,15 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import flops as flops  # registers the operators' formulas
-from .cald import cald_loss
 from .divergence import Divergence, divergence, divergences
 from .head import Head
-from .logprobs import token_logprobs
 from .loss import KDStats, kd_loss, kd_value_and_grad
-from .modules import DistillationLoss
-from .planner import Plan, plan
-from .taid import TAIDSchedule
+from .module import DistillationLoss
+from .ops import flops as flops  # registers the operators' formulas
+from .recipes.cald import cald_loss
+from .recipes.taid import TAIDSchedule
+from .schedules.planner import Plan, plan
+from .token_logprobs import token_logprobs
 
 try:
     __version__ = version("fusedkd")

@@ -1,6 +1,7 @@
 """The command line: `python -m fusedkd COMMAND`.
 
-A command is a line in COMMANDS and a module of its name with `add_arguments(parser)` and `run(args) -> exit status`.
+A command is a line in COMMANDS and a module of its name in cli/, `bench` a package of its own, with
+`add_arguments(parser)` and `run(args) -> exit status`.
 What `run` finds wrong with its arguments it raises as `argparse.ArgumentError`: usage, message, exit status 2.
 """
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         if given[:1] == [name]:
-            module = import_module(f".{name}", __package__)
+            module = import_module(".bench" if name == "bench" else f".cli.{name}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run, fail=command.error)
     args = parser.parse_args(given)

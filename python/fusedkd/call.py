@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulation_dtype
+from .kernels.device.rows import STATS, Problem
 from .kernels.divergences import definitions
-from .kernels.rows import STATS, Problem
 from .sides import Source
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .kernels.divergence import Definition, Derived, Form, Parameter
 from .kernels.divergences import REGISTRY
+from .kernels.maths.definition import Definition, Derived, Form, Parameter
 
 TARGETS = ("label", "teacher_argmax")
 
@@ -20,7 +20,7 @@ class Divergence:
 
     name: as asked for. parameters: every one of them, as given or by default: floats, tensors broadcastable to the
     leading shape (one value per token), a base. target_token: what the target/non-target split holds out, the label or
-    the teacher's likeliest token. form: what the kernels run (kernels/divergence.py).
+    the teacher's likeliest token. form: what the kernels run (kernels/maths/definition.py).
     """
 
     name: str

@@ -4,16 +4,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import checks, cpu_compiled, streaming
-from .backends import choose_backend
+from . import checks
+from .backends import choose_backend, torch_compiled
 from .call import LossCall, Numbers, at_rows, packed
 from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from .head import Head
-from .kernels.divergence import Form
-from .kernels.rows import STATS
+from .kernels.device.rows import STATS
+from .kernels.maths.definition import Form
 from .ops import heads, logits, streamed
-from .planner import Shape, choose_schedule, sweeps_of, whole_rows
+from .schedules import vocab_chunks
+from .schedules.planner import Shape, choose_schedule, sweeps_of, whole_rows
 from .sides import Side, both_autocast, flattened
 
 
@@ -313,7 +314,7 @@ def _check(
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
     if resolved == "compiled":
-        cpu_compiled.check_rows(chosen.form.definition, wide)
+        torch_compiled.check_rows(chosen.form.definition, wide)
 
     counted = y = None
     if labels is not None:
@@ -405,7 +406,7 @@ def _from_heads(
     return _weighted(found.loss, checked), found.stats
 
 
-def _streamed(call: LossCall, counted: torch.Tensor | None) -> streaming.Rows:
+def _streamed(call: LossCall, counted: torch.Tensor | None) -> vocab_chunks.Rows:
     """Loss of each row, and the statistics, by the streaming schedule."""
     kept = None
     if call.drop_ignored and counted is not None and not (call.student_weight is None or call.teacher_weight is None):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .head import Head
-from .kernels.rows import Side as KernelSide
+from .kernels.device.rows import Side as KernelSide
 
 Side = torch.Tensor | Head
 _PARTS = ("hidden", "weight", "bias")

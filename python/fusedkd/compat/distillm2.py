@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..cald import adapted_skew
 from ..divergence import Divergence, divergence
 from ..head import Head
-from ..logprobs import token_logprobs
 from ..loss import kd_loss
+from ..recipes.cald import adapted_skew
 from ..sides import Side, detached
+from ..token_logprobs import token_logprobs
 from . import _shared
 
 _GKD = 0.9  # the teacher's weight in the "gkd" mixture

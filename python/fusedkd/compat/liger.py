@@ -19,8 +19,8 @@ import torch
 
 from .. import checks
 from ..head import Head
-from ..logprobs import token_logprobs
 from ..loss import KDStats, kd_loss
+from ..token_logprobs import token_logprobs
 from . import _pointwise
 from ._shared import IGNORED, as_labels, bias_of, generalized_jsd, over, refuse
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..divergence import divergence
-from ..logprobs import token_logprobs
+from ..token_logprobs import token_logprobs
 from . import _shared, distillm
 
 

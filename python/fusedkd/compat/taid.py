@@ -16,10 +16,10 @@ import torch
 
 from ..divergence import Divergence, divergence
 from ..head import Head
-from ..logprobs import token_logprobs
 from ..loss import kd_loss
+from ..recipes.taid import TAIDSchedule
 from ..sides import Side
-from ..taid import TAIDSchedule
+from ..token_logprobs import token_logprobs
 from . import _shared
 
 

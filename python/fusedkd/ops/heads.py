@@ -1,13 +1,13 @@
-"""A Head on at least one side, some tokens at a time (chunked.py), with the gradient formed beside the loss."""
+"""A Head on at least one side, some tokens at a time (schedules/token_chunks.py), with the gradient formed beside the loss."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import chunked
 from ..call import LossCall, Rows, empty_rows
 from ..dtypes import size_of
+from ..schedules import token_chunks
 from ..sides import Source
 from .operator import no_gradients, operator
 from .scaled import delivered
@@ -27,7 +27,7 @@ class Sum(NamedTuple):
 @operator("heads")
 def heads(call: LossCall) -> Sum:
     """The backward pass multiplies the gradients by the upstream scalar."""
-    loss, stats, gradients = chunked.run(call)
+    loss, stats, gradients = token_chunks.run(call)
     weights = call.token_weights
     total = loss.sum() if weights is None else torch.where(weights == 0, 0.0, weights * loss).sum()
     return Sum(total, loss, stats, *gradients)
@@ -37,7 +37,7 @@ def heads(call: LossCall) -> Sum:
 def _(call: LossCall) -> Sum:
     loss, stats = empty_rows(call)
     student = Source(call.student, call.student_weight, call.student_bias)
-    gradients = chunked.empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
+    gradients = token_chunks.empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
     return Sum(loss.new_empty(()), loss, stats, *gradients)
 
 
@@ -55,7 +55,7 @@ def _keep(call: LossCall, made: Sum) -> tuple[LossCall, Sum]:
 
 
 def _backward(call: LossCall, made: Sum, upstream: Tensor) -> LossCall:
-    return delivered(call, chunked.Gradients(made.x, made.weight, made.bias), upstream)
+    return delivered(call, token_chunks.Gradients(made.x, made.weight, made.bias), upstream)
 
 
 heads.register_autograd(_keep, _backward)
@@ -64,15 +64,15 @@ heads.register_autograd(_keep, _backward)
 @operator("heads_rows")
 def heads_rows(call: LossCall) -> Rows:
     """The backward pass runs `heads` with the upstream gradient for token weights."""
-    found = chunked.run(call._replace(needs_student=False, needs_weight=False, needs_bias=False))
+    found = token_chunks.run(call._replace(needs_student=False, needs_weight=False, needs_bias=False))
     return Rows(found.loss, found.stats)
 
 
 def _rows_backward(call: LossCall, _: Rows, upstream: Tensor) -> LossCall:
-    upstream = chunked.counted_upstream(upstream, call.labels)
+    upstream = token_chunks.counted_upstream(upstream, call.labels)
     size = size_of(upstream)
     made = heads(call._replace(token_weights=upstream / size, return_stats=False, weight_grad=None))
-    return delivered(call, chunked.Gradients(made.x, made.weight, made.bias), size)
+    return delivered(call, token_chunks.Gradients(made.x, made.weight, made.bias), size)
 
 
 heads_rows.register_fake(empty_rows)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..backends import logit_functions, row_functions
 from ..call import LossCall, empty_rows, problem_of
-from ..chunked import FLOOR_DEPTH
-from ..kernels.rows import SAVED, Problem, Side
+from ..kernels.device.rows import SAVED, Problem, Side
+from ..schedules.token_chunks import FLOOR_DEPTH
 from .operator import no_gradients, operator
 
 

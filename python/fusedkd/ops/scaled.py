@@ -5,7 +5,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from ..call import LossCall
-from ..chunked import Gradients
+from ..schedules.token_chunks import Gradients
 from .operator import no_gradients, operator
 
 

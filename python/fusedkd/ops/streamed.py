@@ -1,35 +1,35 @@
-"""A Head on at least one side, some of the vocabulary at a time (streaming.py)."""
+"""A Head on at least one side, some of the vocabulary at a time (schedules/vocab_chunks.py)."""
 
 from torch import Tensor
 
-from .. import chunked, streaming
 from ..call import LossCall, empty_rows
-from ..kernels.rows import SAVED
+from ..kernels.device.rows import SAVED
+from ..schedules import token_chunks, vocab_chunks
 from .operator import no_gradients, operator
 
 
 @operator("streamed")
-def streamed(call: LossCall) -> streaming.Rows:
+def streamed(call: LossCall) -> vocab_chunks.Rows:
     """Token weights are ignored."""
-    return streaming.forward(call)
+    return vocab_chunks.forward(call)
 
 
 @streamed.register_fake
-def _(call: LossCall) -> streaming.Rows:
+def _(call: LossCall) -> vocab_chunks.Rows:
     loss, stats = empty_rows(call)
-    return streaming.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)))
+    return vocab_chunks.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)))
 
 
 @operator("streamed_gradient", mutates_args=("weight_grad",))
-def streamed_gradient(call: LossCall, saved: Tensor, upstream: Tensor) -> chunked.Gradients:
+def streamed_gradient(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gradients:
     """Gradients of Σ upstream_n · loss_n in the operands' dtypes; the weight's is added to `weight_grad` if given."""
-    return streaming.backward(call, saved, upstream)
+    return vocab_chunks.backward(call, saved, upstream)
 
 
-streamed_gradient.register_fake(lambda call, saved, upstream: streaming.empty_gradients(call))
+streamed_gradient.register_fake(lambda call, saved, upstream: vocab_chunks.empty_gradients(call))
 
 
-def _backward(call: LossCall, made: streaming.Rows, upstream: Tensor) -> LossCall:
+def _backward(call: LossCall, made: vocab_chunks.Rows, upstream: Tensor) -> LossCall:
     found = streamed_gradient(call, made.saved, upstream.contiguous())
     return no_gradients(LossCall)._replace(
         student=found.x if call.needs_student else None,

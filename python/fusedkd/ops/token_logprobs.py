@@ -5,13 +5,14 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
-from .. import chunked, cpu_logprobs, gemm
+from ..backends import torch_logprobs
+from ..backends.tuning import tuned
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
-from ..kernels import logprobs as triton_logprobs
-from ..kernels.logprobs import SAVED
-from ..kernels.rows import Side
+from ..kernels.device import token_logprobs as triton_logprobs
+from ..kernels.device.rows import Side
+from ..kernels.device.token_logprobs import SAVED
+from ..schedules import gemm, token_chunks
 from ..sides import Source
-from ..tuning import tuned
 from .operator import no_gradients, operator
 from .scaled import scaled
 
@@ -41,7 +42,7 @@ class TokenNumbers(NamedTuple):
 
 def functions_of(backend: str) -> Any:
     """The module whose value and gradient serve a resolved backend."""
-    return tuned(triton_logprobs) if backend == "triton" else cpu_logprobs
+    return tuned(triton_logprobs) if backend == "triton" else torch_logprobs
 
 
 class _Chunk(NamedTuple):
@@ -69,10 +70,10 @@ class _Pass(NamedTuple):
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks in turn, in one buffer."""
         n, source = self.source.rows, self.source
-        buffer = chunked.buffer(source, min(self.rows, max(n, 1)), source.width, None, None)
+        buffer = token_chunks.buffer(source, min(self.rows, max(n, 1)), source.width, None, None)
         for start in range(0, n, max(self.rows, 1)):
             stop = min(start + self.rows, n)
-            yield _Chunk(slice(start, stop), chunked.side(source, None, start, stop, buffer, source.width))
+            yield _Chunk(slice(start, stop), token_chunks.side(source, None, start, stop, buffer, source.width))
 
 
 def _empty_rows(call: TokensCall) -> Tensor:
@@ -91,15 +92,15 @@ def logprob_rows(call: TokensCall) -> Tensor:
 logprob_rows.register_fake(_empty_rows)
 
 
-def _empty_gradients(call: TokensCall) -> chunked.Gradients:
+def _empty_gradients(call: TokensCall) -> token_chunks.Gradients:
     """As those of the chunked schedule, but of logits in their own shape."""
     source = Source(call.x, call.weight, call.bias)
-    made = chunked.empty_gradients(source, call.needs_x, call.needs_weight, call.needs_bias)
+    made = token_chunks.empty_gradients(source, call.needs_x, call.needs_weight, call.needs_bias)
     return made if call.weight is not None else made._replace(x=made.x.view(call.x.shape))
 
 
 @operator("logprob_rows_gradient")
-def logprob_rows_gradient(call: TokensCall, saved: Tensor, upstream: Tensor) -> chunked.Gradients:
+def logprob_rows_gradient(call: TokensCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gradients:
     """Gradients of x, weight and bias for an upstream gradient (N, 2) of (log q, H); empty where not wanted."""
     x, weight, ids, sweep, made = call.x, call.weight, call.token_ids, _Pass.of(call), _empty_gradients(call)
     first, buffer = True, None
@@ -114,7 +115,7 @@ def logprob_rows_gradient(call: TokensCall, saved: Tensor, upstream: Tensor) -> 
         if call.needs_x:
             gemm.hidden_gradient(out, weight, made.x[rows])
         if call.needs_weight:
-            hidden = chunked.only_counted(x[rows], chunked.uncounted_rows(ids[rows], None))
+            hidden = token_chunks.only_counted(x[rows], token_chunks.uncounted_rows(ids[rows], None))
             gemm.weight_gradient(out, hidden, made.weight, accumulate=not first)
         if call.needs_bias:
             made.bias.add_(out.sum(0, dtype=made.bias.dtype))
@@ -128,7 +129,7 @@ logprob_rows_gradient.register_fake(lambda call, saved, upstream: _empty_gradien
 
 
 def _backward(call: TokensCall, saved: Tensor, upstream: Tensor) -> TokensCall:
-    wanted = chunked.counted_upstream(upstream[:, 2:].to(saved.dtype), call.token_ids)
+    wanted = token_chunks.counted_upstream(upstream[:, 2:].to(saved.dtype), call.token_ids)
     size = wanted.new_ones(()) if call.weight is None else size_of(wanted)
     found = logprob_rows_gradient(call, saved, (wanted / size).contiguous())
     if call.weight is None:

@@ -1,0 +1,264 @@
+"""Compile the row kernels for any target without a GPU, as a launch with contiguous, 16-byte aligned rows would.
+
+`python -m fusedkd.kernels.aot.compiler ARCH DTYPE [NAME ...] [--instructions]` compiles every kernel of every
+divergence in this process and prints a JSON line for each: registers, stack and, asked for because they take as long as
+that, instructions per logit pair are read with the cuobjdump that ships in the Triton wheel.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..device import rows, split_rows, token_logprobs, vocab_chunks
+from ..device.args import GradArg, LogitsArg, ParametersArg, RowsArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
+from ..device.tiles import FUSION, Tile, chosen
+from ..divergences import definitions
+from ..language import triton
+from ..maths.definition import TWO_SWEEPS, Definition, OnlineForm
+from . import sass
+
+ARCHITECTURES = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may have
+DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+class Variant(NamedTuple):
+    """One kernel to compile: a divergence in one structure, with one of its sweeps; or log-probabilities."""
+
+    name: str
+    kernel: Any  # a Triton function
+    tile: Tile
+    definition: Definition | None = None
+    decoupled: bool = False
+    online: OnlineForm = TWO_SWEEPS
+    argmax: bool = False
+    mixed: bool = False
+
+
+class Call(NamedTuple):
+    """What a launch gives, as far as it decides what is compiled."""
+
+    aligned: str = "all"  # multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides
+    stats: bool = False
+    warp: int = 32  # threads
+    saved: bool = True  # whether `value` keeps what `gradient` needs
+
+
+PLAIN = Call()
+ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
+_CHUNK_KERNELS = {
+    "absorb": vocab_chunks._absorb,
+    "add_sums": vocab_chunks._add_sums,
+    "chunk_gradient": vocab_chunks._gradient,
+}
+_PART_KERNELS = {
+    "one_read": split_rows._one_read,
+    "part_deposit": split_rows._deposit,
+    "part_sums": split_rows._sums,
+    "part_conclude": split_rows._conclude,
+    "part_gradient": split_rows._gradient,
+}
+_VOCABULARY = 151_936  # says how many programs share a row
+
+
+def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
+    """Every kernel × divergence × sweep that a logit of `width` bytes can launch, with the kernel's name."""
+    for name, definition in definitions().items():
+        for decoupled in (False, True):
+            if decoupled and not definition.separable:
+                continue
+            for online in definition.sweeps:
+                title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
+                tile = chosen((architecture, online.tile, width))
+                kernels = dict(ROW_KERNELS)
+                if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
+                    kernels |= _CHUNK_KERNELS | _PART_KERNELS
+                    if online.sums is not None:
+                        del kernels["add_sums"], kernels["part_sums"]
+                for key, kernel in kernels.items():
+                    best = split_rows.WHOLE[online.tile, width] if key in _PART_KERNELS else tile
+                    yield key, Variant(title, kernel, best, definition, decoupled, online)
+    for title, name, decoupled, option in (
+        ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
+        ("mixed_fkl", "fkl", False, {"mixed": True}),
+    ):
+        definition = definitions()[name]
+        tile = chosen((architecture, rows.tile_class(definition.online, busy=True), width))
+        for key, kernel in ROW_KERNELS.items():
+            yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
+    mixed = definitions()["fkl"]
+    yield (
+        "one_read",
+        Variant(
+            "mixed_fkl", split_rows._one_read, split_rows.WHOLE["heavy", width], mixed, False, mixed.online, mixed=True
+        ),
+    )
+    for key, kernel in (("value", token_logprobs._value), ("gradient", token_logprobs._gradient)):
+        yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
+
+
+def specialization(
+    variant: Variant, dtype: str, call: Call = PLAIN
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a variant with labels, and without bias, scale, softcap, floor and CE."""
+    element = "*" + DTYPES[dtype][0]
+    apart = "i64" if call.aligned == "none" else "constexpr"  # columns
+    side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
+    definition, online = variant.definition, variant.online
+    gather = None if definition is None else definition.gather
+    given = 0 if definition is None else len(definition.parameters)
+    types: dict[str, Any] = {
+        **dict.fromkeys(("student", "teacher", "side"), side),
+        **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
+        **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
+        "saved_ptr": "*fp32" if call.saved else "constexpr",
+        "stats_ptr": "*fp32" if call.stats else "constexpr",
+        "grad": GradArg(element, "i64", apart, "i32"),
+        "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
+        "about_rows": RowsArg("*i64", "*fp32"),
+        "out": ValueArg("*fp32", "constexpr"),
+        **dict.fromkeys(("V", "first"), "i32"),
+        "inv_tau": "fp32",
+        "scales": ScalesArg("fp32", "fp32", "constexpr"),
+        "numbers": ParametersArg(("fp32",) * given, WeightsArg("fp32", "fp32"), ("fp32",) * variant.mixed),
+    }
+    fixed: dict[str, Any] = {
+        "stats_ptr": None,
+        "saved_ptr": None,
+        "TERM": None if definition is None else definition.term,
+        "INIT": online.init,
+        "ADVANCE": online.advance,
+        "RATIO": online.ratio,
+        "SUMS": online.sums,
+        "GATHER": None if gather is None else gather.kernel,
+        "EXTRAS": 0 if definition is None else definition.extras,
+        "COUNT": len(online.init.torch()),
+        "DECOUPLED": variant.decoupled,
+        "ARGMAX": variant.argmax,
+        "PARTS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
+        "PHASE": 0,
+        "BLOCK": variant.tile.block,
+        "THREADS": variant.tile.threads(call.warp),
+    }
+    names = variant.kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constexprs: dict[tuple[int, ...], Any] = {
+        (names.index(name),): value
+        for name, value in fixed.items()
+        if name in names and types.get(name, "constexpr") == "constexpr"
+    }
+    aligned: dict[tuple[int, ...], Any] = {}
+    for name in names:
+        at, kind = names.index(name), types.get(name)
+        if isinstance(kind, tuple) and hasattr(kind, "_fields"):
+            constexprs |= {(at, i): None for i, member in enumerate(kind) if member == "constexpr"}
+        if isinstance(kind, LogitsArg | GradArg):
+            column = kind._fields.index("stride_v")
+            if apart == "constexpr":
+                constexprs[at, column] = 1
+                sixteen = ("ptr", "first", "stride_outer", "stride_n", "width")
+                aligned |= {(at, i): _ALIGNED for i, field in enumerate(kind._fields) if field in sixteen}
+        elif (name == "V" and call.aligned != "none") or (str(kind)[0] == "*" and call.aligned == "all"):
+            aligned[at,] = _ALIGNED
+    return signature, constexprs, aligned
+
+
+def source(variant: Variant, dtype: str, call: Call = PLAIN) -> Any:
+    """What Triton compiles."""
+    signature, constexprs, aligned = specialization(variant, dtype, call)
+    compiler = importlib.import_module("triton.compiler")
+    return compiler.ASTSource(variant.kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+
+
+def build(source: Any, tile: Tile, architecture: str) -> Any:
+    """Triton's compiled kernel; no GPU is asked."""
+    target = importlib.import_module("triton.backends.compiler").GPUTarget(*ARCHITECTURES[architecture])
+    registers = {"maxnreg": tile.registers} if tile.registers and architecture.startswith("sm_") else {}
+    return triton.compile(source, target=target, options={"num_warps": tile.num_warps, **FUSION, **registers})
+
+
+def compile_variant(
+    kernel: str, variant: Variant, dtype: str, architecture: str, instructions: bool = False
+) -> dict[str, Any]:
+    """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes.
+
+    "instructions", where asked for, are those of each loop over columns, in the order of the machine code, per logit
+    pair (sass.py); per logit where there is one side, and where a loop only writes.
+    """
+    call = Call(warp=ARCHITECTURES[architecture][2])
+    built = build(source(variant, dtype, call), variant.tile, architecture)
+    report: dict[str, Any] = {
+        "name": variant.name,
+        "kernel": kernel,
+        "dtype": dtype,
+        "architecture": architecture,
+        "block": variant.tile.block,
+        "num_warps": variant.tile.num_warps,
+        "shared": built.metadata.shared,
+    }
+    if "cubin" in built.asm:
+        report |= resources(built.asm["cubin"])
+        if instructions:
+            listing = disassembly(built.asm["cubin"])
+            elements = variant.tile.block // (32 * variant.tile.num_warps)
+            sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
+            report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
+        loads = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
+        widths = [int(n) * int(bits) // 8 for n, bits in loads]
+        report["load_bytes"] = max(widths, default=0)
+        report["wide_loads"] = widths.count(report["load_bytes"])
+    else:
+        spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"])
+        report["stack"] = int(spilled.group(1)) if spilled else 0
+    return report
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes of its stack: what ptxas spills."""
+    text = _cuobjdump(cubin, "-res-usage")
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    assert registers and stack, text
+    return {"registers": int(registers.group(1)), "stack": int(stack.group(1))}
+
+
+def disassembly(cubin: bytes) -> str:
+    """What sass.py reads."""
+    return _cuobjdump(cubin, "--dump-sass")
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Compile all variants (or those named) and print a JSON line each."""
+    parser = argparse.ArgumentParser(prog="python -m fusedkd.kernels.aot.compiler", description=__doc__)
+    parser.add_argument("architecture", choices=ARCHITECTURES)
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("names", metavar="NAME", nargs="*", help="of a divergence's variant, such as decoupled_rkl")
+    parser.add_argument("--instructions", action="store_true", help="count them in each loop (NVIDIA only)")
+    args = parser.parse_args()
+    for kernel, variant in variants(DTYPES[args.dtype][1], args.architecture):
+        if not args.names or variant.name in args.names:
+            report = compile_variant(kernel, variant, args.dtype, args.architecture, args.instructions)
+            print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The Triton kernels, what they take, and their launchers."""

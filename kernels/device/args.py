@@ -1,0 +1,486 @@
+"""What kernels take and keep: names for their arguments, for what a row gathers, and for its numbers in memory.
+
+Names only. Triton carries a NamedTuple as a tuple with field names, and compiles the same code as for a bare tuple. A
+member that is compiled in (None, or a stride of 1) stays so while it is read by name, `side.stride_v`: unpacking, or
+another tuple built around it in a kernel, would turn it into a number.
+
+theta, the parameters of a divergence, and an online state have as many members as their divergence says: plain tuples.
+The functions of a divergence are arguments of their own, never members: Triton's cache key would not see them edited.
+
+Scalars of a row have no shape. While a thread keeps sums of its own (thread_sums.py) each is a (T,) tensor, T threads.
+"""
+
+from typing import Any, NamedTuple
+
+from ..language import constant, formula, jit, tl
+from ..maths.quantities import SideStats
+
+# Arguments
+
+
+class LogitsArg(NamedTuple):
+    """Logits of one side (rows.Side): row n is [(first + n) // inner, (first + n) % inner] of (outer, inner, V)."""
+
+    ptr: Any
+    first: Any
+    inner: Any
+    stride_outer: Any
+    stride_n: Any
+    stride_v: Any
+    bias_ptr: Any = None  # (V,)
+    scale: Any = None
+    softcap: Any = None
+    floor_ptr: Any = None  # (N,), teacher only
+
+
+class GradArg(NamedTuple):
+    """The gradient by the student's stored logits, (N, width)."""
+
+    ptr: Any
+    stride_n: Any
+    stride_v: Any
+    width: Any
+
+
+class CrossEntropyArg(NamedTuple):
+    """Cross-entropy with the labels, added to the loss: over all columns of the student, which may be more than V."""
+
+    weight: Any
+    width: Any
+
+
+class ScalesArg(NamedTuple):
+    """1/temperature, the factor of the divergence in the loss, and the cross-entropy in it (None: none)."""
+
+    inv_tau: Any
+    factor: Any
+    ce: Any = None
+
+
+class WeightsArg(NamedTuple):
+    """Weights of the two terms of a divergence (decomposition.py)."""
+
+    target: Any
+    nontarget: Any
+
+
+class ParametersArg(NamedTuple):
+    """The parameters of a loss: floats, or pointers to one float per row (columns.row_values).
+
+    mix is (the teacher's weight in a mixed teacher,), or () for the teacher itself.
+    """
+
+    theta: Any
+    weights: Any
+    mix: Any
+
+
+class RowsArg(NamedTuple):
+    """What is given for each row; None: no label, an upstream gradient of 1."""
+
+    label_ptr: Any  # (N,)
+    upstream_ptr: Any  # (N,)
+
+
+class ValueArg(NamedTuple):
+    """What is wanted of each row."""
+
+    loss_ptr: Any  # (N,)
+    stats_ptr: Any  # (N, STATS), or None
+
+
+class WorkspaceArg(NamedTuple):
+    """What the programs that share a row leave each other (split_rows.py); `parts` programs share a row."""
+
+    partial_ptr: Any  # (N, parts, CARRY + online state)
+    sums_ptr: Any  # (N, parts, TERM_SUMS)
+    dominant_ptr: Any  # (N, parts, DOMINANT)
+    meeting_ptr: Any  # (1 + N · MEETINGS,) int32: tickets, then each row's arrivals at its meetings
+    parts: Any
+
+
+# What a row gathers
+
+
+class RowPtrs(NamedTuple):
+    """A row's index, and the addresses at which it begins."""
+
+    row: Any
+    student: Any
+    teacher: Any
+
+
+class RowContext(NamedTuple):
+    """What the sweeps after the first need of a row, beside LogitsArg of both sides, which no tuple may hold."""
+
+    ptrs: Any  # RowPtrs
+    y: Any  # the held-out column
+    V: Any
+    inv_tau: Any
+    mix: Any
+    centre: Any  # Centre
+
+
+class LogitTile(NamedTuple):
+    """Columns of both sides."""
+
+    s: Any  # student logits
+    t: Any  # teacher logits
+    live: Any  # whether the column is compared: among the V, and in the support
+    slope: Any  # derivative of s by the stored number
+
+
+class RowSums(NamedTuple):
+    """What the first sweep gathers of a row for its divergence."""
+
+    maxima: Any
+    state: Any  # the online state: at least Z_s, Z_t
+    entropies: Any
+
+
+class TermSums(NamedTuple):
+    """Σ f, Σ phi and the largest d of the columns."""
+
+    total: Any
+    mass: Any
+    widest: Any
+
+
+class Totals(NamedTuple):
+    """Sums over all of a row's columns."""
+
+    total: Any  # F
+    mass: Any  # Φ
+    cross: Any  # LogSumExp of the student's logits at temperature 1
+    label_s: Any  # the label's student logit
+
+
+class Target(NamedTuple):
+    """The held-out column."""
+
+    s: Any  # student logit
+    t: Any  # teacher logit
+    present: Any  # whether it is in the support
+    held: Any  # whether a column is held out
+
+
+class TargetLogs(NamedTuple):
+    """log q, log p and δ of the held-out column, and whether it is in the support."""
+
+    logq: Any
+    logp: Any
+    delta: Any
+    present: Any
+
+
+class RowValue(NamedTuple):
+    """What the value of a row leaves to its gradient."""
+
+    y: Any  # target
+    mix: Any
+    theta: Any  # with extras
+    extras: Any
+    scalars: Any  # RowScalars
+
+
+class SharedRow(NamedTuple):
+    """A row all of whose parts have left their statistics."""
+
+    norms: Any  # RowNorms
+    acc: Any  # RowSums
+    cross: Any  # LogSumExp
+    target: Any  # Target
+    extras: Any  # parameters that the row found for itself
+
+
+class Dominant(NamedTuple):
+    """The token that holds more than half of a row's mass: its entry of the gradient is minus the sum of the others."""
+
+    token: Any  # −1: there is none
+    rest: Any  # the sum of the others
+    logit: Any
+    slope: Any  # of its logit by the stored number
+
+
+# Numbers of a row in memory, float32
+
+
+class RowScalars(NamedTuple):
+    """What a row's gradient needs of its value."""
+
+    c_s: Any
+    c_t: Any
+    k: Any
+    m: Any
+    l_s: Any
+    l_t: Any
+    r: Any
+    a: Any
+    b: Any
+    grad_y: Any
+    ce_lse: Any  # log-sum-exp of all the student's logits at temperature 1
+
+
+class Carry(NamedTuple):
+    """What a row has gathered of some of its columns (RowSums, LogSumExp, Target); its online state follows."""
+
+    top_s: float
+    top_t: float
+    top_mixed: float
+    entropy_s: float
+    entropy_t: float
+    sum_t: float
+    ce_top: float
+    ce_total: float
+    label_s: float  # −inf where the label is not among the columns
+    label_t: float  # likewise, or not in the support
+
+
+class Found(NamedTuple):
+    """`Dominant` between the launches of a row's chunks."""
+
+    rest: float
+    token: float
+    logit: float
+    slope: float
+
+
+class TokenStats(NamedTuple):
+    """Statistics of a row, in the order of fusedkd.KDStats."""
+
+    loss: Any
+    target_loss: Any
+    nontarget_loss: Any
+    target_grad: Any
+    nontarget_grad: Any
+    student_entropy: Any
+    teacher_entropy: Any
+    student_logprob: Any
+    teacher_logprob: Any
+    student_lse: Any
+    teacher_lse: Any
+
+
+class TokenScalars(NamedTuple):
+    """What the gradient of a token's log-probability and entropy needs (token_logprobs.py)."""
+
+    centre: Any
+    lse: Any  # above the centre
+    logprob: Any
+    entropy: Any
+
+
+@formula
+def empty_carry():
+    """Carry of no columns."""
+    return Carry(-1e20, -1e20, -1e20, 0.0, 0.0, 0.0, -1e20, 0.0, float("-inf"), float("-inf"))
+
+
+EMPTY = empty_carry.torch()
+MOST_EXTRAS = 2  # parameters that a row finds for itself (divergence.Gather)
+SAVED = len(RowScalars._fields) + 1 + MOST_EXTRAS  # RowScalars, the target, extras
+CARRY = len(Carry._fields)  # without the online state
+TERM_SUMS = len(TermSums._fields)
+FOUND = len(Found._fields)
+STATS = len(TokenStats._fields)
+TOKEN_SAVED = len(TokenScalars._fields)
+DOMINANT = len(Dominant._fields)
+MEETINGS = 3  # of the programs of a row
+
+# The same for kernels, which take constants of compile time only.
+_SAVED = constant(SAVED)
+_SCALARS = constant(len(RowScalars._fields))
+_EXTRAS_AT = constant(len(RowScalars._fields) + 1)
+_STATS = constant(STATS)
+# Of the student, the teacher's comes next; Decomposition's first numbers lie before.
+_ENTROPY, _LOGPROB, _LSE = (constant(TokenStats._fields.index(f"student_{name}")) for name in SideStats._fields)
+_TOKEN_SAVED = constant(TOKEN_SAVED)
+_CARRY = constant(CARRY)
+_LABEL_S, _LABEL_T = (constant(Carry._fields.index(name)) for name in ("label_s", "label_t"))
+_TERM_SUMS = constant(TERM_SUMS)
+_FOUND = constant(FOUND)
+_DOMINANT = constant(DOMINANT)
+_MEETINGS = constant(MEETINGS)
+_REST, _TOKEN, _LOGIT, _SLOPE = (constant(Found._fields.index(name)) for name in ("rest", "token", "logit", "slope"))
+# Triton's cache key has the constants that a function names, not the fields of a class. Functions whose code depends on
+# the order of fields in memory name this, so that another order is another key.
+_IN_MEMORY = (RowScalars, Carry, TermSums, Dominant, TokenScalars)
+_LAYOUTS = constant(repr([kind._fields for kind in _IN_MEMORY]))
+
+
+@jit
+def load_numbers(ptr, COUNT: tl.constexpr):
+    """The first COUNT numbers behind a pointer."""
+    tl.static_assert(_LAYOUTS != "")
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (tl.load(ptr + i),)
+    return out
+
+
+@jit
+def store_numbers(ptr, numbers):
+    """All numbers, one behind the other."""
+    tl.static_assert(_LAYOUTS != "")
+    for i in tl.static_range(len(numbers)):
+        tl.store(ptr + i, numbers[i])
+
+
+@jit
+def load_scalars(saved_ptr, row):
+    """RowScalars of a row."""
+    return RowScalars(*load_numbers(saved_ptr + row * _SAVED, _SCALARS))
+
+
+@jit
+def load_target(saved_ptr, row):
+    """The token that was the row's target."""
+    return tl.load(saved_ptr + row * _SAVED + _SCALARS).to(tl.int32)
+
+
+@jit
+def load_extras(saved_ptr, row, EXTRAS: tl.constexpr):
+    """The parameters that the row found for itself."""
+    return load_numbers(saved_ptr + row * _SAVED + _EXTRAS_AT, EXTRAS)
+
+
+@jit
+def store_saved(saved_ptr, row, scalars, y, extras):
+    """RowScalars, target and extras of a row, zeros behind them."""
+    tl.static_assert(_LAYOUTS != "")
+    numbers = scalars + (y + 0.0,) + extras
+    for i in tl.static_range(_SAVED):
+        if i < len(numbers):
+            tl.store(saved_ptr + row * _SAVED + i, numbers[i])
+        else:
+            tl.store(saved_ptr + row * _SAVED + i, 0.0)
+
+
+@jit
+def store_nothing_saved(saved_ptr, row):
+    """Zeros for a row that does not count."""
+    for i in tl.static_range(_SAVED):
+        tl.store(saved_ptr + row * _SAVED + i, 0.0)
+
+
+@jit
+def store_terms(stats_ptr, row, terms, held, empty):
+    """TokenStats from Decomposition: 0 where the row is empty, NaN about a target where none is held out."""
+    at = stats_ptr + row * _STATS
+    tl.store(at, tl.where(empty, 0.0, terms.loss))
+    for i in tl.static_range(1, _ENTROPY):
+        tl.store(at + i, tl.where(held, tl.where(empty, 0.0, terms[i]), float("nan")))
+
+
+@jit
+def store_side_stats(stats_ptr, row, SIDE: tl.constexpr, stats, held):
+    """TokenStats from the SideStats of the student (0) or the teacher (1), likewise."""
+    at = stats_ptr + row * _STATS + SIDE
+    tl.store(at + _ENTROPY, stats.entropy)
+    tl.store(at + _LOGPROB, tl.where(held, stats.logprob, float("nan")))
+    tl.store(at + _LSE, stats.lse)
+
+
+@jit
+def store_no_stats(stats_ptr, row):
+    """Zeros for a row that does not count."""
+    for i in tl.static_range(_STATS):
+        tl.store(stats_ptr + row * _STATS + i, 0.0)
+
+
+@jit
+def store_token_scalars(saved_ptr, row, scalars):
+    """TokenScalars of a row."""
+    store_numbers(saved_ptr + row * _TOKEN_SAVED, scalars)
+
+
+@jit
+def load_token_scalars(saved_ptr, row):
+    """TokenScalars of a row."""
+    return TokenScalars(*load_numbers(saved_ptr + row * _TOKEN_SAVED, _TOKEN_SAVED))
+
+
+@jit
+def carry_at(carry_ptr, i, COUNT: tl.constexpr):
+    """The address of the i-th Carry, which an online state of COUNT numbers follows."""
+    tl.static_assert(_LAYOUTS != "")
+    return carry_ptr + i * (_CARRY + COUNT)
+
+
+@jit
+def load_carry(at):
+    """Carry."""
+    return Carry(*load_numbers(at, _CARRY))
+
+
+@jit
+def load_carried_state(at, COUNT: tl.constexpr):
+    """The online state behind a Carry."""
+    return load_numbers(at + _CARRY, COUNT)
+
+
+@jit
+def store_carried(at, sums, cross):
+    """RowSums and LogSumExp: Carry but for the label's logits, and the online state."""
+    store_numbers(at, sums.maxima + sums.entropies + cross)
+    store_numbers(at + _CARRY, sums.state)
+
+
+@jit
+def store_carried_label(at, s, t, here):
+    """The label's logits in Carry, where `here`."""
+    tl.store(at + _LABEL_S, s, mask=here)
+    tl.store(at + _LABEL_T, t, mask=here)
+
+
+@jit
+def sums_at(sums_ptr, i):
+    """The address of the i-th TermSums."""
+    tl.static_assert(_LAYOUTS != "")
+    return sums_ptr + i * _TERM_SUMS
+
+
+@jit
+def load_sums(sums_ptr, row):
+    """TermSums of a row."""
+    return TermSums(*load_numbers(sums_at(sums_ptr, row), _TERM_SUMS))
+
+
+@jit
+def store_sums(sums_ptr, row, sums):
+    """TermSums of a row."""
+    store_numbers(sums_at(sums_ptr, row), sums)
+
+
+@jit
+def found_at(found_ptr, row):
+    """The address of a row's Found."""
+    return found_ptr + row * _FOUND
+
+
+@jit
+def load_rest(at):
+    """`rest` of Found."""
+    return tl.load(at + _REST)
+
+
+@jit
+def store_found(at, rest, dominant, first):
+    """Found: `rest`, and the dominant token of a chunk that begins with the column `first`, where there is one."""
+    tl.store(at + _REST, rest)
+    tl.store(at + _TOKEN, dominant.token + first + 0.0, mask=dominant.token >= 0)
+    tl.store(at + _LOGIT, dominant.logit, mask=dominant.token >= 0)
+    tl.store(at + _SLOPE, dominant.slope, mask=dominant.token >= 0)
+
+
+@jit
+def dominant_at(dominant_ptr, i):
+    """The address of the i-th Dominant."""
+    tl.static_assert(_LAYOUTS != "")
+    return dominant_ptr + i * _DOMINANT
+
+
+@jit
+def arrived_at(meeting_ptr, row):
+    """The address of the numbers of programs that have come to each of a row's meetings; tickets come before."""
+    return meeting_ptr + 1 + row * _MEETINGS

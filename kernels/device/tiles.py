@@ -1,0 +1,115 @@
+"""Which tile each row kernel runs with: one table, looked up by architecture, divergence class and bytes per logit.
+
+Every line that an architecture uses is compiled, for aligned rows, without spilling on sm_80, sm_90, sm_100 and gfx942,
+by the tests in one dtype per architecture and by `make compile-all` in all.
+A line for one architecture goes beside the "any" line of its class and wins there: `FUSEDKD_TUNE=1` prints such lines
+(fusedkd/backends/tuning.py). The vocabulary is not in the key: a short one gets a smaller tile (`fitting`), and a row
+of many tiles is the same loop whatever their number.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Products and sums become one operation (FMA): what the instruction counts and the tiles below were found with, and no
+# longer Triton's default from 3.10 on. Every launch and compilation takes it.
+FUSION = {"enable_fp_fusion": True}
+
+ANY = "any"
+Line = tuple[str, str, int]  # architecture, class, bytes per logit
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Columns per program step, the warps that share them, and the registers that a thread may take.
+
+    Left to itself ptxas spills a few bytes for the sake of one more block per multiprocessor; `registers` says not to.
+    `source` names the result that speaks for the tile: device, rows × vocabulary.
+    """
+
+    block: int
+    num_warps: int
+    registers: int | None = None
+    source: str = field(default="not measured", compare=False)
+
+    def launch(self) -> dict[str, Any]:
+        """What a launch of a kernel of rows takes."""
+        return {"BLOCK": self.block, "THREADS": self.threads(), **self.options()}
+
+    def threads(self, warp: int = 64 if torch.version.hip else 32) -> int:
+        """How many threads share a tile's columns."""
+        return self.num_warps * warp
+
+    def options(self) -> dict[str, Any]:
+        """What any launch takes beside BLOCK."""
+        chosen = {"num_warps": self.num_warps, **FUSION}
+        if self.registers is not None and torch.version.hip is None:  # AMD's compiler has no such option
+            chosen["maxnreg"] = self.registers
+        return chosen
+
+
+# "light" and "heavy": one-sweep statistics with few or many sums; "two": normalisers, then sums; "gathered": further
+# sweeps with a heavy term.
+TABLE: dict[Line, Tile] = {
+    (ANY, "light", 2): Tile(4096, 8),
+    ("sm_80", "light", 2): Tile(4096, 8, 128),  # else 8 bytes are spilled for a third block
+    (ANY, "light", 4): Tile(2048, 8, 128),
+    (ANY, "heavy", 2): Tile(1024, 4, 168),
+    (ANY, "heavy", 4): Tile(1024, 8, 128),
+    (ANY, "two", 2): Tile(1024, 4, 168),
+    (ANY, "two", 4): Tile(1024, 4, 168),
+    (ANY, "gathered", 2): Tile(2048, 8, 255),
+    (ANY, "gathered", 4): Tile(1024, 8, 255),
+}
+
+SMALLEST = 128  # a vocabulary below one tile gets the next power of two, not less than this
+
+# What a search tries. A thread loads 16 bytes at a time, so it has at least as many; a block's registers are bounded.
+BLOCKS = (1024, 2048, 4096, 8192)
+WARPS = (4, 8, 16)
+REGISTERS = (None, 128, 255)
+LOAD = 16  # bytes
+MOST_COLUMNS = 32  # per thread: with more, a tile's numbers do not fit into registers
+REGISTER_FILE = 65_536  # per block
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """sm_90, gfx942 ...; "any" where kernels do not run on a CUDA or ROCm device."""
+    if device.type != "cuda":
+        return ANY
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def chosen(line: Line) -> Tile:
+    """The table's tile: the architecture's own, or else that for any."""
+    return TABLE.get(line) or TABLE[ANY, line[1], line[2]]
+
+
+def fitting(line: Line, vocabulary: int) -> Tile:
+    """The table's tile, cut down for a vocabulary that one smaller tile covers."""
+    best = chosen(line)
+    covering = max(SMALLEST, 1 << (max(vocabulary, 1) - 1).bit_length())
+    if covering >= best.block:
+        return best
+    return Tile(covering, min(best.num_warps, max(1, covering // 256)), best.registers)
+
+
+def candidates(line: Line) -> list[Tile]:
+    """The tiles worth timing for a line, the table's own first."""
+    amd = line[0].startswith("gfx")
+    warp = 64 if amd else 32
+    found = [
+        Tile(block, warps, registers)
+        for block in BLOCKS
+        for warps in WARPS
+        for registers in (REGISTERS[:1] if amd else REGISTERS)
+        for columns in [block // (warp * warps)]
+        if columns * line[2] >= LOAD and columns <= MOST_COLUMNS and warp * warps * (registers or 0) <= REGISTER_FILE
+    ]
+    return list(dict.fromkeys([chosen(line), *found]))

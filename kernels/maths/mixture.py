@@ -1,0 +1,62 @@
+"""The logarithm of a mixture m = λp + (1 − λ)q relative to each of its parts, from δ = log p − log q alone.
+
+Divergences from a mixture saturate: where p and q hardly overlap, log(m/q) is log(1 − λ) at almost every token that the
+student likes, and the gradient q_k (h_k − Σ q h) is what is left of a difference of equal numbers. Adding a multiple of
+q to phi changes no gradient (Σ phi moves with it), so on such rows (`far`) the terms leave that constant out. The first
+sweep knows which rows these are; `SATURATING` hands it on as the last number of theta.
+"""
+
+from typing import Any
+
+import torch
+
+from ..language import formula, jit, tl
+from .definition import Gather
+from .elementary import expm1_ratio, log1p
+
+NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
+
+
+def _eager_log_mixture(weight, delta, far):
+    part = torch.where(weight < 1, torch.log1p(-weight), NEVER)
+    other = torch.where(weight > 0, torch.log(weight), NEVER)
+    close = delta.abs() < 0.5
+    near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
+    if delta.dim() == 2 and bool(close.all()):
+        return near, (near - delta) * (weight < 1), torch.where(far == 0, near, near - part)
+    gap = other + delta - part
+    tail = torch.log1p(gap.abs().neg_().exp_())
+    excess = torch.where(close, near - part, gap.clamp(min=0.0).add_(tail))
+    above = torch.where(close, near, tail + torch.where(gap > 0, other + delta, part))
+    beyond = torch.where(close, (near - delta) * (weight < 1), tail + torch.where(gap > 0, other, part - delta))
+    return above, beyond, torch.where(far == 0, above, excess)
+
+
+@formula(eager=_eager_log_mixture)
+def log_mixture(weight, delta, far):
+    """(log(m/q), log(m/p), log(m/q) − far·log(1 − weight)) of m = weight·p + (1 − weight)·q.
+
+    The first two are exactly 0 at δ = 0, the first also at weight 0, the second at weight 1.
+    """
+    part = tl.where(weight < 1, tl.log(tl.where(weight < 1, 1.0 - weight, 1.0)), -2e30)
+    other = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)), -2e30)
+    near = tl.abs(delta) < 0.5
+    x = tl.where(near, delta, 0.0)
+    gap = other + delta - part
+    tail = log1p(tl.where(near, weight * x * expm1_ratio(x), tl.exp(-tl.abs(gap))))
+    above = tl.where(near, tail, tail + tl.where(gap > 0, other + delta, part))
+    beyond = tl.where(near, tl.where(weight < 1, tail - x, 0.0), tail + tl.where(gap > 0, other, part - delta))
+    excess = tail + tl.where(near, -part, tl.where(gap > 0, gap, 0.0))
+    return above, beyond, tl.where(far == 0, above, excess)
+
+
+@jit
+def _far_kernel(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
+    return (tl.where(state[3] < 0.5 * state[0], 0.0, 1.0),), ()
+
+
+def _far_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    return (torch.where(whole.near, 0.0, 1.0).to(whole.dtype),)
+
+
+SATURATING = Gather(_far_kernel, _far_torch, 1)

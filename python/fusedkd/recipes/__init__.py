@@ -1,0 +1,1 @@
+"""Losses and schedules of training recipes, built from `kd_loss`."""
