@@ -1,4 +1,4 @@
-"""A Head on at least one side, some tokens at a time (schedules/token_chunks.py); the gradient comes beside the loss."""
+"""A Head on at least one side, some tokens at a time (schedules/token_chunks.py), the gradient beside the loss."""
 
 from typing import NamedTuple
 
