@@ -57,7 +57,7 @@ mutants: install
 EMULATE ?= 80 90
 EMULATE_OPTIONS ?= --order lockstep
 EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options parts streaming token_logprobs hard_rows \
-	identities properties autograd uncounted surroundings traps weight_grad toys definition recipes))
+	identities properties autograd uncounted surroundings pitfalls weight_grad custom_divergence definition recipes))
 
 test-emulated: install
 	TRITON_INTERPRET=0 $(BIN)/python tests/compiled_cases.py "many rows"

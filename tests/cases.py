@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from close import assert_close, relative, rounding
+from compare import assert_close, relative, rounding
 from torch import Tensor
 
 import fusedkd

@@ -22,7 +22,7 @@ import emulator
 import torch
 from cases import IGNORE, VALUE, Rows, check_stats, expected, unrelated
 from clibrary import CASES, DTYPES, LAYOUTS, POINTED, Library, Packed, call, memory
-from close import assert_close, relative, rounding
+from compare import assert_close, relative, rounding
 
 import fusedkd
 from fusedkd.kernels.aot import embed

@@ -122,7 +122,7 @@ def split_rows(wanted: bool) -> None:
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:
     """A launcher of kernels on its own: value and gradient at once, over the logits if asked."""
     from cases import VALUE, expected
-    from close import assert_close, rounding
+    from compare import assert_close, rounding
 
     from fusedkd.kernels.device import rows
 
@@ -142,7 +142,7 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
 def _fused(case: Any, dtype: torch.dtype, layout: str) -> None:
     """kd_value_and_grad."""
     from cases import VALUE, expected
-    from close import assert_close, rounding
+    from compare import assert_close, rounding
 
     data = problem_rows(dtype, layout)
     student, teacher = (laid_out(layout)(x.to(dtype)) for x in (data.student, data.teacher))
@@ -159,7 +159,7 @@ def _fused(case: Any, dtype: torch.dtype, layout: str) -> None:
 def _many_rows(case: Any, dtype: torch.dtype) -> None:
     """More than a grid's second dimension could count, of which the last three are not ignored."""
     from cases import IGNORE, VALUE, expected, unrelated
-    from close import assert_close, rounding
+    from compare import assert_close, rounding
 
     few, count = unrelated(3, 129, dtype=dtype), (1 << 16) + 3
     student, teacher = (x.to(dtype).repeat(count // 3 + 1, 1)[-count:] for x in (few.student, few.teacher))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cases import HEAD, VALUE
-from close import assert_close, rounding
+from compare import assert_close, rounding
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)

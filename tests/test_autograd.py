@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from cases import DEFAULTS, IGNORE, VALUE, Case, each, expected, opcheck
-from close import assert_close, relative
+from compare import assert_close, relative
 from torch import Tensor
 
 import fusedkd

@@ -18,7 +18,7 @@ import pytest
 import torch
 from cases import each, random_labels
 from clibrary import CASES, LAYOUTS, ROOT, SAME, STATUS_NUMBER, Library, Packed, call, memory, run, tool
-from close import relative
+from compare import relative
 
 import fusedkd
 from fusedkd.kernels.aot import embed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import IGNORE, MIXED, VALUE, Rows, cuts, device, each, unrelated
-from close import assert_close, rounding
+from compare import assert_close, rounding
 from torch import Tensor
 
 import fusedkd

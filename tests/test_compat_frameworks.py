@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import HEAD, IGNORE, VALUE, Rows, Side, each, near, side, unrelated
-from close import assert_close, relative, rounding
+from compare import assert_close, relative, rounding
 from torch import Tensor
 from torch.nn import functional
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import HEAD, VALUE, each, near, random_labels, side, unrelated
-from close import assert_close, rounding
+from compare import assert_close, rounding
 from originals import DTYPES, check, gkd_summands
 from test_memory import measure
 from torch import Tensor

@@ -162,7 +162,7 @@ def test_what_the_code_cites_is_here() -> None:
     root = DOCS.parent
     sources = [path for room in ("bench", "kernels", "python", "tests") for path in (root / room).rglob("*.py")]
     citations = {(path.name, name) for path in sources for name in cited(path)}
-    assert ("test_teeth.py", "docs/mathematics.md#drkl") in citations
+    assert ("test_tolerances.py", "docs/mathematics.md#drkl") in citations
     for path, name in sorted(citations):
         page, _, heading = name.partition("#")
         assert (root / page).is_file(), f"{path} cites {page}"

@@ -33,7 +33,7 @@ from cases import (
     side,
     unrelated,
 )
-from close import assert_close, relative, rounding
+from compare import assert_close, relative, rounding
 from test_logits import LAYOUTS
 from test_sync import MORE, OPTIONS, WAYS, at_once, logprob, small_chunks, step
 from torch import Tensor

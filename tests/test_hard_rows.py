@@ -29,7 +29,7 @@ from cases import (
     side,
     unrelated,
 )
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

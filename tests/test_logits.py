@@ -25,7 +25,7 @@ from cases import (
     random_labels,
     unrelated,
 )
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from cases import DEFAULTS, FEW, VALUE, Case, Rows, check_logits, each, expected, unrelated
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import IGNORE, each, named
-from close import relative
+from compare import relative
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ARGMAX, DEFAULTS, MIXED, VALUE, Case, device, each, expected
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ARGMAX, DEFAULTS, DISTINCT, IGNORE, MIXED, VALUE, Case, Rows, each, expected, near, unrelated
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

@@ -30,7 +30,7 @@ from cases import (
     side,
     unrelated,
 )
-from close import assert_close, relative, rounding
+from compare import assert_close, relative, rounding
 from torch import Tensor
 
 import fusedkd

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from cases import DISTINCT, Case, Rows, check_logits, each, unrelated
-from close import relative
+from compare import relative
 
 import fusedkd
 from fusedkd import backends

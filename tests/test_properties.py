@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ALL, IGNORE, VALUE, Case, Rows, check_logits, device, named
-from close import relative
+from compare import relative
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

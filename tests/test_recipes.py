@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import IGNORE, VALUE, device, each, random_labels
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

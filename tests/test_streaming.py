@@ -21,7 +21,7 @@ from cases import (
     random_labels,
     side,
 )
-from close import assert_close
+from compare import assert_close
 
 import fusedkd
 from fusedkd.call import LossCall

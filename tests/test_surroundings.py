@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import HEAD, IGNORE, VALUE, device, each, expected
-from close import assert_close, relative
+from compare import assert_close, relative
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode

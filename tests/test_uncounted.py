@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEFAULTS, FEW, IGNORE, VALUE, Case, device, each
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from cases import IGNORE, VALUE, check_heads, each, opcheck, random_labels, side
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd

@@ -9,7 +9,7 @@ from typing import Any
 
 import oracle
 import torch
-from close import rounding
+from compare import rounding
 
 from fusedkd.kernels.aot import embed
 

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from close import relative
+from compare import relative
 from liger_kernel import chunked_loss, transformers
 from liger_kernel.transformers import functional
 

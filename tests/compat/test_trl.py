@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from close import relative
+from compare import relative
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from cases import each
-from close import assert_close, relative, rounding
+from compare import assert_close, relative, rounding
 from torch import Tensor
 
 GOLDEN_Q, GOLDEN_P = (0.55, 0.30, 0.15), (0.45, 0.35, 0.20)
@@ -74,7 +74,7 @@ def test_damage_fails(gradients: tuple[Tensor, Tensor], damage: str) -> None:
         assert_close(DAMAGE[damage](grad, swapped).float(), grad, BOUND, per_row=1e-4, typical=1e-4)
 
 
-def test_half_precision_bound_has_teeth(gradients: tuple[Tensor, Tensor]) -> None:
+def test_half_precision_bound_rejects_one_per_cent(gradients: tuple[Tensor, Tensor]) -> None:
     """One per cent is also too much where bfloat16 rounding is allowed."""
     grad, _ = gradients
     with pytest.raises(AssertionError, match="relative error"):

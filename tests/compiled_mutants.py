@@ -1,4 +1,4 @@
-"""What the emulator notices: kernels with one fault each, run one by one. `python tests/compiled_teeth.py [WORDS]`
+"""What the emulator notices: kernels with one fault each, run one by one. `python tests/compiled_mutants.py [WORDS]`
 
 For every kernel of the cases of compiled_cases.py (those whose names have one of the words):
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Rows, check_heads, check_logits, device, each, expected, near, random_labels, side, unrelated
-from close import assert_close
+from compare import assert_close
 from torch import Tensor
 
 import fusedkd
@@ -96,7 +96,7 @@ def distance_reference(logp: Tensor, logq: Tensor) -> Tensor:
     return ((logp / 2).exp() - (logq / 2).exp()).square().sum(-1)
 
 
-TOYS = {
+CUSTOM = {
     "toy_chi_squared": Definition(
         "toy_chi_squared",
         chi_squared_term,
@@ -107,16 +107,16 @@ TOYS = {
     "toy_distance": Definition("toy_distance", distance_term, distance_reference),
 }
 SETTINGS: list[Case] = [
-    *((name, {}) for name in TOYS),
-    *((name, {"target": 0.3, "nontarget": 1.7}) for name in TOYS),
-    *(("decoupled", {"base": name, "target": 1.0, "nontarget": 0.5}) for name in TOYS),
+    *((name, {}) for name in CUSTOM),
+    *((name, {"target": 0.3, "nontarget": 1.7}) for name in CUSTOM),
+    *(("decoupled", {"base": name, "target": 1.0, "nontarget": 0.5}) for name in CUSTOM),
 ]
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one step that makes a definition known."""
-    for name, definition in TOYS.items():
+    for name, definition in CUSTOM.items():
         monkeypatch.setitem(REGISTRY, name, definition)
 
 
@@ -152,7 +152,7 @@ def careless_advance(state, move, z, u, d, ez, eu, live, theta):
 @each("advance", [careless_advance, _whole_sum])
 def test_a_sum_over_all_threads_is_refused(advance: Any) -> None:
     """A definition whose one-sweep form would be wrong on a GPU is not made, and the error says what to write."""
-    online = TOYS["toy_chi_squared"].online._replace(advance=advance)
+    online = CUSTOM["toy_chi_squared"].online._replace(advance=advance)
     with pytest.raises(ValueError, match=r"'toy' reduces a tile by tl\.sum in _whole_sum.*thread_sum"):
         Definition("toy", chi_squared_term, chi_squared_reference, online=online)
 
@@ -211,7 +211,7 @@ def test_heads(case: Case, reduction: str, backend: str) -> None:
     check_heads(student, calm((5,), 129, 24, softcap=8.0), labels, case, backend, reduction=reduction)
 
 
-@each("name", TOYS)
+@each("name", CUSTOM)
 def test_value_and_grad(name: str, backend: str) -> None:
     """The one-launch form."""
     rows, place = mild(4, 260), device(backend)

@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check: who imports whom, kernel signatures, and life without Triton."""
+"""Rules of the repository that a machine can check: who imports whom, kernel signatures, and life without Triton."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_product_does_not_know_its_measurements(path: Path) -> None:
 @pytest.mark.parametrize("path", [*KERNELS, *PYTHON, *BENCH], ids=relative_name)
 def test_what_is_installed_does_not_know_its_tests(path: Path) -> None:
     """Nor numpy, which is torch's affair."""
-    assert not roots(imports(path)) & {"tests", "conftest", "cases", "oracle", "close", "pytest", "numpy"}
+    assert not roots(imports(path)) & {"tests", "conftest", "cases", "oracle", "compare", "pytest", "numpy"}
 
 
 def knows_torch_library(path: Path) -> bool:

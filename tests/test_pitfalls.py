@@ -1,6 +1,6 @@
-"""The numerical traps of the literature, one by one: the textbook formula falls into it here, the library does not.
+"""The numerical pitfalls of the literature, one by one: the textbook formula falls into it here, the library does not.
 
-Every test first shows in float32 that the trap is there, by an error at least as large as the one that is known of it.
+Every test first shows in float32 that the pitfall is there, by an error no smaller than the one that is known of it.
 """
 
 from __future__ import annotations
