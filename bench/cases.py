@@ -14,6 +14,8 @@ from ..cli.eager import EAGER
 from .shapes import Shape
 
 STD = 5.0  # of logits, as a trained model's
+STUDENT_PEAK, TEACHER_PEAK = 0.7, 0.9  # probability of the label in peaked rows
+DISTRIBUTIONS = ("random", "peaked")
 CHUNK = 1 << 24  # logits that are held in float64 at once
 
 
@@ -91,6 +93,9 @@ class Case:
     """One thing to measure. `path` is "heads" (hidden states in) or "rows" (logits in).
 
     distance: how far the student's hidden states or logits are from the teacher's; None: they have nothing in common.
+    distribution: "random" logits are normal and no token stands out; in "peaked" rows the label has most of the
+        probability, 0.7 of the student's and 0.9 of the teacher's, as with trained models. A distance is noise on
+        rows of either kind; a large one may bury the peak of the side that it is added to.
     families: the rivals to set beside it; None: all that were asked for.
     """
 
@@ -100,6 +105,7 @@ class Case:
     divergence: str
     distance: float | None = None
     families: tuple[str, ...] | None = None
+    distribution: str = "random"
 
     def small(self) -> Case:
         """The same with so few tokens and words that it costs nothing."""
@@ -111,32 +117,66 @@ class Case:
 
     def __str__(self) -> str:
         s = self.shape
-        return f"{self.path} {self.divergence} {s.rows}x{s.vocab} {self.dtype}"
+        return f"{self.distribution} {self.path} {self.divergence} {s.rows}x{s.vocab} {self.dtype}"
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """Return random inputs whose logits have a standard deviation of 5."""
+    """Return random inputs whose logits have a standard deviation of 5, but for the labels of peaked rows."""
     torch.manual_seed(0)
     shape, dtype = case.shape, getattr(torch, case.dtype)
+    peaked = case.distribution == "peaked"
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return torch.randn(*size, device=device).mul_(std)
 
+    def random_labels() -> Tensor:  # (N,), each another token where every one gets an output vector of its own
+        if peaked:
+            return torch.randperm(shape.vocab, device=device)[: shape.rows]
+        return torch.randint(shape.vocab, (shape.rows,), device=device)
+
     if case.path == "rows":
         teacher = normal(shape.rows, shape.vocab, std=STD)
         student = normal(shape.rows, shape.vocab, std=case.distance or STD)
+        labels = random_labels()
+        if peaked:
+            _raise_label(teacher, labels, TEACHER_PEAK)
         if case.distance:
             student += teacher
-        labels = torch.randint(shape.vocab, (shape.rows,), device=device)
+        elif peaked:
+            _raise_label(student, labels, STUDENT_PEAK)
         return RowInputs(student.to(dtype).requires_grad_(), teacher.to(dtype), labels)
     d, k = shape.dim, shape.teacher_dim
     hidden, teacher_hidden = normal(shape.rows, d), normal(shape.rows, k)
     weight, teacher_weight = (normal(shape.vocab, width, std=STD / math.sqrt(width)) for width in (d, k))
-    if case.distance:
-        teacher_hidden, teacher_weight = hidden + case.distance * normal(*hidden.shape), weight.clone()
-    labels = torch.randint(shape.vocab, (shape.rows,), device=device)
+    distance = case.distance * normal(*hidden.shape) if case.distance else None
+    labels = random_labels()
+    if peaked:
+        _turn_to_label(hidden, weight, labels, STUDENT_PEAK)
+    if distance is not None:
+        teacher_hidden, teacher_weight = hidden + distance, weight.clone()
+    elif peaked:
+        _turn_to_label(teacher_hidden, teacher_weight, labels, TEACHER_PEAK)
     h, w, teacher_h, teacher_w = (x.to(dtype) for x in (hidden, weight, teacher_hidden, teacher_weight))
     return HeadInputs(h.requires_grad_(), w.requires_grad_(), teacher_h, teacher_w, labels, shape.softcap)
+
+
+def _raise_label(logits: Tensor, labels: Tensor, probability: float) -> None:
+    """Set each row's logit at its label so that softmax gives the label this probability."""
+    at = labels[:, None]
+    others = logits.scatter_(1, at, -torch.inf).logsumexp(1, keepdim=True)
+    logits.scatter_(1, at, others + math.log(probability / (1 - probability)))
+
+
+def _turn_to_label(hidden: Tensor, weight: Tensor, labels: Tensor, probability: float) -> None:
+    """Turn the labels' output vectors (V, D) to the hidden states (N, D) until each has about this probability."""
+    rows = max(1, CHUNK // len(weight))
+    missing = []  # of the label's logit
+    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits = h @ weight.t()
+        before = logits.gather(1, y[:, None])
+        _raise_label(logits, y, probability)
+        missing.append(logits.gather(1, y[:, None]) - before)
+    weight[labels] += torch.cat(missing) * hidden / hidden.square().sum(1, keepdim=True)
 
 
 def eager_loss(divergence: str) -> Loss:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .results import cases, median, over_floor, spread, timed
+from .results import cases, mark, median, over_floor, spread, timed
 from .tables import grouped, kind
 
 if TYPE_CHECKING:
@@ -221,23 +221,28 @@ def _label(case: dict[str, Any]) -> str:
     heads = case["case"]["path"] == "heads"
     sizes = f"{shape['rows']:,} × {shape['vocab']:,}"
     what = shape["name"].replace(" from ", "\nfrom ") if heads else f"{sizes}, {case['case']['dtype']}"
-    return f"{case['case']['divergence']}, {what}"
+    return f"{case['case']['divergence']}{mark(case)}, {what}"
 
 
 def _accuracy(result: Result) -> Figure:
     found = cases(result, "accuracy")
-    kinds = list(grouped(found, kind))
-    figure = _figure(3.1 * len(kinds) + 0.6, 6.6)
-    grid = figure.subplots(2, len(kinds), squeeze=False, sharex="col", sharey="row")
-    for column, ((path, dtype, divergence), members) in enumerate(kinds):
-        gradient = "logits" if path == "rows" else "hidden"
-        for row, (what, name) in enumerate((("loss", "loss"), ("gradient", gradient))):
-            _errors(grid[row, column], members, name)
-            if column == 0:
-                grid[row, column].set_ylabel(f"relative error of the {what}")
+    columns = list(dict.fromkeys(kind(case)[:3] for case in found))
+    height = len({kind(case)[3] for case in found})
+    figure = _figure(3.1 * len(columns) + 0.6, 6.6 * height)
+    grid = figure.subplots(2 * height, len(columns), squeeze=False, sharex="col", sharey="row")
+    seen = dict.fromkeys(columns, 0)  # kinds of rows of each column
+    for (path, dtype, divergence, _), members in grouped(found, kind):
+        column = columns.index((path, dtype, divergence))
+        loss, gradient = grid[2 * seen[columns[column]] :, column][:2]
+        seen[columns[column]] += 1
+        _errors(loss, members, "loss")
+        _errors(gradient, members, "logits" if path == "rows" else "hidden")
+        if column == 0:
+            loss.set_ylabel("relative error of the loss")
+            gradient.set_ylabel("relative error of the gradient")
         given = "logits in" if path == "rows" else "hidden states in"
-        grid[0, column].set_title(f"{divergence}, {given}\n{dtype}", fontsize=10)
-        grid[1, column].set_xlabel("KL(teacher || student)")
+        loss.set_title(f"{divergence}, {given}\n{dtype}{mark(members[0])}", fontsize=10)
+        gradient.set_xlabel("KL(teacher || student)")
     _legend(figure, list(grid.flat))
     return figure
 

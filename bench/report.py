@@ -47,7 +47,8 @@ ul { margin: .6rem 0 0; padding-left: 1.1rem; }
 WORDS = {
     "ceilings": "What the machine gives to anyone: a copy of memory, counted as bytes read and written, and every "
     "matrix product of the head path by itself, at the height at which the library calls it.",
-    "rows": "Logits in, loss and their gradient out. The floor reads both sides once and writes the gradient once.",
+    "rows": "Logits in, loss and their gradient out. The floor reads both sides once and writes the gradient once. In "
+    "peaked rows one token has most of the probability, as with trained models; elsewhere logits are normal.",
     "heads": "Hidden states and output layers in, loss and the gradients of hidden states and weight out. The floor is "
     "the four matrix products that no exact implementation can do without.",
     "memory": "The same step while one size grows and the other stays.",

@@ -59,6 +59,16 @@ def cases(result: dict[str, Any], section: str) -> list[dict[str, Any]]:
     return [case for case in result["sections"].get(section, {}).get("cases", []) if case["cells"]]
 
 
+def distribution(case: dict[str, Any]) -> str:
+    """Return "random" or "peaked"; files from before there were two kinds of rows do not say."""
+    return case["case"].get("distribution", "random")
+
+
+def mark(case: dict[str, Any]) -> str:
+    """Return what is added to the name of a case of peaked rows; random ones are not marked."""
+    return ", peaked rows" if distribution(case) == "peaked" else ""
+
+
 def machine(result: dict[str, Any]) -> dict[str, Any]:
     """Return the machine of the section that was measured last."""
     return max((x["machine"] for x in result["sections"].values()), key=lambda x: x["date"])

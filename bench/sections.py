@@ -21,7 +21,7 @@ import torch
 
 from ..timing import Clock, interleaved, reason
 from . import ceilings, shapes
-from .cases import Case, Loss, mean_kl
+from .cases import DISTRIBUTIONS, Case, Loss, mean_kl
 from .measure import Deadline
 from .rivals import FAMILIES, OURS, Rival
 from .step import TrainingStep, case_of
@@ -111,19 +111,27 @@ def _rows(settings: Settings) -> Iterator[Case]:
     alone = ("eager",)
     shape, dtype = _shape(settings), _dtype(settings)
     if settings.quick or settings.device == "cpu":
-        yield from (Case("rows", shape, dtype, name) for name in (MAIN[:1] if settings.quick else MAIN))
+        yield from _main("rows", settings)
         return
     yield from (Case("rows", shape, dtype, name) for name in ("fkl", "jsd"))
     yield from (Case("rows", shape, dtype, name, families=alone) for name in ("rkl", "drkl", "ab"))
     yield Case("rows", shapes.LLAMA3, "float32", "jsd")
     yield Case("rows", shapes.GEMMA3, dtype, "fkl", families=alone)
     yield Case("rows", shape.resized(rows=16), dtype, "rkl", families=alone)
+    yield from (Case("rows", shape, dtype, name, families=alone, distribution="peaked") for name in ("fkl", "jsd"))
+
+
+def _main(path: str, settings: Settings) -> Iterator[Case]:
+    """The main divergences, on rows of both kinds."""
+    for distribution in DISTRIBUTIONS:
+        for name in MAIN[:1] if settings.quick else MAIN:
+            yield Case(path, _shape(settings), _dtype(settings), name, distribution=distribution)
 
 
 def _heads(settings: Settings) -> Iterator[Case]:
     shape, dtype = _shape(settings), _dtype(settings)
     if settings.quick or settings.device == "cpu":
-        yield from (Case("heads", shape, dtype, name) for name in (MAIN[:1] if settings.quick else MAIN))
+        yield from _main("heads", settings)
         return
     yield Case("heads", shapes.QWEN3, dtype, "fkl")
     yield Case("heads", shapes.LLAMA3, dtype, "jsd")
@@ -132,6 +140,7 @@ def _heads(settings: Settings) -> Iterator[Case]:
     few = ("eager", "trl")
     for other in (shapes.GEMMA2, shapes.GEMMA3, shapes.PHI4, shapes.PHI4_MINI, shapes.QWEN3_NARROW):
         yield Case("heads", other, dtype, "fkl", families=few)
+    yield from (Case("heads", shape, dtype, name, families=few, distribution="peaked") for name in ("fkl", "jsd"))
 
 
 def _growing(settings: Settings) -> Iterator[Case]:
@@ -148,12 +157,14 @@ def _growing(settings: Settings) -> Iterator[Case]:
 def _closer(settings: Settings) -> Iterator[Case]:
     few = shapes.Shape("accuracy", 16, _shape(settings).vocab, 256, 256)
     distances = DISTANCES[::3] if settings.quick else DISTANCES
-    for name in MAIN[:1] if settings.quick else ("fkl", "rkl", "jsd"):
-        yield from (Case("rows", few, "float32", name, distance) for distance in distances)
-    if settings.device == "cpu":
-        yield from (Case("heads", few, "float32", "fkl", distance) for distance in distances)
-    else:
-        yield from (Case("heads", few.resized(rows=1024), "bfloat16", "fkl", distance) for distance in GPU_DISTANCES)
+    for kind in DISTRIBUTIONS:
+        for name in MAIN[:1] if settings.quick else ("fkl", "rkl", "jsd"):
+            yield from (Case("rows", few, "float32", name, distance, distribution=kind) for distance in distances)
+        if settings.device == "cpu":
+            yield from (Case("heads", few, "float32", "fkl", distance, distribution=kind) for distance in distances)
+        else:
+            many = few.resized(rows=1024)
+            yield from (Case("heads", many, "bfloat16", "fkl", near, distribution=kind) for near in GPU_DISTANCES)
 
 
 def units_of(section: str, settings: Settings) -> int:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .results import cases, is_gpu, machine, median, over_floor, spread
+from .results import cases, distribution, is_gpu, machine, mark, median, over_floor, spread
 
 Result = dict[str, Any]
 
@@ -60,7 +60,7 @@ def about(case: dict[str, Any]) -> str:
     shape = case["case"]["shape"]
     widths = "" if case["case"]["path"] == "rows" else f", D={shape['dim']:,} / {shape['teacher_dim']:,}"
     softcap = f", softcap {shape['softcap']:g}" if shape["softcap"] else ""
-    return f"N={shape['rows']:,}, V={shape['vocab']:,}{widths}{softcap}, {case['case']['dtype']}"
+    return f"N={shape['rows']:,}, V={shape['vocab']:,}{widths}{softcap}, {case['case']['dtype']}{mark(case)}"
 
 
 def where(section: dict[str, Any]) -> str:
@@ -105,12 +105,12 @@ def grouped(
 
 
 def kind(case: dict[str, Any]) -> tuple[str, ...]:
-    """Return the path, the dtype and the divergence of a case."""
-    return tuple(case["case"][key] for key in ("path", "dtype", "divergence"))
+    """Return the path, the dtype and the divergence of a case, and the kind of its rows."""
+    return (*(case["case"][key] for key in ("path", "dtype", "divergence")), distribution(case))
 
 
 def _like(case: dict[str, Any]) -> tuple[str, ...]:
-    return case["case"]["shape"]["name"], about(case)
+    return case["case"]["shape"]["name"] + mark(case), about(case)
 
 
 def _compared(section: str, title: str) -> Callable[[Result], Iterator[Table]]:
@@ -144,11 +144,11 @@ def _row(case: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     ratio = over_floor(case, cell)
     memory = "not measured" if cell["extra_bytes"] is None else size(cell["extra_bytes"])
     timed = bool(cell["seconds"])
-    mark = "" if cell["status"] == "measured" else f", {cell['status']}"
+    status = "" if cell["status"] == "measured" else f", {cell['status']}"
     return [
         case["case"]["divergence"],
         cell["implementation"],
-        with_spread(cell["seconds"]) + mark if timed else cell["status"],
+        with_spread(cell["seconds"]) + status if timed else cell["status"],
         "" if ratio is None else f"{ratio:.2f}",
         "" if ratio is None else f"{100 / ratio:.0f} %",
         memory if timed else "",
@@ -171,14 +171,14 @@ def _growing(result: Result) -> Iterator[Table]:
 
 def _accuracy(result: Result) -> Iterator[Table]:
     section = result["sections"]["accuracy"]
-    for (path, dtype, divergence), members in grouped(cases(result, "accuracy"), kind):
+    for (path, dtype, divergence, _), members in grouped(cases(result, "accuracy"), kind):
         names = list(dict.fromkeys(x["implementation"] for case in members for x in case["cells"] if x["errors"]))
         rows = []
         for case in members:
             found = {cell["implementation"]: cell["errors"] for cell in case["cells"]}
             rows.append([f"{case['case']['kl']:.1e}", *(error_text(found.get(name, {})) or "-" for name in names)])
         given = "logits in" if path == "rows" else "hidden states in"
-        title = f"Accuracy: {divergence}, {given}, {dtype}"
+        title = f"Accuracy: {divergence}, {given}, {dtype}{mark(members[0])}"
         yield Table(title, f"{about(members[0])}. {where(section)}.", ("KL", *names), rows, notes(members))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from . import shapes
-from .results import cases, median, over_floor
+from .results import cases, distribution, mark, median, over_floor
 from .tables import Table, duration, size
 
 Result = dict[str, Any]
@@ -69,6 +69,7 @@ def _row_work(found: Found) -> float | None:
     for case in cases(found.result, "rows"):
         there = case["case"]
         same = all(there["shape"][key] == here["shape"][key] for key in ("rows", "vocab"))
+        same = same and distribution(case) == distribution(found.case)
         if same and (there["dtype"], there["divergence"]) == (here["dtype"], here["divergence"]):
             cell = Found(found.result, case, {}).beside(found.cell["implementation"])
             return None if cell is None else median(cell["seconds"]) / median(found.case["floor"]["seconds"])
@@ -148,4 +149,4 @@ def _measured(target: Target, result: Result) -> Iterator[tuple[str, str, bool]]
             continue
         cell = Found(result, case, {}).beside(target.implementation)
         if cell and facts["divergence"] in target.divergences:
-            yield facts["divergence"], *target.measured(Found(result, case, cell))
+            yield facts["divergence"] + mark(case), *target.measured(Found(result, case, cell))

@@ -80,6 +80,48 @@ def test_the_result_file(quick: QuickRun) -> None:
         assert set(found["rivals"]) == {"liger-kernel", "trl", "flash-linear-attention"}
 
 
+@pytest.mark.parametrize("section", ["rows", "heads", "accuracy"])
+def test_both_kinds_of_rows(quick: QuickRun, section: str) -> None:
+    """Measured alike; the tables and the report mark those that are peaked, and no others."""
+    measured = quick.result["sections"][section]["cases"]
+    plain, peaked = (
+        [{**x["case"], "distribution": None, "kl": None} for x in measured if x["case"]["distribution"] == distribution]
+        for distribution in cases.DISTRIBUTIONS
+    )
+    assert plain == peaked != []
+    titles = [table.title for table in tables({"sections": {section: quick.result["sections"][section]}})]
+    marked = [title for title in titles if title.endswith(", peaked rows")]
+    assert [title.removesuffix(", peaked rows") for title in marked] == titles[: len(titles) // 2]
+    assert len(marked) == len(titles) // 2
+    assert all(title in (quick.folder / "cpu-quick.html").read_text() for title in titles)
+
+
+def test_results_without_the_kind_of_rows_are_random(quick: QuickRun) -> None:
+    """As files have them that are older than the peaked rows: the same tables as of random rows."""
+    section = quick.result["sections"]["rows"]
+    new = [case for case in section["cases"] if case["case"]["distribution"] == "random"]
+    old = [{**case, "case": {k: v for k, v in case["case"].items() if k != "distribution"}} for case in new]
+    assert old != new
+    shown = [list(tables({"sections": {"rows": {**section, "cases": found}}})) for found in (old, new)]
+    assert shown[0] == shown[1] != []
+
+
+@pytest.mark.parametrize("path", ["rows", "heads"])
+def test_peaked_rows(path: str) -> None:
+    """A token above 1/2 on both sides, which the typical random row does not have; logits spread as widely."""
+    shape = shapes.CPU.resized(rows=24, vocab=8000)
+    largest, spread = {}, {}
+    for distribution in cases.DISTRIBUTIONS:
+        inputs = make_inputs(Case(path, shape, "float32", "fkl", distribution=distribution), "cpu")
+        logits = torch.stack(inputs.logits()).detach()  # (2, N, V)
+        largest[distribution] = logits.softmax(-1).amax(-1)
+        spread[distribution] = logits.std(-1)
+        if distribution == "peaked":
+            assert torch.equal(logits.argmax(-1), inputs.labels.expand(2, -1))
+    assert largest["peaked"].min() > 0.5 > largest["random"].median()
+    torch.testing.assert_close(spread["peaked"], spread["random"], rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("section", ["rows", "heads", "memory", "step"])
 def test_cells(quick: QuickRun, section: str) -> None:
     """fusedkd and eager torch are timed as often as was asked, beside a floor, and agree with float64."""
@@ -115,9 +157,11 @@ def test_ceilings(quick: QuickRun) -> None:
     assert all(phase["seconds"] and phase["amount"] > 0 for phase in found.values())
 
 
-def test_accuracy(quick: QuickRun) -> None:
+@pytest.mark.parametrize("distribution", cases.DISTRIBUTIONS)
+def test_accuracy(quick: QuickRun, distribution: str) -> None:
     """The closer the student, the smaller the KL; fusedkd keeps its digits where the plain loss has none left."""
     rows = [x for x in quick.result["sections"]["accuracy"]["cases"] if x["case"]["path"] == "rows"]
+    rows = [x for x in rows if x["case"]["distribution"] == distribution]
     kls = [case["case"]["kl"] for case in rows]
     assert kls == sorted(kls, reverse=True)
     last = {cell["implementation"]: cell["errors"] for cell in rows[-1]["cells"]}
