@@ -162,7 +162,7 @@ FILES = (
     "test_options.py",
     "test_arguments.py",
     "test_identities.py",
-    "test_parts.py",
+    "test_split_rows.py",
     "test_compiled.py",
 )
 
@@ -343,7 +343,7 @@ def in_shared_maths() -> Iterator[Mutant]:
             calls(version, ("fkl", "rkl", "drkl", "jsd", "akl", "taid"), "test_every_divergence"),
             calls(version, ("rkl", "jsd"), "test_near", "test_saturated", "test_running_maxima", "test_offsets"),
             rf"test_streaming\.py::.*{backend}",
-            rf"test_(logits\.py::test_many_rows|(options|parts)\.py::.*{backend})",
+            rf"test_(logits\.py::test_many_rows|(options|split_rows)\.py::.*{backend})",
             r"test_compiled\.py::test_(rows|heads)",
         )
 

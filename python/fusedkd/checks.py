@@ -39,7 +39,7 @@ def _head(name: str, head: Head) -> None:
             f"{name}.hidden must have shape (..., D) with D = {head.weight.shape[1]} as in {name}.weight, "
             f"got {tuple(head.hidden.shape)}"
         )
-    _together(f"{name}.weight", head.weight, f"{name}.hidden", head.hidden)
+    _together(f"{name}.weight", head.weight.device, f"{name}.hidden", head.hidden.device)
     if head.weight.dtype != head.hidden.dtype:
         cast = autocast_dtype(head.hidden.device)
         if cast is None or torch.float64 in (head.weight.dtype, head.hidden.dtype):
@@ -52,7 +52,7 @@ def _head(name: str, head: Head) -> None:
                 f"{name}.bias must have shape ({head.weight.shape[0]},) like the rows of {name}.weight, "
                 f"got {tuple(head.bias.shape)}"
             )
-        _together(f"{name}.bias", head.bias, f"{name}.hidden", head.hidden)
+        _together(f"{name}.bias", head.bias.device, f"{name}.hidden", head.hidden.device)
         _bias_dtype(name, head.bias.dtype, head.hidden)
     positive(f"{name}.scale", head.scale)
     if head.softcap is not None:
@@ -71,9 +71,9 @@ def _bias_dtype(name: str, bias: torch.dtype, hidden: torch.Tensor) -> None:
         raise TypeError(f"{name}.bias is {bias} and {name}.hidden {hidden.dtype}: the bias must be {names}, cast it")
 
 
-def _together(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    if value.device != other.device:
-        raise ValueError(f"{name} is on {value.device} and {other_name} on {other.device}: move one")
+def _together(name: str, where: torch.device, other: str, elsewhere: torch.device) -> None:
+    if where != elsewhere:
+        raise ValueError(f"{name} is on {where} and {other} on {elsewhere}: move one")
 
 
 def has_data(value: torch.Tensor) -> bool:
@@ -124,6 +124,13 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < float(value) < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def within(name: str, value: Any, low: float, high: float) -> None:
+    """A number in [low, high]."""
+    number(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 
 
 def _is_integer(value: Any) -> bool:
@@ -178,8 +185,7 @@ def pair(student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> None:
         raise ValueError(
             f"teacher must have the leading shape of student, {tuple(leading(student))}, got {tuple(leading(teacher))}"
         )
-    if device(student) != device(teacher):
-        raise ValueError(f"student is on {device(student)} and teacher on {device(teacher)}: move one")
+    _together("student", device(student), "teacher", device(teacher))
 
 
 def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> int:
@@ -207,8 +213,7 @@ def labels(
         raise ValueError(
             f"{name} must have the leading shape {tuple(shape)} of student (already shifted), got {tuple(value.shape)}"
         )
-    if value.device != where:
-        raise ValueError(f"{name} is on {value.device} and student on {where}: move one")
+    _together(name, value.device, "student", where)
     if not has_data(value):
         return
     if where.type == "cpu" or os.environ.get("FUSEDKD_CHECK") == "1":
@@ -226,8 +231,7 @@ def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> 
         tensor(name, value)
     if value.requires_grad:
         raise ValueError(f"{name} requires grad; gradients flow to the student only: pass {name}.detach()")
-    if value.device != where:
-        raise ValueError(f"{name} is on {value.device} and student on {where}: move one")
+    _together(name, value.device, "student", where)
     try:
         fits = torch.broadcast_shapes(value.shape, shape) == shape
     except RuntimeError:
@@ -265,8 +269,7 @@ def weight_grad(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor 
     if value.dtype not in allowed:
         names = " or ".join(map(str, allowed))
         raise TypeError(f"weight_grad must be {names} for a {weight.dtype} student.weight, got {value.dtype}")
-    if value.device != weight.device:
-        raise ValueError(f"weight_grad is on {value.device} and student.weight on {weight.device}: move one")
+    _together("weight_grad", value.device, "student.weight", weight.device)
     if not value.is_contiguous():
         raise ValueError(f"weight_grad must be contiguous, got strides {value.stride()}")
     if value.requires_grad:

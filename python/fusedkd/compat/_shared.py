@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from .. import checks
 from ..divergence import Divergence, divergence
 from ..dtypes import accumulation_dtype
 from ..loss import kd_loss
@@ -33,13 +32,6 @@ def refuse(name: str, unsupported: Mapping[str, Any]) -> None:
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Keyword arguments beyond the original's are the options of kd_loss about how and where, not about the value."""
     refuse(name, {key: value for key, value in options.items() if key not in OPTIONS})
-
-
-def unit(name: str, value: Any) -> None:
-    """A number in [0, 1]."""
-    checks.number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def counted(no_model_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -102,6 +94,21 @@ def mean_loss(
         return kd_loss(student, teacher, as_labels(mask), **given)
     loss, stats = kd_loss(student, teacher, as_labels(mask), return_stats=True, **given)
     return loss + (stats.teacher_entropy * entropy * mask).sum() / total
+
+
+def batch_loss(
+    name: str,
+    student: Side,
+    teacher: Side,
+    no_model_batch: Mapping[str, torch.Tensor],
+    chosen: Divergence,
+    options: dict[str, Any],
+    *,
+    entropy: float | None = None,
+) -> torch.Tensor:
+    """`mean_loss` of the function `name` over the labels of a DistiLLM batch."""
+    check_options(name, options)
+    return mean_loss(student, teacher, counted(no_model_batch), chosen, options, entropy=entropy)
 
 
 def jsd(beta: float) -> Divergence:

@@ -45,9 +45,8 @@ def ab_div(
 
     At alpha = 0 the value is β times the divergence's limit, at beta = 0 and at alpha + beta = 0 it is α times it.
     """
-    _shared.check_options("ab_div", options)
     chosen = divergence("ab", alpha=alpha, beta=beta)
-    loss = _shared.mean_loss(logits, teacher_logits, _shared.counted(no_model_batch), chosen, options)
+    loss = _shared.batch_loss("ab_div", logits, teacher_logits, no_model_batch, chosen, options)
     if alpha == 0 and beta != 0:
         return beta * loss
     if alpha != 0 and (beta == 0 or alpha + beta == 0):
@@ -93,10 +92,7 @@ def AKL(teacher_logits: Side, logits: Side, no_model_batch: Batch, **options: An
     it is 0 (0/0 there); equal logits are in the head together or not at all (there as the sort left them); a logit of
     −inf has no mass (there that of a logit of 0).
     """
-    _shared.check_options("AKL", options)
-    return _shared.mean_loss(
-        logits, teacher_logits, _shared.counted(no_model_batch), divergence("akl", mu=0.5), options
-    )
+    return _shared.batch_loss("AKL", logits, teacher_logits, no_model_batch, divergence("akl", mu=0.5), options)
 
 
 def symmetric_kl(

@@ -29,12 +29,11 @@ def amid(logits: Side, teacher_logits: Side, no_model_batch: Batch, args: Any, *
     that dtype); a row that is not finite stays so in "ab" (there it counts as 0); a batch without a counted token is 0
     in "fkl" too; a wrong name or order raises ValueError (there the program exits). kwargs: options of kd_loss.
     """
-    _shared.check_options("amid", kwargs)
     checks.one_of("args.amid_div_name", args.amid_div_name, tuple(_BASES))
     lam = min(max(float(args.amid_lam), 0.0), 1.0)
     base = _BASES[args.amid_div_name]
     chosen = divergence("amid", alpha=args.amid_alpha, lam=lam, order=args.amid_div_order, base=base)
-    return _shared.mean_loss(logits, teacher_logits, _shared.counted(no_model_batch), chosen, kwargs)
+    return _shared.batch_loss("amid", logits, teacher_logits, no_model_batch, chosen, kwargs)
 
 
 def ab_div(
@@ -44,7 +43,6 @@ def ab_div(
 
     An exponent below 1e-8 is 0. A row that is not finite stays so (there it counts as 0).
     """
-    _shared.check_options("ab_div", options)
     alpha, beta = (0.0 if abs(value) < _ZERO else value for value in (alpha, beta))
     chosen = divergence("ab", alpha=alpha, beta=beta)
-    return _shared.mean_loss(logits, teacher_logits, _shared.counted(no_model_batch), chosen, options)
+    return _shared.batch_loss("ab_div", logits, teacher_logits, no_model_batch, chosen, options)

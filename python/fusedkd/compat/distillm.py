@@ -26,64 +26,58 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..divergence import divergence
 from ..sides import Side
-from . import _shared
+from ._shared import batch_loss, jsd
 
 Batch = Mapping[str, torch.Tensor]
 
 
 def forward_kl(logits: Side, teacher_logits: Side, no_model_batch: Batch, **options: Any) -> torch.Tensor:
     """KL(p‖q) + H(p): the cross-entropy of the student under the teacher."""
-    return _loss("forward_kl", logits, teacher_logits, no_model_batch, divergence("fkl"), options, entropy=1.0)
+    return batch_loss("forward_kl", logits, teacher_logits, no_model_batch, divergence("fkl"), options, entropy=1.0)
 
 
 def reverse_kl(logits: Side, teacher_logits: Side, no_model_batch: Batch, **options: Any) -> torch.Tensor:
     """KL(q‖p)."""
-    return _loss("reverse_kl", logits, teacher_logits, no_model_batch, divergence("rkl"), options)
+    return batch_loss("reverse_kl", logits, teacher_logits, no_model_batch, divergence("rkl"), options)
 
 
 def symmetric_kl(
     logits: Side, teacher_logits: Side, no_model_batch: Batch, lam: float = 0.9, **options: Any
 ) -> torch.Tensor:
     """(1 − lam)(KL(p‖q) + H(p)) + lam KL(q‖p), 0 ≤ lam ≤ 1."""
-    _shared.unit("lam", lam)
+    checks.within("lam", lam, 0, 1)
     chosen = divergence("frkl", w=lam)
-    return _loss("symmetric_kl", logits, teacher_logits, no_model_batch, chosen, options, entropy=1.0 - lam)
+    return batch_loss("symmetric_kl", logits, teacher_logits, no_model_batch, chosen, options, entropy=1.0 - lam)
 
 
 def js_distance(
     logits: Side, teacher_logits: Side, no_model_batch: Batch, lam: float = 0.9, **options: Any
 ) -> torch.Tensor:
     """(1 − lam) KL(p‖m) + lam KL(q‖m), m = (1 − lam)p + lam·q: GKD's β is 1 − lam. 0 at lam 0 and 1."""
-    _shared.unit("lam", lam)
-    return _loss("js_distance", logits, teacher_logits, no_model_batch, _shared.jsd(1 - lam), options)
+    checks.within("lam", lam, 0, 1)
+    return batch_loss("js_distance", logits, teacher_logits, no_model_batch, jsd(1 - lam), options)
 
 
 def tv_distance(logits: Side, teacher_logits: Side, no_model_batch: Batch, **options: Any) -> torch.Tensor:
     """½ Σ |p − q|."""
-    return _loss("tv_distance", logits, teacher_logits, no_model_batch, divergence("tvd"), options)
+    return batch_loss("tv_distance", logits, teacher_logits, no_model_batch, divergence("tvd"), options)
 
 
 def skewed_forward_kl(
     logits: Side, teacher_logits: Side, no_model_batch: Batch, lam: float = 0.1, **options: Any
 ) -> torch.Tensor:
     """KL(p‖lam·p + (1 − lam)q) + H(p)."""
-    _shared.unit("lam", lam)
+    checks.within("lam", lam, 0, 1)
     chosen = divergence("skl", lam=lam)
-    return _loss("skewed_forward_kl", logits, teacher_logits, no_model_batch, chosen, options, entropy=1.0)
+    return batch_loss("skewed_forward_kl", logits, teacher_logits, no_model_batch, chosen, options, entropy=1.0)
 
 
 def skewed_reverse_kl(
     logits: Side, teacher_logits: Side, no_model_batch: Batch, lam: float = 0.1, **options: Any
 ) -> torch.Tensor:
     """KL(q‖(1 − lam)p + lam·q), with the gradient of the student inside the mixture."""
-    _shared.unit("lam", lam)
-    return _loss("skewed_reverse_kl", logits, teacher_logits, no_model_batch, divergence("srkl", lam=lam), options)
-
-
-def _loss(
-    name: str, student: Side, teacher: Side, batch: Batch, chosen: Any, options: dict[str, Any], **extra: Any
-) -> torch.Tensor:
-    _shared.check_options(name, options)
-    return _shared.mean_loss(student, teacher, _shared.counted(batch), chosen, options, **extra)
+    checks.within("lam", lam, 0, 1)
+    return batch_loss("skewed_reverse_kl", logits, teacher_logits, no_model_batch, divergence("srkl", lam=lam), options)

@@ -11,6 +11,14 @@ probable tokens). No T² anywhere, as in Liger. Nothing needs a GPU, Triton or L
 Log-probabilities and probabilities are taken as they are: rows that do not sum to 1 (some columns gathered from a
 log_softmax, rounded bfloat16) have Liger's value and gradient, summand by summand, and a Kullback-Leibler divergence of
 such rows can be negative, as there.
+
+Arguments that mean the same in all of them:
+
+- shift_labels: (...) or None; rows whose label is `ignore_index` do not count. Other values are not looked at.
+- beta, jsd_beta: β; 0 is KL(teacher‖student), 1 is KL(student‖teacher).
+- reduction: "batchmean": Σ / counted rows; "mean": Σ / (counted rows · V); "sum"; where it is allowed "none": every
+  summand, (..., V), 0 in rows that do not count. ValueError for another.
+- accum_dtype: None or torch.float32, NotImplementedError for another: the weight's gradient is summed in float32.
 """
 
 from typing import Any
@@ -25,6 +33,7 @@ from . import _pointwise
 from ._shared import IGNORED, as_labels, bias_of, generalized_jsd, over, refuse
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
+SUMMED = ("batchmean", "mean", "sum")
 TINY = torch.finfo(torch.float32).tiny  # stands for a probability of 0: its logarithm is finite, its share is not seen
 
 
@@ -139,7 +148,7 @@ class LigerFusedLinearKLDivLoss(torch.nn.Module):
         accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_reduction(reduction, "batchmean", "mean", "sum")
+        checks.one_of("reduction", reduction, SUMMED)
         _check_accumulator(accum_dtype)
         self.reduction, self.ignore_index, self.temperature = reduction, ignore_index, temperature
         self.eps, self.accum_dtype = eps, accum_dtype
@@ -198,7 +207,7 @@ class LigerTVDLoss(torch.nn.Module):
 
     def __init__(self, reduction: str = "batchmean", ignore_index: int = -100) -> None:
         super().__init__()
-        _check_reduction(reduction, *REDUCTIONS)
+        checks.one_of("reduction", reduction, REDUCTIONS)
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def forward(self, p: torch.Tensor, q: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,13 +232,9 @@ def liger_fused_linear_jsd(
         student_input: (..., D). The gradient flows here and to the weight.
         student_weight: (V, D).
         teacher_input: (..., its own D). teacher_weight: (its own V, its own D).
-        shift_labels: (...) or None; `ignore_index` does not count. Other values are not looked at.
-        jsd_beta: β; 0 is KL(teacher‖student), 1 is KL(student‖teacher).
-        ignore_index: the label of rows that do not count.
         temperature: divides both logits.
-        accum_dtype: None or torch.float32: the weight's gradient is summed in float32 either way.
 
-    Raises: NotImplementedError for another accum_dtype. Cost: that of `kd_loss` with two Heads.
+    Cost: that of `kd_loss` with two Heads.
     """
     _check_accumulator(accum_dtype)
     labels = _counted(shift_labels, student_input, ignore_index)
@@ -254,17 +259,12 @@ def liger_fused_linear_kl_div(
         student_input: (..., D). The gradient flows here and to the weight.
         student_weight: (V, D).
         target: (..., V) probabilities; rows need not sum to 1 and 0·log 0 = 0. Not touched by the temperature.
-        shift_labels: (...) or None; `ignore_index` does not count. Other values are not looked at.
-        reduction: "batchmean": Σ / counted rows, "mean": Σ / (counted rows · V), "sum".
-        ignore_index: the label of rows that do not count.
         temperature: divides the student's logits.
         eps: log max(target, eps) stands for log target.
-        accum_dtype: None or torch.float32: the weight's gradient is summed in float32 either way.
 
-    Raises: ValueError for another reduction, NotImplementedError for another accum_dtype.
     Cost: that of `kd_loss` with a Head and logits, and a float32 (..., V).
     """
-    _check_reduction(reduction, "batchmean", "mean", "sum")
+    checks.one_of("reduction", reduction, SUMMED)
     _check_accumulator(accum_dtype)
     _check_alike(target, (*student_input.shape[:-1], len(student_weight)))
     labels = _counted(shift_labels, student_input, ignore_index)
@@ -284,9 +284,6 @@ def liger_jsd(
     Args:
         input: (..., V) log-probabilities of the student. The gradient flows here.
         target: (..., V) log-probabilities of the teacher.
-        shift_labels: (...) or None; `ignore_index` does not count. Other values are not looked at.
-        beta: β; 0 is KL(teacher‖student), 1 is KL(student‖teacher).
-        ignore_index: the label of rows that do not count.
 
     Nothing is normalised: value and gradient are those of Σ β p log(p/m) + (1 − β) q log(q/m), m = βp + (1 − β)q, also
     for rows that do not sum to 1. A column where the teacher has −inf is left out (Liger gives NaN).
@@ -313,7 +310,6 @@ def liger_kl_div(
         input: (..., V) log-probabilities of the student. The gradient flows here.
         target: (..., V) probabilities whose rows need not sum to 1, or log-probabilities with `log_target`.
         size_average: not supported, as in Liger. reduce: likewise.
-        reduction: "batchmean": Σ / rows, "mean": Σ / (rows · V), "sum", or "none": every summand, (..., V).
         log_target: whether target is in logarithms, where eps is not used.
         eps: log max(target, eps) stands for log target.
 
@@ -324,7 +320,7 @@ def liger_kl_div(
     """
     legacy = {"size_average": size_average, "reduce": reduce}
     refuse("liger_kl_div", {name: value for name, value in legacy.items() if value is not True})
-    _check_reduction(reduction, *REDUCTIONS)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     _check_alike(target, input.shape)
     kind = _pointwise.generalized_jsd(0) if log_target else _pointwise.kl_to_probabilities(eps)
     return _reduced(kind, input, target, None, reduction)
@@ -342,14 +338,10 @@ def liger_tvd(
     Args:
         input: (..., V) probabilities of the student. The gradient flows here.
         target: (..., V) probabilities of the teacher.
-        shift_labels: (...) or None; `ignore_index` does not count. Other values are not looked at.
-        reduction: "batchmean": Σ / counted rows, "mean": Σ / (counted rows · V), "sum", or "none": every summand,
-            (..., V), 0 in rows that do not count.
-        ignore_index: the label of rows that do not count.
 
     Nothing is normalised and `kd_loss` has no part in it: rows need not sum to 1.
     """
-    _check_reduction(reduction, *REDUCTIONS)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     _check_alike(target, input.shape)
     labels = _counted(shift_labels, input, ignore_index)
     if labels is not None:
@@ -426,11 +418,6 @@ def _divided(total: torch.Tensor, rows: torch.Tensor | int, columns: int, reduct
     if reduction == "sum":
         return total
     return over(total, rows * (columns if reduction == "mean" else 1))
-
-
-def _check_reduction(reduction: str, *allowed: str) -> None:
-    if reduction not in allowed:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, allowed))}, got {reduction!r}")
 
 
 def _check_alike(target: torch.Tensor, shape: tuple[int, ...]) -> None:

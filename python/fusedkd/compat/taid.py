@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..divergence import Divergence, divergence
 from ..head import Head
 from ..loss import kd_loss
@@ -53,7 +54,7 @@ class JS(_Masked):
     """w KL(p‖m) + (1 − w) KL(q‖m), m = w·p + (1 − w)q, w the teacher's weight: GKD's β. 0 at w = 0 and 1."""
 
     def __init__(self, teacher_weight: float = 0.1) -> None:
-        _shared.unit("teacher_weight", teacher_weight)
+        checks.within("teacher_weight", teacher_weight, 0, 1)
         super().__init__(_shared.jsd(teacher_weight))
         self.teacher_weight = teacher_weight
 
@@ -69,7 +70,7 @@ class SkewForwardKL(_Masked):
     """KL(p‖w·p + (1 − w)q) + H(p)."""
 
     def __init__(self, skew_beta: float = 0.1) -> None:
-        _shared.unit("skew_beta", skew_beta)
+        checks.within("skew_beta", skew_beta, 0, 1)
         super().__init__(divergence("skl", lam=skew_beta), 1.0)
         self.skew_beta = skew_beta
 
@@ -78,7 +79,7 @@ class SkewReverseKL(_Masked):
     """KL(q‖(1 − w)p + w·q), with the gradient of the student inside the mixture."""
 
     def __init__(self, target_weight: float = 0.1) -> None:
-        _shared.unit("target_weight", target_weight)
+        checks.within("target_weight", target_weight, 0, 1)
         super().__init__(divergence("srkl", lam=target_weight))
         self.target_weight = target_weight
 

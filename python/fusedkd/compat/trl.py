@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import checks
 from ..dtypes import accumulation_dtype
 from ..head import Head
 from ..loss import kd_loss
@@ -54,7 +55,7 @@ def generalized_jsd_loss(
     Cost: that of `kd_loss` on logits; "none" holds several float32 (..., V).
     Source: Agarwal et al., GKD, ICLR 2024, eq. 1.
     """
-    _check_reduction(reduction)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     counted = None if labels is None else labels != IGNORED
     if reduction == "none" and num_items_in_batch is None:
         student, teacher = (x if counted is None else x[counted] for x in (student_logits, teacher_logits))
@@ -153,7 +154,7 @@ def single_step_decomposition_loss(
 
     Source: Gu et al., MiniLLM, ICLR 2024, section 2.2, the single-step part.
     """
-    _check_reduction(reduction)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     counted = None if mask is None else mask != 0
     columns = min(student_log_probs.shape[-1], teacher_log_probs.shape[-1])
     rows = [x[..., :columns] for x in (student_log_probs, teacher_log_probs)]
@@ -163,11 +164,6 @@ def single_step_decomposition_loss(
     each = _pointwise.row_sums(reverse_kl, *rows)
     total = (each if counted is None else each.masked_fill(~counted, 0.0)).sum()
     return _reduced(total, rows[0].shape, counted, reduction, None)
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
 
 
 def _reduced(

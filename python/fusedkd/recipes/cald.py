@@ -61,9 +61,7 @@ def cald_loss(
         if name in options:
             raise TypeError(f"cald_loss has no option {name!r}: it averages the tokens of each sequence itself")
     for name, value, most in (("alpha1", alpha1, 1), ("alpha2", alpha2, 1), ("beta", beta, 2)):
-        checks.number(name, value)
-        if not 0 <= value <= most:
-            raise ValueError(f"{name} must lie in [0, {most}], got {value}")
+        checks.within(name, value, 0, most)
     for name, value in (("anchor1", anchor1), ("anchor2", anchor2)):
         if value is not None:
             checks.number(name, value)

@@ -42,10 +42,8 @@ class TAIDSchedule:
     ) -> None:
         checks.integer("total_steps", total_steps)
         checks.positive("total_steps", total_steps)
-        for name, value in (("t_start", t_start), ("t_end", t_end)):
-            checks.number(name, value)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        checks.within("t_start", t_start, 0, 1)
+        checks.within("t_end", t_end, 0, 1)
         if t_end < t_start:
             raise ValueError(f"t_end must not be below t_start={t_start}, got {t_end}")
         checks.positive("alpha", alpha)
