@@ -16,6 +16,20 @@ PACKAGE = ROOT / "python" / "fusedkd"
 LINKED = ("kernels", "bench")  # folders at the top, of which the package has links
 KERNELS, BENCH = (sorted((PACKAGE / name).rglob("*.py")) for name in LINKED)
 PYTHON = sorted(PACKAGE.rglob("*.py"))  # rglob does not follow the links
+# From the bottom to the top: a file imports nothing of a layer above its own. What is not named serves several.
+LAYERS = (
+    "kernels.maths",
+    "kernels.device",
+    "kernels.divergences",
+    "kernels.aot",
+    "backends",
+    "schedules",
+    "ops",
+    "loss",
+    "recipes",
+    "compat",
+    "cli",
+)
 MOST_PARAMETERS = 20  # value and gradient: a tile is two of them, its columns and the threads that share them
 
 
@@ -108,6 +122,17 @@ def test_the_product_does_not_know_its_measurements(path: Path) -> None:
 def test_what_is_installed_does_not_know_its_tests(path: Path) -> None:
     """Nor numpy, which is torch's affair."""
     assert not roots(imports(path)) & {"tests", "conftest", "cases", "oracle", "compare", "pytest", "numpy"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_point_down(layer: str) -> None:
+    """The path of a call is the list of layers from top to bottom."""
+    inside = PACKAGE / layer.replace(".", "/")
+    files = sorted(inside.rglob("*.py")) if inside.is_dir() else [inside.with_suffix(".py")]
+    brought = {name for path in files for name in imports(path)}
+    assert within("fusedkd", brought)
+    for above in LAYERS[LAYERS.index(layer) + 1 :]:
+        assert not within(f"fusedkd.{above}", brought)
 
 
 def knows_torch_library(path: Path) -> bool:
