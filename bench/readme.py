@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import instructions, targets
-from .results import cases, committed, is_gpu, machine, median
+from .results import cases, committed, is_gpu, machine, mark, median
 from .tables import Table, about, duration, floors, grouped, markdown, size, where
 
 BEGIN = "<!-- measured: made by `python -m fusedkd bench --out bench/results --readme README.md` -->"
@@ -39,15 +39,15 @@ def _heads(result: dict[str, Any]) -> list[Table]:
     """One table for each shape: a line per divergence, a column per implementation that was measured."""
     made = []
     members = [case for case in cases(result, "heads") if case["cells"]]
-    for (sizes,), group in grouped(members, lambda case: (about(case),)):
+    for (sizes,), group in grouped(members, lambda case: (about(case).removesuffix(mark(case)),)):
         measured = [(case, cell) for case in group for cell in case["cells"] if cell["seconds"]]
         columns = list(dict.fromkeys(cell["implementation"] for _, cell in measured))
         rows: dict[str, dict[str, str]] = {}
         for case, cell in measured:
             memory = "memory not measured" if cell["extra_bytes"] is None else size(cell["extra_bytes"])
-            mark = "" if cell["status"] == "measured" else f", *{cell['status']}*"
-            text = f"{duration(median(cell['seconds']))}, {memory}{mark}"
-            rows.setdefault(case["case"]["divergence"], {})[cell["implementation"]] = text
+            status = "" if cell["status"] == "measured" else f", *{cell['status']}*"
+            text = f"{duration(median(cell['seconds']))}, {memory}{status}"
+            rows.setdefault(case["case"]["divergence"] + mark(case), {})[cell["implementation"]] = text
         table = [[name, *(found.get(column, "") for column in columns)] for name, found in rows.items()]
         line = f"{sizes}. {floors(group)}. {where(result['sections']['heads'])}."
         made.append(Table("", line, ("divergence", *columns), table, []))

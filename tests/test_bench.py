@@ -96,6 +96,13 @@ def test_both_kinds_of_rows(quick: QuickRun, section: str) -> None:
     assert all(title in (quick.folder / "cpu-quick.html").read_text() for title in titles)
 
 
+def test_the_readme_has_both_kinds_of_rows(quick: QuickRun) -> None:
+    """One table for a shape, a line for each."""
+    (table,) = readme._heads(quick.result)
+    assert [row[0] for row in table.rows] == ["fkl", "fkl, peaked rows"]
+    assert "peaked" not in table.about
+
+
 def test_results_without_the_kind_of_rows_are_random(quick: QuickRun) -> None:
     """As files have them that are older than the peaked rows: the same tables as of random rows."""
     section = quick.result["sections"]["rows"]

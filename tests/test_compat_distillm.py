@@ -178,6 +178,7 @@ def check(
     assert_close(leaf.grad, grad, size, dtype=rows.dtype, what="gradient")
 
 
+@pytest.mark.smoke
 @each("dtype", DTYPES)
 @each("ignored", [True, False])
 @each("name", ORIGINALS)

@@ -168,6 +168,7 @@ def check(shim: Shim, rows: Rows, bound: float = VALUE) -> None:
     assert_close(leaf.grad, exact.grad, allowed, dtype=rows.dtype, what="gradient")
 
 
+@pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @each("name", list(SHIMS))
 @each("dtype", DTYPES)

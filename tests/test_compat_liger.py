@@ -77,6 +77,7 @@ def test_fused_linear_jsd(lead: tuple[int, ...], beta: float, labelled: bool, dt
 MIXES = ((0.5, 0.5), (0.0, 1.0), (0.3, 1.4), (1.0, 0.0))
 
 
+@pytest.mark.smoke
 @each("dtype", DTYPES)
 @each("mix", MIXES)
 @each("beta", BETAS)

@@ -227,6 +227,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.smoke
 @each("dtype", DTYPES)
 @each("beta", BETAS)
 @each("items", [None, 100, torch.tensor(100)])

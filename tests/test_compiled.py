@@ -84,6 +84,7 @@ def test_heads() -> None:
     check_heads(student, teacher, labels, case, "compiled", **options)
 
 
+@pytest.mark.smoke
 @each(
     "refused", [({"divergence": "amid"}, "amid"), ({"divergence": "akl"}, "akl"), ({"dtype": torch.float64}, "float64")]
 )

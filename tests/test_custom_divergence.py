@@ -157,6 +157,7 @@ def test_a_sum_over_all_threads_is_refused(advance: Any) -> None:
         Definition("toy", chi_squared_term, chi_squared_reference, online=online)
 
 
+@pytest.mark.smoke
 @each("case", SETTINGS)
 @each("vocabulary", [3, 300])
 def test_logits(case: Case, vocabulary: int, backend: str) -> None:

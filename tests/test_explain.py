@@ -49,6 +49,7 @@ def test_documentation_is_up_to_date(tmp_path: Path) -> None:
     assert not stale, f"run python -m fusedkd explain --docs docs/divergences: {stale}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", divergences())
 def test_every_page_is_complete(name: str) -> None:
     """What each docstring owes, as a heading of its own, and a sentence on the gradient."""

@@ -75,6 +75,7 @@ def test_cald(beta: float, anchors: tuple[float | None, float | None], backend: 
         assert_close(mine.grad, theirs.grad, VALUE)
 
 
+@pytest.mark.smoke
 def test_cald_through_heads_and_reductions() -> None:
     """Heads give what their logits give; mean and sum are over sequences; an empty sequence is 0."""
     weight, teacher_weight = torch.randn(V, 8), torch.randn(V, 12)
@@ -142,6 +143,7 @@ def authors(losses: list[float], total: int, t_start: float, alpha: float, beta:
     return seen
 
 
+@pytest.mark.smoke
 def test_taid_schedule() -> None:
     """The authors' rule, t never falls, it ends at 1, and a checkpoint goes on where it was."""
     losses = [5 * 0.99**i + 0.3 * math.sin(i) for i in range(60)]

@@ -124,6 +124,7 @@ def test_what_is_installed_does_not_know_its_tests(path: Path) -> None:
     assert not roots(imports(path)) & {"tests", "conftest", "cases", "oracle", "compare", "pytest", "numpy"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_point_down(layer: str) -> None:
     """The path of a call is the list of layers from top to bottom."""
@@ -141,6 +142,7 @@ def knows_torch_library(path: Path) -> bool:
     return bool(within("torch.library", [*imports(path), *named]))
 
 
+@pytest.mark.smoke
 def test_operators_are_in_one_folder() -> None:
     """ops/ alone knows torch.library, and of it one file does."""
     files = [path for path in (*KERNELS, *PYTHON, *BENCH) if knows_torch_library(path)]

@@ -61,6 +61,7 @@ def test_against_the_oracle(case: Case, options: dict[str, Any], shared: list[st
     assert shared == ["value", "gradient"]
 
 
+@pytest.mark.smoke
 @each("case", [ONE_SWEEP, TWO_SWEEPS, MIXED, ("drkl", {})])
 def test_hard_rows(case: Case) -> None:
     """A teacher without some tokens, one label among them; all mass on the label; nothing but the label; p = q."""

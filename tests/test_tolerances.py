@@ -66,6 +66,7 @@ def test_float32_passes(gradients: tuple[Tensor, Tensor]) -> None:
     assert_close(half, grad, BOUND + rounding(grad, torch.bfloat16), dtype=torch.bfloat16)
 
 
+@pytest.mark.smoke
 @each("damage", DAMAGE)
 def test_damage_fails(gradients: tuple[Tensor, Tensor], damage: str) -> None:
     """Each kind of damage is rejected at the bound of the suite."""
