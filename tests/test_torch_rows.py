@@ -16,7 +16,7 @@ from fusedkd.backends import torch_logprobs, torch_rows
 from fusedkd.kernels.device.rows import SAVED, STATS, Problem, Side
 from fusedkd.kernels.device.token_logprobs import SAVED as SAVED_LOGPROBS
 
-FEW, MANY = 64, 512  # rows; more than those that Python calculates one by one (torch_rows.by_row), and fewer than a block
+FEW, MANY = 64, 512  # rows; more than Python calculates one by one (torch_rows.by_row), and fewer than a block
 WIDTHS = [10, 300]  # columns: the largest is looked for at once, or piece by piece
 
 
