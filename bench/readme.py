@@ -22,6 +22,7 @@ MORE = (
     "*imprecise* means wrong by more than the benchmark allows. Spreads, roofline, other sections and goals:\n"
     "[docs/measured.md](docs/measured.md)."
 )
+PEAKED = "In peaked rows a token has most of the probability, as with trained models; in the others none stands out."
 NO_GPU = "On a GPU: not measured."
 GOALS_WORDS = "Goals on a CPU, in units of the products or of eager torch:"
 GPU_WORDS = "On a GPU (`make gpu`; the goals are for an H200, N = 8192, bfloat16, loss and gradients):"
@@ -31,8 +32,9 @@ def block(folder: Path) -> str:
     """Return the README's measured part for the result files in a folder."""
     results = committed(folder)
     found = [markdown(table).strip() for result in results if "heads" in result["sections"] for table in _heads(result)]
+    peaked = [PEAKED] if any(mark(case) for result in results for case in cases(result, "heads")) else []
     unmeasured = [] if any(map(is_gpu, results)) else [NO_GPU]
-    return "\n\n".join([BEGIN, *([WORDS, *found, MORE] if found else []), *unmeasured, END])
+    return "\n\n".join([BEGIN, *([WORDS, *found, *peaked, MORE] if found else []), *unmeasured, END])
 
 
 def _heads(result: dict[str, Any]) -> list[Table]:
