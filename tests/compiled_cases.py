@@ -47,7 +47,6 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "fused": [("rkl", {}, WIDE), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
     "over logits": [("rkl", {}, CROSSED + APART), ("jsd", {}, CROSSED + APART)],  # the gradient takes their place
     "parts": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
-    "one read": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
     "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
     "log-probabilities": [("", {}, WIDE + APART)],
     "floor": [("rkl", {}, CROSSED + APART)],
@@ -194,8 +193,6 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
         _fused(case, dtype, layout)
     elif way == "over logits":
         _whole(rows.value_and_gradient, case, dtype, layout, over=True)
-    elif way == "one read":
-        _whole(split_rows.one_read, case, dtype, layout, over=layout in (STRIDED, FAR_COLUMNS))
     elif way == "streaming":
         heads = (side((3,), COLUMNS[layout] // 4, width) for width in (16, 24))
         labels = random_labels((3,), COLUMNS[layout] // 4).roll(1)

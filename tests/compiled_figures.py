@@ -84,15 +84,6 @@ def _fused(given: Given) -> None:
     fusedkd.kd_value_and_grad(given.student, given.teacher, given.labels, divergence=given.divergence, backend="triton")
 
 
-def _one_read(given: Given) -> None:
-    from fusedkd.kernels.device import rows, split_rows
-
-    (n, columns), (student, teacher) = given.student.shape, (rows.Side(x[None]) for x in given[:2])
-    problem = compiled_cases.problem_of((given.divergence, {}), columns)
-    out, loss = torch.empty_like(given.student), torch.empty(n)
-    split_rows.one_read(problem, student, teacher, given.labels, torch.ones(n), out, loss, None)
-
-
 def _streaming(given: Given) -> None:
     """Heads whose products are the logits, exactly."""
     import fusedkd
@@ -114,7 +105,6 @@ WAYS: dict[str, tuple[Callable[[Given], None], tuple[str, ...]]] = {
     "autograd": (_autograd, (*FORMULAS, "akl", "amid", "taid")),
     "fused": (_fused, FORMULAS),
     "parts": (_autograd, CLASSES),
-    "one read": (_one_read, CLASSES),
     "streaming": (_streaming, CLASSES),
     "log-probabilities": (_logprobs, ("",)),
     "floor": (functools.partial(_autograd, support="floor"), ("rkl",)),

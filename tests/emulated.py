@@ -20,7 +20,7 @@ from fusedkd.kernels.device import rows, split_rows, vocab_chunks
 from fusedkd.kernels.device import token_logprobs as logprobs
 
 emulator.install(90, order=sys.argv[2] if len(sys.argv) > 2 else "lockstep")
-WAYS = {"rows": rows.value_and_gradient, "parts": split_rows.value_and_gradient, "one_read": split_rows.one_read}
+WAYS = {"rows": rows.value_and_gradient, "parts": split_rows.value_and_gradient}
 ANY_V = 1003  # no multiple of anything
 NAN = torch.nan
 

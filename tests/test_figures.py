@@ -33,7 +33,6 @@ RECOUNTED = [
     "fused-rkl-bf16-aligned",
     "fused-rkl-bf16-unaligned",
     "parts-jsd-bf16-aligned",
-    "one read-rkl-bf16-aligned",
     "streaming-jsd-bf16-aligned",
     "log-probabilities-bf16-aligned",
     "floor-rkl-fp32-aligned",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..device import rows, split_rows, token_logprobs, vocab_chunks
-from ..device.args import GradArg, LogitsArg, ParametersArg, RowsArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
+from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, WeightsArg, WorkspaceArg
 from ..device.tiles import FUSION, Tile, chosen
 from ..divergences import definitions
 from ..language import triton
@@ -64,7 +64,6 @@ _CHUNK_KERNELS = {
     "chunk_gradient": vocab_chunks._gradient,
 }
 _PART_KERNELS = {
-    "one_read": split_rows._one_read,
     "part_deposit": split_rows._deposit,
     "part_sums": split_rows._sums,
     "part_conclude": split_rows._conclude,
@@ -88,7 +87,7 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                     if online.sums is not None:
                         del kernels["add_sums"], kernels["part_sums"]
                 for key, kernel in kernels.items():
-                    best = split_rows.WHOLE[online.tile, width] if key in _PART_KERNELS else tile
+                    best = split_rows.LARGEST[online.tile, width] if key in _PART_KERNELS else tile
                     yield key, Variant(title, kernel, best, definition, decoupled, online)
     for title, name, decoupled, option in (
         ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
@@ -98,13 +97,6 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
         tile = chosen((architecture, rows.tile_class(definition.online, busy=True), width))
         for key, kernel in ROW_KERNELS.items():
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
-    mixed = definitions()["fkl"]
-    yield (
-        "one_read",
-        Variant(
-            "mixed_fkl", split_rows._one_read, split_rows.WHOLE["heavy", width], mixed, False, mixed.online, mixed=True
-        ),
-    )
     for key, kernel in (("value", token_logprobs._value), ("gradient", token_logprobs._gradient)):
         yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
 
@@ -127,8 +119,6 @@ def specialization(
         "stats_ptr": "*fp32" if call.stats else "constexpr",
         "grad": GradArg(element, "i64", apart, "i32"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
-        "about_rows": RowsArg("*i64", "*fp32"),
-        "out": ValueArg("*fp32", "constexpr"),
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
         "scales": ScalesArg("fp32", "fp32", "constexpr"),
@@ -148,7 +138,6 @@ def specialization(
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
         "PARTS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
-        "PHASE": 0,
         "BLOCK": variant.tile.block,
         "THREADS": variant.tile.threads(call.warp),
     }
@@ -218,7 +207,6 @@ def compile_variant(
         loads = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
         widths = [int(n) * int(bits) // 8 for n, bits in loads]
         report["load_bytes"] = max(widths, default=0)
-        report["wide_loads"] = widths.count(report["load_bytes"])
     else:
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"])
         report["stack"] = int(spilled.group(1)) if spilled else 0

@@ -75,27 +75,13 @@ class ParametersArg(NamedTuple):
     mix: Any
 
 
-class RowsArg(NamedTuple):
-    """What is given for each row; None: no label, an upstream gradient of 1."""
-
-    label_ptr: Any  # (N,)
-    upstream_ptr: Any  # (N,)
-
-
-class ValueArg(NamedTuple):
-    """What is wanted of each row."""
-
-    loss_ptr: Any  # (N,)
-    stats_ptr: Any  # (N, STATS), or None
-
-
 class WorkspaceArg(NamedTuple):
     """What the programs that share a row leave each other (split_rows.py); `parts` programs share a row."""
 
     partial_ptr: Any  # (N, parts, CARRY + online state)
     sums_ptr: Any  # (N, parts, TERM_SUMS)
     dominant_ptr: Any  # (N, parts, DOMINANT)
-    meeting_ptr: Any  # (1 + N · MEETINGS,) int32: tickets, then each row's arrivals at its meetings
+    arrived_ptr: Any  # (N,) int32: how many programs of a row have written their gradient
     parts: Any
 
 
@@ -285,7 +271,6 @@ FOUND = len(Found._fields)
 STATS = len(TokenStats._fields)
 TOKEN_SAVED = len(TokenScalars._fields)
 DOMINANT = len(Dominant._fields)
-MEETINGS = 3  # of the programs of a row
 
 # The same for kernels, which take constants of compile time only.
 _SAVED = constant(SAVED)
@@ -300,7 +285,6 @@ _LABEL_S, _LABEL_T = (constant(Carry._fields.index(name)) for name in ("label_s"
 _TERM_SUMS = constant(TERM_SUMS)
 _FOUND = constant(FOUND)
 _DOMINANT = constant(DOMINANT)
-_MEETINGS = constant(MEETINGS)
 _REST, _TOKEN, _LOGIT, _SLOPE = (constant(Found._fields.index(name)) for name in ("rest", "token", "logit", "slope"))
 # Triton's cache key has the constants that a function names, not the fields of a class. Functions whose code depends on
 # the order of fields in memory name this, so that another order is another key.
@@ -478,9 +462,3 @@ def dominant_at(dominant_ptr, i):
     """The address of the i-th Dominant."""
     tl.static_assert(_LAYOUTS != "")
     return dominant_ptr + i * _DOMINANT
-
-
-@jit
-def arrived_at(meeting_ptr, row):
-    """The address of the numbers of programs that have come to each of a row's meetings; tickets come before."""
-    return meeting_ptr + 1 + row * _MEETINGS

@@ -1,4 +1,4 @@
-"""A row by several programs, one tile each: for few rows, which alone leave a GPU empty, and for reading rows once.
+"""A row by several programs, one tile each: for few rows, which alone leave a GPU empty.
 
 What a program finds in its tile it leaves in memory for the others of its row:
 
@@ -10,16 +10,10 @@ What a program finds in its tile it leaves in memory for the others of its row:
     value        deposit (sums) conclude
     gradient     gradient
     value_and_gradient     all of them
-    one_read     all of them in one launch: the tile stays in registers, so that a logit is read once
 
 Parts merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary, so
 the order in which programs run changes no bit. The last program to finish a row's gradient writes the entry of the
 likeliest token, which is minus the sum of all others (rows.py).
-
-In `one_read` programs wait for the others of their row. They take tiles in the order of tickets, so every row before
-the last one begun has all its programs running or done, and these need no more programs to end: nothing waits for ever
-as long as one row's programs fit on the device together. The interpreter runs programs one after the other, so there
-the phases are launches of their own.
 
 No path here has been timed on a GPU ("not measured").
 """
@@ -28,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..language import interpreted, jit, tl, triton
+from ..language import jit, tl, triton
 from ..maths.centering import at_offsets
 from ..maths.decomposition import meet, or_infinite
 from ..maths.moments import cross_entropy_advance
@@ -36,21 +30,17 @@ from ..maths.quantities import EntropySums, LogSumExp, Maxima
 from .args import (
     CARRY,
     DOMINANT,
-    MEETINGS,
     SAVED,
     TERM_SUMS,
     Carry,
     Dominant,
-    RowsArg,
     RowSums,
     SharedRow,
     Target,
     TermSums,
     Totals,
-    ValueArg,
     WeightsArg,
     WorkspaceArg,
-    arrived_at,
     carry_at,
     dominant_at,
     empty_carry,
@@ -89,9 +79,9 @@ from .vocab_chunks import online_of
 
 _PROGRAMS = 256  # two for every multiprocessor of the largest GPUs; smaller tiles for fewer rows, down to
 SMALLEST = 1024
-# The largest tiles, by class and bytes per logit as in tiles.py: one stays in registers through all phases, and all
-# programs of a row must be on a GPU together. Compiled without spilling; not measured.
-WHOLE = {
+# By class and bytes per logit as in tiles.py: a program has one tile, in registers, and no loop. Compiled without
+# spilling; not measured.
+LARGEST = {
     ("light", 2): Tile(4096, 16, 128),
     ("light", 4): Tile(4096, 16, 128),
     ("two", 2): Tile(2048, 8, 255),
@@ -323,76 +313,10 @@ def _gradient(
         _write(
             x, cols, student, row, part, parts, label, scales, row_values(numbers.mix, row), grad,
             load_scalars(saved_ptr, row), upstream, theta, workspace.dominant_ptr,
-            arrived_at(workspace.meeting_ptr, row), TERM, PARTS, BLOCK,
+            workspace.arrived_ptr + row, TERM, PARTS, BLOCK,
         )  # fmt: skip
     else:
         store_zero_tile(grad, row, part * BLOCK, BLOCK)
-
-
-@jit
-def _wait(arrived_ptr, parts):
-    """Until all programs of the row have been here."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < parts:
-        pass
-
-
-@jit
-def _one_read(
-    student, teacher, about_rows, out, grad, workspace, V, scales, numbers,
-    TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    COUNT: tl.constexpr = len(INIT())
-    parts = workspace.parts
-    if PHASE == 0:
-        ticket = tl.atomic_add(workspace.meeting_ptr, 1, scope="gpu")
-    else:
-        ticket = tl.program_id(0)
-    row = (ticket // parts).to(tl.int64)
-    part = ticket % parts
-    arrived_ptr = arrived_at(workspace.meeting_ptr, row)  # of the statistics; the sums' comes next, then the gradient's
-    label, counted = label_of(about_rows.label_ptr, row)
-    if counted:
-        theta = row_values(numbers.theta, row)
-        mix = row_values(numbers.mix, row)
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        if PHASE == 0 or PHASE == 1:
-            at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
-            _leave_statistics(x, cols, label, scales, mix, out.stats_ptr, theta, at, INIT, ADVANCE)
-        if PHASE == 0:
-            _wait(arrived_ptr, parts)
-        if PHASE != 1:
-            shared = _met(
-                workspace.partial_ptr, row, parts, label, scales, mix, out.stats_ptr, theta,
-                ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
-            )  # fmt: skip
-            theta = theta + shared.extras
-            if SUMS is None:
-                if PHASE == 0 or PHASE == 2:
-                    at = sums_at(workspace.sums_ptr, row * parts + part)
-                    _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta, at, TERM)
-                if PHASE == 0:
-                    _wait(arrived_ptr + 1, parts)
-            if PHASE == 0 or PHASE == 3:
-                # Every program of the row concludes; all store the same bits.
-                weights = WeightsArg(*row_values(numbers.weights, row))
-                scalars = _concluded(
-                    workspace.sums_ptr, row, parts, scales, out.loss_ptr, out.stats_ptr, shared, theta, weights,
-                    TERM, SUMS, DECOUPLED, PARTS,
-                )  # fmt: skip
-                upstream = upstream_of(about_rows.upstream_ptr, row)
-                if upstream != 0:
-                    _write(
-                        x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                        workspace.dominant_ptr, arrived_ptr + 2, TERM, PARTS, BLOCK,
-                    )  # fmt: skip
-    elif PHASE == 0 or PHASE == 3:
-        ignore(row, out.loss_ptr, out.stats_ptr)
-    if PHASE == 0 or PHASE == 3:
-        if not (counted & (upstream_of(about_rows.upstream_ptr, row) != 0)):
-            store_zero_tile(grad, row, part * BLOCK, BLOCK)
 
 
 class _Layout:
@@ -411,13 +335,13 @@ class _Layout:
         self.device = student.x.device
 
     def workspace(self) -> WorkspaceArg:
-        """Memory for what programs leave each other: nobody has come to any meeting yet."""
+        """Memory for what programs leave each other; none has written its gradient yet."""
         partial, sums, dominant = (
             torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
             for n in (CARRY + self.counts["COUNT"], TERM_SUMS, DOMINANT)
         )
-        meeting = torch.zeros(1 + MEETINGS * self.rows, device=self.device, dtype=torch.int32)
-        return WorkspaceArg(partial, sums, dominant, meeting, self.parts)
+        arrived = torch.zeros(self.rows, device=self.device, dtype=torch.int32)
+        return WorkspaceArg(partial, sums, dominant, arrived, self.parts)
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""
@@ -425,14 +349,10 @@ class _Layout:
         return {name: every[name] for name in names}
 
 
-def _whole(problem: Problem, student: Side, teacher: Side) -> Tile:
-    _, kind, width = line(problem, student, teacher)
-    return WHOLE[kind, width]
-
-
 def _tile(problem: Problem, student: Side, teacher: Side, rows: int) -> Tile:
     """A tile small enough for the rows to give programs enough."""
-    best = _whole(problem, student, teacher)
+    _, kind, width = line(problem, student, teacher)
+    best = LARGEST[kind, width]
     block, warps = best.block, best.num_warps
     while block > SMALLEST and rows * triton.cdiv(student.x.shape[2], block) < _PROGRAMS:
         block, warps = block // 2, max(warps // 2, min(warps, 4))
@@ -525,38 +445,3 @@ def value_and_gradient(
     saved = loss.new_empty((len(out), SAVED))
     value(problem, student, teacher, labels, loss, saved, stats)
     gradient(problem, student, teacher, labels, saved, upstream, out)
-
-
-def one_read(
-    problem: Problem,
-    student: Side,
-    teacher: Side,
-    labels: torch.Tensor | None,
-    upstream: torch.Tensor | None,
-    out: torch.Tensor,
-    loss: torch.Tensor,
-    stats: torch.Tensor | None,
-) -> None:
-    """As rows.value_and_gradient, each logit read once. ValueError where a row's programs do not fit on the device."""
-    _check(problem)
-    if not len(out):
-        return
-    plan = _Layout(problem, student, len(out), _whole(problem, student, teacher))
-    phases = (0,)
-    if interpreted():
-        phases = (1, 2, 3) if plan.sweep["SUMS"] is None else (1, 3)
-    else:
-        places = torch.cuda.get_device_properties(plan.device).multi_processor_count
-        if plan.parts > places:
-            raise ValueError(
-                f"one_read needs {plan.parts} programs at once for {plan.width} columns, and the device has {places} "
-                "multiprocessors: use value_and_gradient"
-            )
-    given, workspace = arguments(problem, student, teacher), plan.workspace()
-    del given["ARGMAX"]
-    for phase in phases:
-        _one_read[(plan.rows * plan.parts,)](
-            about_rows=RowsArg(labels, upstream), out=ValueArg(loss, stats), grad=grad_of(out), workspace=workspace,
-            **given, **plan.sweep, PARTS=plan.counts["PARTS"],
-            PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
-        )  # fmt: skip
