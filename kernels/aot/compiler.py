@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..device import rows, split_rows, token_logprobs, vocab_chunks
 from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, WeightsArg, WorkspaceArg
-from ..device.tiles import FUSION, Tile, chosen
+from ..device.tiles import FUSION, Tile, TileKey, table_tile
 from ..divergences import definitions
 from ..language import triton
 from ..maths.definition import TWO_SWEEPS, Definition, OnlineForm
@@ -80,7 +80,7 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                 continue
             for online in definition.sweeps:
                 title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
-                tile = chosen((architecture, online.tile, width))
+                tile = table_tile(TileKey(architecture, online.tile, width))
                 kernels = dict(ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
                     kernels |= _CHUNK_KERNELS | _PART_KERNELS
@@ -94,11 +94,11 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
         ("mixed_fkl", "fkl", False, {"mixed": True}),
     ):
         definition = definitions()[name]
-        tile = chosen((architecture, rows.tile_class(definition.online, busy=True), width))
+        tile = table_tile(TileKey(architecture, rows.tile_class(definition.online, busy=True), width))
         for key, kernel in ROW_KERNELS.items():
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
     for key, kernel in (("value", token_logprobs._value), ("gradient", token_logprobs._gradient)):
-        yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
+        yield key, Variant("token_logprobs", kernel, table_tile(TileKey(architecture, "light", width)))
 
 
 def specialization(

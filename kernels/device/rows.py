@@ -61,7 +61,7 @@ from .args import (
 )
 from .loads import as_numbers, columns, finite, load_pair, load_raw, load_side, row_ptrs, row_start, row_values, spread
 from .thread_sums import scatter_to_thread0, tile_columns
-from .tiles import SMALLEST, Line, Tile, architecture, fitting
+from .tiles import SMALLEST, Tile, TileKey, architecture, tile_for
 
 __all__ = ["SAVED", "STATS", "Problem", "Side", "floor_rows", "gradient", "value", "value_and_gradient"]
 
@@ -615,14 +615,14 @@ def sweep_of(problem: Problem) -> dict[str, Any]:
 
 def tile(problem: Problem, student: Side, teacher: Side) -> Tile:
     """The table's tile for a problem."""
-    return fitting(line(problem, student, teacher), problem.vocab_size)
+    return tile_for(tile_key(problem, student, teacher), problem.vocab_size)
 
 
-def line(problem: Problem, student: Side, teacher: Side) -> Line:
-    """The line of the table that a problem runs with."""
+def tile_key(problem: Problem, student: Side, teacher: Side) -> TileKey:
+    """The key of the table that a problem runs with."""
     width = max(student.x.element_size(), teacher.x.element_size())
     kind = tile_class(problem.definition.sweep(problem.parameters), problem.argmax or problem.mix is not None)
-    return architecture(student.x.device), kind, width
+    return TileKey(architecture(student.x.device), kind, width)
 
 
 def tile_class(online: OnlineForm, busy: bool) -> str:

@@ -63,7 +63,6 @@ from .rows import (
     gradient_tile,
     ignore,
     label_of,
-    line,
     merge,
     merge_dominant,
     no_dominant,
@@ -72,6 +71,7 @@ from .rows import (
     store_dominant,
     store_zero_tile,
     sweep_of,
+    tile_key,
     upstream_of,
 )
 from .tiles import FUSION, Tile
@@ -343,7 +343,7 @@ class _Layout:
         arrived = torch.zeros(self.rows, device=self.device, dtype=torch.int32)
         return WorkspaceArg(partial, sums, dominant, arrived, self.parts)
 
-    def chosen(self, *names: str) -> dict[str, Any]:
+    def constants(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""
         every = self.sweep | self.counts
         return {name: every[name] for name in names}
@@ -351,8 +351,8 @@ class _Layout:
 
 def _tile(problem: Problem, student: Side, teacher: Side, rows: int) -> Tile:
     """A tile small enough for the rows to give programs enough."""
-    _, kind, width = line(problem, student, teacher)
-    best = LARGEST[kind, width]
+    key = tile_key(problem, student, teacher)
+    best = LARGEST[key.tile_class, key.logit_bytes]
     block, warps = best.block, best.num_warps
     while block > SMALLEST and rows * triton.cdiv(student.x.shape[2], block) < _PROGRAMS:
         block, warps = block // 2, max(warps // 2, min(warps, 4))
@@ -392,8 +392,8 @@ def value(
         }
         options = {"BLOCK": plan.tile.block, **plan.tile.options()}
         grid = (plan.rows * plan.parts,)
-        _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
-        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "PARTS")}
+        _deposit[grid](**sides, **common, stats_ptr=stats, **plan.constants("INIT", "ADVANCE", "COUNT"), **options)
+        shared = {"TERM": given["TERM"], **plan.constants("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "PARTS")}
         if plan.sweep["SUMS"] is None:
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved

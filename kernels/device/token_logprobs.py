@@ -18,7 +18,7 @@ from .args import TOKEN_SAVED as SAVED
 from .args import TokenScalars, load_token_scalars, store_token_scalars
 from .loads import load_side, row_start, spread
 from .rows import Side, grad_of, pack, store_zeros
-from .tiles import Line, architecture, fitting
+from .tiles import TileKey, architecture, tile_for
 
 __all__ = ["SAVED", "gradient", "value"]
 
@@ -86,16 +86,16 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
         store_zeros(grad, row, BLOCK)
 
 
-def line(side: Side) -> Line:
-    """The line of the table that logits run with."""
-    return architecture(side.x.device), "light", side.x.element_size()
+def tile_key(side: Side) -> TileKey:
+    """The key of the table that logits run with."""
+    return TileKey(architecture(side.x.device), "light", side.x.element_size())
 
 
 def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> Any:
     """Fills `saved` (N, SAVED): centre, log-sum-exp above it, log q of the token, entropy; zeros where token < 0."""
     if len(saved):
         vocabulary = side.x.shape[2]
-        best = fitting(line(side), vocabulary)
+        best = tile_for(tile_key(side), vocabulary)
         return _value[(len(saved),)](
             pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
         )
@@ -113,7 +113,7 @@ def gradient(
     """Writes upstream (N, 2) · d(log q_y, H)/dx into `out` (N, V), which may lie over the logits."""
     if len(out):
         vocabulary = side.x.shape[2]
-        best = fitting(line(side), vocabulary)
+        best = tile_for(tile_key(side), vocabulary)
         return _gradient[(len(out),)](
             pack(side), tokens, saved, upstream, grad_of(out, vocabulary), vocabulary, 1.0 / temperature,
             BLOCK=best.block, **best.options(),

@@ -9,7 +9,6 @@ from ..kernels.device import split_rows as triton_parts
 from ..kernels.device.rows import Problem
 from ..kernels.language import HAS_TRITON, interpreted
 from . import torch_compiled, torch_rows
-from .tuning import check, tuned
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured"
@@ -18,7 +17,7 @@ FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured
 def row_functions(backend: str) -> Any:
     """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
     if backend == "triton":
-        return tuned(triton_rows)
+        return triton_rows
     return torch_compiled if backend == "compiled" else torch_rows
 
 
@@ -42,7 +41,6 @@ def choose_backend(asked: str, device: torch.device) -> str:
     """
     if asked not in ("auto", "triton", "torch", "compiled"):
         raise ValueError(f'backend must be "auto", "triton", "torch" or "compiled", got {asked!r}')
-    check(device)
     if asked == "compiled":
         if device.type != "cpu":
             raise ValueError(

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor
 
 from ..backends import torch_logprobs
-from ..backends.tuning import tuned
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from ..kernels.device import token_logprobs as triton_logprobs
 from ..kernels.device.rows import Side
@@ -42,7 +41,7 @@ class TokenNumbers(NamedTuple):
 
 def functions_of(backend: str) -> Any:
     """The module whose value and gradient serve a resolved backend."""
-    return tuned(triton_logprobs) if backend == "triton" else torch_logprobs
+    return triton_logprobs if backend == "triton" else torch_logprobs
 
 
 class _Chunk(NamedTuple):

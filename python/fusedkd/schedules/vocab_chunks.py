@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..backends import torch_chunks
 from ..backends.torch_rows import conclude, values_at
-from ..backends.tuning import tuned
 from ..call import LossCall, problem_of, sources_of, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
 from ..kernels.device import vocab_chunks as triton_streaming
@@ -33,7 +32,7 @@ from .planner import LIKELIEST_ROWS
 
 def functions_of(backend: str) -> Any:
     """The module whose absorb, add_sums and gradient serve a resolved backend."""
-    return tuned(triton_streaming) if backend == "triton" else torch_chunks
+    return triton_streaming if backend == "triton" else torch_chunks
 
 
 class _Row(NamedTuple):
