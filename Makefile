@@ -56,7 +56,7 @@ mutants: install
 # same races in every order; in lockstep it takes an hour or two, in greedy order several times that.
 EMULATE ?= 80 90
 EMULATE_OPTIONS ?= --order lockstep
-EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options parts streaming token_logprobs hard_rows \
+EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options split_rows streaming token_logprobs hard_rows \
 	identities properties autograd uncounted surroundings traps weight_grad toys definition recipes))
 
 test-emulated: install

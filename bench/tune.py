@@ -20,7 +20,7 @@ from torch import Tensor
 from ..cli.commands import Progress, positive, require, usable_device
 from ..divergence import divergence
 from ..kernels.device import rows, token_logprobs, vocab_chunks
-from ..kernels.device.rows import SAVED, Problem, Side
+from ..kernels.device.rows import SAVED, Logits, Problem
 from ..kernels.device.tiles import REGISTER_FILE, TABLE, Tile, TileKey, table_tile
 from ..kernels.language import HAS_TRITON, interpreted
 from .cases import STD
@@ -28,7 +28,7 @@ from .shapes import QWEN3
 from .timing import Clock, Timer, interleaved
 
 # A divergence for each class of tiles.py: one sweep with few or many sums, two sweeps, sweeps of its own.
-CLASSES = {"light": "rkl", "heavy": "ab", "two": "jsd", "gathered": "amid"}
+CLASSES = {"light": "rkl", "heavy": "ab", "two": "jsd", "many": "amid"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROWS, ROUNDS = 2048, 10
 BLOCKS = (1024, 2048, 4096, 8192)
@@ -124,7 +124,7 @@ def launches_of(name: str, given: Operands) -> Iterator[Launch]:
     """One of every kernel that runs with the tile of a divergence's class."""
     form, (n, vocab) = divergence(name).form, given.student.shape[1:]
     problem = Problem(form.definition, form.decoupled, form.theta, (form.target, form.nontarget), vocab, mix=form.mix)
-    student, teacher, labels, upstream = Side(given.student), Side(given.teacher), given.labels, given.upstream
+    student, teacher, labels, upstream = Logits(given.student), Logits(given.teacher), given.labels, given.upstream
     key = rows.tile_key(problem, student, teacher)
     loss, saved = upstream.new_empty(n), upstream.new_empty(n, SAVED)
     out = torch.empty_like(given.student[0])
@@ -144,7 +144,7 @@ def launches_of(name: str, given: Operands) -> Iterator[Launch]:
         if online.sums is None:
             sums = upstream.new_zeros(n, 3)
             yield Launch("vocab_chunks.add_sums", key, (sums,), partial(vocab_chunks.add_sums, *sides, saved, sums, 0))
-        found = upstream.new_zeros(n, vocab_chunks.FOUND)
+        found = upstream.new_zeros(n, vocab_chunks.DOMINANT)
         gradient = partial(vocab_chunks.gradient, *sides, saved, upstream, found, out, 0)
         yield Launch("vocab_chunks.gradient", key, (found, out), gradient)
     if key == token_logprobs.tile_key(student):

@@ -46,7 +46,7 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "defaults": [(name, {}, [("bf16", ALIGNED)]) for name in fusedkd.divergences()],
     "fused": [("rkl", {}, WIDE), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
     "over logits": [("rkl", {}, CROSSED + APART), ("jsd", {}, CROSSED + APART)],  # the gradient takes their place
-    "parts": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
+    "split rows": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
     "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
     "log-probabilities": [("", {}, WIDE + APART)],
     "floor": [("rkl", {}, CROSSED + APART)],
@@ -115,7 +115,7 @@ def split_rows(wanted: bool) -> None:
     from fusedkd import backends
     from fusedkd.kernels.device import split_rows
 
-    backends.splits_rows = lambda problem, x: wanted and split_rows.serves(problem)
+    backends.shares_rows = lambda problem, x: wanted and split_rows.serves(problem)
 
 
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:
@@ -131,7 +131,7 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
     labels = data.labels.where(data.labels >= 0, -1)
     out = student if over else laid_out(layout)(emulator.unwritten(torch.empty(student.shape, dtype=dtype)))
     loss, upstream = emulator.unwritten(torch.empty(3)), torch.tensor([1.0, 2.0, -0.5])
-    way(problem, rows.Side(student[None]), rows.Side(teacher[None]), labels, upstream, out, loss, None)
+    way(problem, rows.Logits(student[None]), rows.Logits(teacher[None]), labels, upstream, out, loss, None)
     truth, value, _ = expected(data.student, data.teacher, data.labels, case, {"reduction": "none", "ce_weight": 0.25})
     wanted = truth.gradient(upstream.double())
     assert_close(loss, value, VALUE, what="loss")
@@ -184,9 +184,9 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     from fusedkd.kernels.device import rows, split_rows
 
     prepare = laid_out(layout)
-    split_rows(way == "parts")
+    split_rows(way == "split rows")
     torch.manual_seed(0)
-    if way in ("autograd", "defaults", "parts", "floor"):
+    if way in ("autograd", "defaults", "split rows", "floor"):
         options = {"support": "floor"} if way == "floor" else {"ce_weight": 0.5} if layout == STRIDED else {}
         check_logits(problem_rows(dtype, layout), case, "triton", prepare=prepare, **options)
     elif way == "fused":

@@ -104,7 +104,7 @@ def _logprobs(given: Given) -> None:
 WAYS: dict[str, tuple[Callable[[Given], None], tuple[str, ...]]] = {
     "autograd": (_autograd, (*FORMULAS, "akl", "amid", "taid")),
     "fused": (_fused, FORMULAS),
-    "parts": (_autograd, CLASSES),
+    "split rows": (_autograd, CLASSES),
     "streaming": (_streaming, CLASSES),
     "log-probabilities": (_logprobs, ("",)),
     "floor": (functools.partial(_autograd, support="floor"), ("rkl",)),
@@ -188,7 +188,7 @@ def figures(launches: list[CountedGrid]) -> dict[str, int]:
 
 def count(case: Case) -> dict[str, dict[str, int]]:
     """The figures of each kernel that a case launches, by file:kernel."""
-    compiled_cases.split_rows(case.way == "parts")
+    compiled_cases.split_rows(case.way == "split rows")
     with counted() as launches:
         WAYS[case.way][0](_given(case))
     titles = dict.fromkeys(launch.program.kernel.title for launch in launches)

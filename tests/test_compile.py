@@ -75,8 +75,8 @@ def test_compile(architecture: str, dtype: str) -> None:
         assert report["stack"] == 0, report
         assert report["shared"] <= aot.SHARED[architecture], report
         if architecture.startswith("sm_"):
-            one_tile = report["kernel"].startswith("part_")
-            assert report["load_bytes"] == 16 or report["kernel"] == "part_conclude", report  # which reads no logits
+            one_tile = report["kernel"].startswith("split_")
+            assert report["load_bytes"] == 16 or report["kernel"] == "split_finalize", report  # which reads no logits
             assert "instructions" not in report or bool(report["instructions"]) != one_tile, report  # no loop
     if (architecture, dtype) == ("sm_90", "bfloat16"):
         counted = compiled(architecture, dtype, "rkl", "--instructions")

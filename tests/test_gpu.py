@@ -80,7 +80,7 @@ def test_shared_rows(case: Case, rows_: int) -> None:
 
     def run(way: Any) -> tuple[Tensor, Tensor]:
         gradient, loss = student[0].new_full((rows_, 4 * V), torch.nan), upstream.new_full((rows_,), torch.nan)
-        way(problem, rows.Side(student), rows.Side(teacher), labels, upstream, gradient, loss, None)
+        way(problem, rows.Logits(student), rows.Logits(teacher), labels, upstream, gradient, loss, None)
         return gradient, loss
 
     usual = run(rows.value_and_gradient)

@@ -30,7 +30,7 @@ ODD = Tile(96, 1)  # no power of two: does not compile
 KEY = TileKey("sm_90", "light", 4)
 KERNELS = {
     "light": ["rows.value", "rows.gradient", "rows.value_and_gradient", "vocab_chunks.absorb", "vocab_chunks.gradient"],
-    "gathered": ["rows.value", "rows.gradient", "rows.value_and_gradient"],
+    "many": ["rows.value", "rows.gradient", "rows.value_and_gradient"],
 }
 KERNELS["heavy"] = KERNELS["light"]
 KERNELS["two"] = [*KERNELS["light"][:4], "vocab_chunks.add_sums", "vocab_chunks.gradient"]

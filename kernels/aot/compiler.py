@@ -63,11 +63,11 @@ _CHUNK_KERNELS = {
     "add_sums": vocab_chunks._add_sums,
     "chunk_gradient": vocab_chunks._gradient,
 }
-_PART_KERNELS = {
-    "part_deposit": split_rows._deposit,
-    "part_sums": split_rows._sums,
-    "part_conclude": split_rows._conclude,
-    "part_gradient": split_rows._gradient,
+_SPLIT_KERNELS = {
+    "split_statistics": split_rows._statistics,
+    "split_sums": split_rows._sums,
+    "split_finalize": split_rows._finalize,
+    "split_gradient": split_rows._gradient,
 }
 _VOCABULARY = 151_936  # says how many programs share a row
 
@@ -83,11 +83,11 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                 tile = table_tile(TileKey(architecture, online.tile, width))
                 kernels = dict(ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
-                    kernels |= _CHUNK_KERNELS | _PART_KERNELS
+                    kernels |= _CHUNK_KERNELS | _SPLIT_KERNELS
                     if online.sums is not None:
-                        del kernels["add_sums"], kernels["part_sums"]
+                        del kernels["add_sums"], kernels["split_sums"]
                 for key, kernel in kernels.items():
-                    best = split_rows.LARGEST[online.tile, width] if key in _PART_KERNELS else tile
+                    best = split_rows.LARGEST[online.tile, width] if key in _SPLIT_KERNELS else tile
                     yield key, Variant(title, kernel, best, definition, decoupled, online)
     for title, name, decoupled, option in (
         ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
@@ -109,12 +109,12 @@ def specialization(
     apart = "i64" if call.aligned == "none" else "constexpr"  # columns
     side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
     definition, online = variant.definition, variant.online
-    gather = None if definition is None else definition.gather
+    row_parameters = None if definition is None else definition.row_parameters
     given = 0 if definition is None else len(definition.parameters)
     types: dict[str, Any] = {
         **dict.fromkeys(("student", "teacher", "side"), side),
         **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
-        **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
+        **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "dominant_ptr"), "*fp32"),
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": "*fp32" if call.stats else "constexpr",
         "grad": GradArg(element, "i64", apart, "i32"),
@@ -132,12 +132,12 @@ def specialization(
         "ADVANCE": online.advance,
         "RATIO": online.ratio,
         "SUMS": online.sums,
-        "GATHER": None if gather is None else gather.kernel,
+        "ROW_PARAMETERS": None if row_parameters is None else row_parameters.kernel,
         "EXTRAS": 0 if definition is None else definition.extras,
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
-        "PARTS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
+        "NUM_SPLITS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "BLOCK": variant.tile.block,
         "THREADS": variant.tile.threads(call.warp),
     }

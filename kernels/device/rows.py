@@ -2,7 +2,8 @@
 
 Sweeps (each reads every logit once):
     statistics   running maxima and online sums (moments.py), the target's column held out; the value, if they suffice
-    sums         only for divergences without a one-sweep form: Σ f, Σ phi at the final offsets (or what `gather` does)
+    sums         only for divergences without a one-sweep form: Σ f, Σ phi at the final offsets, or the sweeps of
+                 RowParameters
     gradient     dL/ds = a·phi + b·q in reverse tile order, so that it meets the tiles still in cache. What eviction
                  hints would save here is not measured, so there are none
 
@@ -26,7 +27,7 @@ import torch
 
 from ..language import jit, tl, triton
 from ..maths.centering import beside_columns, centred, merge_maxima, no_maxima, raise_maxima
-from ..maths.decomposition import about_side, meet, or_infinite, settle
+from ..maths.decomposition import decompose, finalize_normalizers, or_infinite, side_stats
 from ..maths.definition import Definition, OnlineForm
 from ..maths.elementary import exp
 from ..maths.moments import cross_entropy_advance, entropies_advance, log_sum
@@ -59,14 +60,25 @@ from .args import (
     store_side_stats,
     store_terms,
 )
-from .loads import as_numbers, columns, finite, load_pair, load_raw, load_side, row_ptrs, row_start, row_values, spread
+from .loads import (
+    as_numbers,
+    finite,
+    load_logits,
+    load_normalized,
+    load_pair,
+    load_raw,
+    row_ptrs,
+    row_start,
+    row_values,
+    spread,
+)
 from .thread_sums import scatter_to_thread0, tile_columns
 from .tiles import SMALLEST, Tile, TileKey, architecture, tile_for
 
-__all__ = ["SAVED", "STATS", "Problem", "Side", "floor_rows", "gradient", "value", "value_and_gradient"]
+__all__ = ["SAVED", "STATS", "Logits", "Problem", "floor_rows", "gradient", "value", "value_and_gradient"]
 
 
-class Side(NamedTuple):
+class Logits(NamedTuple):
     """One side's logits as they lie in memory: softcap(scale·(x + bias)), with −inf rules left to the kernel.
 
     Rows are counted through the first two axes, from `first` on: row n is x[(first + n) // inner, (first + n) % inner].
@@ -92,7 +104,7 @@ class Problem(NamedTuple):
     factor: float = 1.0  # on the divergence: 1 or temperature²
     ce_weight: float = 0.0
     mix: Any = None  # the teacher's weight in a mixed teacher: a float, an (N,) float32 tensor, or None
-    argmax: bool = False  # the target is the teacher's favourite, not the label
+    argmax: bool = False  # the target is the teacher's argmax, not the label
 
 
 @jit
@@ -218,20 +230,20 @@ def statistics(
         if scales.ce is not None:
             cross = cross_entropy_advance(cross, finite(s), cols < width)
         if ARGMAX:
-            # The favourite so far is held out; one that beats it takes its place, and the old one that of the new.
+            # The argmax so far is held out; one that beats it takes its place, and the old one that of the new.
             s = finite(s)
             t = finite(t)
             top = tl.max(tl.where(live, t, -2e30))
-            favourite = tl.min(tl.where(live & (t == top), cols, 2147483647))
-            favourite = tl.where(top > best_t, favourite, -1)
-            mine = cols == favourite
+            new_argmax = tl.min(tl.where(live & (t == top), cols, 2147483647))
+            new_argmax = tl.where(top > best_t, new_argmax, -1)
+            mine = cols == new_argmax
             s_new = tl.sum(tl.where(mine, s, 0.0))
             s = tl.where(mine, best_s, s)
             t = tl.where(mine, best_t, t)
             live = live & (tl.where(mine, best_t, 0.0) > -1e30)
-            y = tl.where(favourite >= 0, favourite, y)
-            best_s = tl.where(favourite >= 0, s_new, best_s)
-            best_t = tl.where(favourite >= 0, top, best_t)
+            y = tl.where(new_argmax >= 0, new_argmax, y)
+            best_s = tl.where(new_argmax >= 0, s_new, best_s)
+            best_t = tl.where(new_argmax >= 0, top, best_t)
         else:
             live = live & (cols != y)
         acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
@@ -248,12 +260,12 @@ def add_terms(sums, f, phi, d, live):
 
 
 @jit
-def term_sums(student, teacher, ctx, at, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+def term_sums(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """`sums`, TermSums, with the columns: the sweep of what has no one-sweep form."""
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
     sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
     for start in range(0, ctx.V, BLOCK):
-        x, live, t = columns(student, teacher, ctx, at, start + tile)
+        x, live, t = load_normalized(student, teacher, ctx, log_norms, start + tile)
         f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)
         sums = add_terms(sums, f, phi, x.d, live)
     return TermSums(tl.sum(sums.total), tl.sum(sums.mass), tl.max(sums.widest))
@@ -264,12 +276,12 @@ def finish_row(
     row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED: tl.constexpr
 ):
     """Stores loss and statistics of a row whose sums are known; returns its RowScalars."""
-    terms = settle(
-        totals.total, totals.mass, norms.binary, target.present, theta, weights.target, weights.nontarget, TERM,
+    terms = decompose(
+        totals.total, totals.mass, norms.binary, target.in_support, theta, weights.target, weights.nontarget, TERM,
         DECOUPLED,
     )  # fmt: skip
-    empty = acc.state[1] == 0  # nothing to compare but the label: every term is 0
-    out = tl.where(empty, 0.0, terms.loss * scales.factor)
+    no_columns = acc.state[1] == 0  # no column but the target is compared: every term is 0
+    out = tl.where(no_columns, 0.0, terms.loss * scales.factor)
     ce_lse = totals.cross.top + log_sum(totals.cross.total)
     if scales.ce is not None:
         out += scales.ce.weight * (ce_lse - totals.label_s)
@@ -277,17 +289,21 @@ def finish_row(
         tl.store(loss_ptr + row, out)
     centre, own, inv_tau = norms.centre, norms.own, scales.inv_tau
     if stats_ptr is not None:
-        shift_s, alone_s = centre.c_s * inv_tau, target.s * inv_tau
+        shift_s, logit_s = centre.c_s * inv_tau, target.s * inv_tau
         log_zt = log_sum(acc.entropies.z_t)
-        shift_t, alone_t = (centre.c_t + centre.k) * inv_tau, target.t * inv_tau
-        store_terms(stats_ptr, row, terms, target.held, empty)
-        of_student = about_side(own.log_zs, acc.entropies.student, own.z_y, shift_s, alone_s, target.present, empty)
-        store_side_stats(stats_ptr, row, 0, of_student, target.held)
-        of_teacher = about_side(log_zt, acc.entropies.teacher, own.own_u_y, shift_t, alone_t, target.present, empty)
-        store_side_stats(stats_ptr, row, 1, of_teacher, target.held)
-    a = tl.where(empty, 0.0, terms.a)
-    b = tl.where(empty, 0.0, terms.b)
-    grad_y = tl.where(empty, 0.0, terms.grad_y)
+        shift_t, logit_t = (centre.c_t + centre.k) * inv_tau, target.t * inv_tau
+        store_terms(stats_ptr, row, terms, target.has_target, no_columns)
+        of_student = side_stats(
+            own.log_zs, acc.entropies.student, own.z_y, shift_s, logit_s, target.in_support, no_columns
+        )
+        store_side_stats(stats_ptr, row, 0, of_student, target.has_target)
+        of_teacher = side_stats(
+            log_zt, acc.entropies.teacher, own.own_u_y, shift_t, logit_t, target.in_support, no_columns
+        )
+        store_side_stats(stats_ptr, row, 1, of_teacher, target.has_target)
+    a = tl.where(no_columns, 0.0, terms.a)
+    b = tl.where(no_columns, 0.0, terms.b)
+    grad_y = tl.where(no_columns, 0.0, terms.grad_y)
     l_s, l_t, r = norms.log_norms
     return RowScalars(centre.c_s, centre.c_t, centre.k, centre.m, l_s, l_t, r, a, b, grad_y, ce_lse)
 
@@ -295,8 +311,8 @@ def finish_row(
 @jit
 def _row_scalars(
     student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
-    TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
+    TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """All sweeps of the value: stores loss and statistics, returns RowValue."""
     theta = row_values(numbers.theta, row)
@@ -312,12 +328,14 @@ def _row_scalars(
     )  # fmt: skip
     held_out = load_pair(student, teacher, ptrs, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
     target = Target(held_out.s, held_out.t, held_out.live, y >= 0)
-    norms = meet(acc.maxima, acc.state, target.s, target.t, target.present, scales.inv_tau, mix, RATIO, DECOUPLED)
+    norms = finalize_normalizers(
+        acc.maxima, acc.state, target.s, target.t, target.in_support, scales.inv_tau, mix, RATIO, DECOUPLED
+    )
     ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, norms.centre)
     extras, sums = (), ()
-    if GATHER is not None:
-        logs = TargetLogs(norms.binary.logq_y, norms.binary.logp_y, norms.binary.delta_y, target.present)
-        extras, sums = GATHER(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK)
+    if ROW_PARAMETERS is not None:
+        logs = TargetLogs(norms.binary.logq_y, norms.binary.logp_y, norms.binary.delta_y, target.in_support)
+        extras, sums = ROW_PARAMETERS(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK)
         theta = theta + extras
     if len(sums) == 2:
         total, mass = sums
@@ -329,7 +347,7 @@ def _row_scalars(
         total, mass = SUMS(acc.state, norms.log_norms.l_s, norms.log_norms.l_t, norms.log_norms.r, theta)
     label_s = 0.0
     if scales.ce is not None:
-        label_s, label_slope = load_side(student, ptrs.student, label, label >= 0)
+        label_s, label_slope = load_logits(student, ptrs.student, label, label >= 0)
     totals = Totals(total, mass, cross, label_s)
     scalars = finish_row(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED)
     return RowValue(y, mix, theta, extras, scalars)
@@ -505,14 +523,15 @@ def label_of(label_ptr, row):
 def _value(
     student, teacher, label_ptr, loss_ptr, saved_ptr, stats_ptr, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         of_row = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
-            TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
+            TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         if saved_ptr is not None:
             store_saved(saved_ptr, row, of_row.scalars, of_row.y, of_row.extras)
@@ -549,14 +568,15 @@ def _gradient(
 def _value_and_gradient(
     student, teacher, label_ptr, loss_ptr, stats_ptr, upstream_ptr, grad, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         of_row = _row_scalars(
             student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
-            TERM, INIT, ADVANCE, RATIO, SUMS, GATHER, DECOUPLED, ARGMAX, BLOCK, THREADS,
+            TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         # The gradient may lie over the logits: no warp writes before every warp has read the label's.
         tl.debug_barrier()
@@ -572,13 +592,13 @@ def _value_and_gradient(
         store_zeros(grad, row, BLOCK)
 
 
-def arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
+def arguments(problem: Problem, student: Logits, teacher: Logits) -> dict[str, Any]:
     """Everything the row kernels take in common."""
     ce = CrossEntropyArg(float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
     mix = () if problem.mix is None else (problem.mix,)
     return {
-        "student": pack(student),
-        "teacher": pack(teacher),
+        "student": logits_arg(student),
+        "teacher": logits_arg(teacher),
         "V": problem.vocab_size,
         "scales": ScalesArg(1.0 / problem.temperature, float(problem.factor), ce),
         "numbers": ParametersArg(problem.parameters, WeightsArg(*problem.weights), mix),
@@ -587,13 +607,13 @@ def arguments(problem: Problem, student: Side, teacher: Side) -> dict[str, Any]:
     }
 
 
-def pack(side: Side) -> LogitsArg:
+def logits_arg(side: Logits) -> LogitsArg:
     """A side as kernels take it."""
     outer, n, v = side.x.stride()
     return LogitsArg(side.x, side.first, side.x.shape[1], outer, n, v, side.bias, side.scale, side.softcap, side.floor)
 
 
-def grad_of(out: torch.Tensor, width: int | None = None) -> GradArg:
+def grad_arg(out: torch.Tensor, width: int | None = None) -> GradArg:
     """A gradient (N, ≥ width) as kernels take it, all of its columns unless told."""
     n, v = out.stride()
     return GradArg(out, n, v, out.shape[1] if width is None else width)
@@ -602,23 +622,23 @@ def grad_of(out: torch.Tensor, width: int | None = None) -> GradArg:
 def sweep_of(problem: Problem) -> dict[str, Any]:
     """What the kernels of the value are injected with."""
     online = problem.definition.sweep(problem.parameters)
-    gather = problem.definition.gather
+    row_parameters = problem.definition.row_parameters
     return {
         "INIT": online.init,
         "ADVANCE": online.advance,
         "RATIO": online.ratio,
         "SUMS": online.sums,
-        "GATHER": None if gather is None else gather.kernel,
+        "ROW_PARAMETERS": None if row_parameters is None else row_parameters.kernel,
         "DECOUPLED": problem.decoupled,
     }
 
 
-def tile(problem: Problem, student: Side, teacher: Side) -> Tile:
+def tile(problem: Problem, student: Logits, teacher: Logits) -> Tile:
     """The table's tile for a problem."""
     return tile_for(tile_key(problem, student, teacher), problem.vocab_size)
 
 
-def tile_key(problem: Problem, student: Side, teacher: Side) -> TileKey:
+def tile_key(problem: Problem, student: Logits, teacher: Logits) -> TileKey:
     """The key of the table that a problem runs with."""
     width = max(student.x.element_size(), teacher.x.element_size())
     kind = tile_class(problem.definition.sweep(problem.parameters), problem.argmax or problem.mix is not None)
@@ -632,8 +652,8 @@ def tile_class(online: OnlineForm, busy: bool) -> str:
 
 def value(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     loss: torch.Tensor,
     saved: torch.Tensor | None,
@@ -652,8 +672,8 @@ def value(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor,
@@ -664,7 +684,7 @@ def gradient(
     if n:
         best = tile(problem, student, teacher)
         return _gradient[(n,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
             **arguments(problem, student, teacher), EXTRAS=problem.definition.extras,
             **best.launch(),
         )  # fmt: skip
@@ -673,8 +693,8 @@ def gradient(
 
 def value_and_gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     upstream: torch.Tensor | None,
     out: torch.Tensor,
@@ -687,19 +707,19 @@ def value_and_gradient(
         best = tile(problem, student, teacher)
         return _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
-            grad=grad_of(out),
+            grad=grad_arg(out),
             **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None
 
 
-def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
+def floor_rows(problem: Problem, teacher: Logits, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp: what support="floor" raises to."""
     n = out.shape[0]
     if n:
         block = min(4096, max(SMALLEST, triton.next_power_of_2(problem.vocab_size)))
         _floor[(n,)](
-            pack(teacher),
+            logits_arg(teacher),
             labels,
             out,
             problem.vocab_size,
@@ -717,7 +737,7 @@ def _floor(teacher, label_ptr, out_ptr, V, inv_tau, depth, BLOCK: tl.constexpr):
     top, total = -1e20, 0.0
     for start in range(0, tl.where(counted, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        t, slope = load_side(teacher, row_start(teacher, row), cols, cols < V)
+        t, slope = load_logits(teacher, row_start(teacher, row), cols, cols < V)
         new = tl.maximum(top, tl.max(t))
         total = total * tl.exp((top - new) * inv_tau) + tl.sum(tl.where(cols < V, tl.exp((t - new) * inv_tau), 0.0))
         top = new

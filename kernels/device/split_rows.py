@@ -1,19 +1,19 @@
 """A row by several programs, one tile each: for few rows, which alone leave a GPU empty.
 
-What a program finds in its tile it leaves in memory for the others of its row:
+A row has `num_splits` splits, a tile each. What a program finds in its tile it stores for the others of its row:
 
-    deposit      the statistics of the tile
+    statistics   those of the tile
     sums         Σ f, Σ phi of the tile, for divergences without a one-sweep form
-    conclude     loss, statistics and row scalars from all parts of a row: one program per row
+    finalize     loss, statistics and row scalars from all splits of a row: one program per row
     gradient     the tile's gradient from the row scalars
 
-    value        deposit (sums) conclude
+    value        statistics (sums) finalize
     gradient     gradient
     value_and_gradient     all of them
 
-Parts merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary, so
-the order in which programs run changes no bit. The last program to finish a row's gradient writes the entry of the
-likeliest token, which is minus the sum of all others (rows.py).
+Splits merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary,
+so the order in which programs run changes no bit. NUM_SPLITS is num_splits rounded up to a power of two. The last
+program to finish a row's gradient writes the entry of the dominant token: minus the sum of all others (rows.py).
 
 No path here has been timed on a GPU ("not measured").
 """
@@ -24,7 +24,7 @@ import torch
 
 from ..language import jit, tl, triton
 from ..maths.centering import at_offsets
-from ..maths.decomposition import meet, or_infinite
+from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
 from .args import (
@@ -53,13 +53,13 @@ from .args import (
 )
 from .loads import as_numbers, finite, load_pair, row_ptrs, row_values
 from .rows import (
+    Logits,
     Problem,
-    Side,
     accumulate_tile,
     add_terms,
     arguments,
     finish_row,
-    grad_of,
+    grad_arg,
     gradient_tile,
     ignore,
     label_of,
@@ -92,23 +92,23 @@ LARGEST = {
 
 
 @jit
-def _tile_of(student, teacher, row, part, V, scales, BLOCK: tl.constexpr):
-    """LogitTile of the part's columns, in which the label's counts as compared too; the columns, (BLOCK,)."""
+def _load_tile(student, teacher, row, split, V, scales, BLOCK: tl.constexpr):
+    """LogitTile of the split's columns, in which the label's counts as compared too; the columns, (BLOCK,)."""
     seen = V
     if scales.ce is not None:
         seen = scales.ce.width
-    cols = part * BLOCK + tl.arange(0, BLOCK)
+    cols = split * BLOCK + tl.arange(0, BLOCK)
     return load_pair(student, teacher, row_ptrs(student, teacher, row), cols, cols < V, cols < seen), cols
 
 
 @jit
-def _only(x, there):
-    """The one number of x that is there, −inf if none is: a maximum would drop NaN."""
-    return tl.where(tl.max(tl.where(there, 1, 0)) > 0, tl.sum(tl.where(there, x, 0.0)), float("-inf"))
+def _only(x, mask):
+    """The one number of x where `mask`, −inf if there is none: a maximum would drop NaN."""
+    return tl.where(tl.max(tl.where(mask, 1, 0)) > 0, tl.sum(tl.where(mask, x, 0.0)), float("-inf"))
 
 
 @jit
-def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE):
+def _store_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE):
     """Stores Carry and the online state of a LogitTile."""
     cross = no_exponentials()
     if scales.ce is not None:
@@ -121,33 +121,37 @@ def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, A
 
 
 @jit
-def _load_parts(at, there, COUNT: tl.constexpr, other):
-    """COUNT numbers of each part of a row, (PARTS,) each, with `other` where there is no part. With .cg, past the L1
-    cache, which knows nothing of other programs' stores."""
+def _load_splits(at, mask, COUNT: tl.constexpr, other):
+    """COUNT numbers of each of a row's splits, (NUM_SPLITS,) each, `other` where there is none.
+
+    With .cg: the L1 cache knows nothing of other programs' stores.
+    """
     out = ()
     for i in tl.static_range(COUNT):
-        out = out + (tl.load(at + i, mask=there, other=other, cache_modifier=".cg"),)
+        out = out + (tl.load(at + i, mask=mask, other=other, cache_modifier=".cg"),)
     return out
 
 
 @jit
-def _carries(at, there):
-    """Carry of each part of a row, (PARTS,) each, likewise."""
+def _load_carries(at, mask):
+    """Carry of each of a row's splits, (NUM_SPLITS,) each, likewise."""
     empty = empty_carry()
     out = ()
     for i in tl.static_range(len(empty)):
-        out = out + (tl.load(at + i, mask=there, other=empty[i], cache_modifier=".cg"),)
+        out = out + (tl.load(at + i, mask=mask, other=empty[i], cache_modifier=".cg"),)
     return Carry(*out)
 
 
 @jit
-def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, PARTS: tl.constexpr):
+def _merge_splits(
+    partial_ptr, row, num_splits, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr
+):
     """RowSums and LogSumExp of a row, and the label's two logits, −inf where it has none."""
-    index = tl.arange(0, PARTS)
-    there = index < parts
-    at = carry_at(partial_ptr, row * parts + index, COUNT)  # (PARTS,)
-    carry = _carries(at, there)
-    state = _load_parts(at + len(carry), there, COUNT, 0.0)
+    index = tl.arange(0, NUM_SPLITS)
+    mask = index < num_splits
+    at = carry_at(partial_ptr, row * num_splits + index, COUNT)  # (NUM_SPLITS,)
+    carry = _load_carries(at, mask)
+    state = _load_splits(at + len(carry), mask, COUNT, 0.0)
     maxima = Maxima(carry.top_s, carry.top_t, carry.top_mixed)
     entropies = EntropySums(carry.entropy_s, carry.entropy_t, carry.sum_t)
     cross = LogSumExp(carry.ce_top, carry.ce_total)
@@ -157,25 +161,27 @@ def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, CO
 
 
 @jit
-def _met(
-    partial_ptr, row, parts, label, scales, mix, stats_ptr, theta,
-    ADVANCE, RATIO, GATHER, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
+def _finalize_normalizers(
+    partial_ptr, row, num_splits, label, scales, mix, stats_ptr, theta,
+    ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """SharedRow: what `_concluded` needs of a row all of whose parts have left their statistics."""
-    acc, cross, s_y, t_y = _merged(
-        partial_ptr, row, parts, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, PARTS
+    """SharedRow: what `_finish` needs of a row all of whose splits have stored their statistics."""
+    acc, cross, s_y, t_y = _merge_splits(
+        partial_ptr, row, num_splits, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, NUM_SPLITS
     )
-    present = t_y != float("-inf")
-    target = Target(finite(s_y), finite(t_y), present, label >= 0)
-    norms = meet(acc.maxima, acc.state, target.s, target.t, target.present, scales.inv_tau, mix, RATIO, DECOUPLED)
+    in_support = t_y != float("-inf")
+    target = Target(finite(s_y), finite(t_y), in_support, label >= 0)
+    norms = finalize_normalizers(
+        acc.maxima, acc.state, target.s, target.t, target.in_support, scales.inv_tau, mix, RATIO, DECOUPLED
+    )
     extras = ()
-    if GATHER is not None:  # of those that look at the online state alone
-        extras, _ = GATHER(None, None, None, acc.state, norms.log_norms, None, theta, 0)
+    if ROW_PARAMETERS is not None:  # of those that look at the online state alone
+        extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0)
     return SharedRow(norms, acc, cross, target, extras)
 
 
 @jit
-def _leave_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
+def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
     """Stores TermSums of a LogitTile."""
     terms = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
     f, phi = TERM(terms.q, terms.p, terms.logq, terms.logp, terms.delta, theta)
@@ -184,18 +190,18 @@ def _leave_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
 
 
 @jit
-def _concluded(
-    sums_ptr, row, parts, scales, loss_ptr, stats_ptr, shared, theta, weights,
-    TERM, SUMS, DECOUPLED: tl.constexpr, PARTS: tl.constexpr,
+def _finish(
+    sums_ptr, row, num_splits, scales, loss_ptr, stats_ptr, shared, theta, weights,
+    TERM, SUMS, DECOUPLED: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Stores loss and statistics where there is room for them; returns RowScalars."""
     acc, target = shared.acc, shared.target
     if SUMS is None:
-        index = tl.arange(0, PARTS)
+        index = tl.arange(0, NUM_SPLITS)
         none = TermSums(0.0, 0.0, 0.0)
         swept = TermSums(
-            *_load_parts(sums_at(sums_ptr, row * parts + index), index < parts, len(none), 0.0)
-        )  # (PARTS,)
+            *_load_splits(sums_at(sums_ptr, row * num_splits + index), index < num_splits, len(none), 0.0)
+        )  # (NUM_SPLITS,)
         total = or_infinite(tl.sum(swept.total), tl.max(swept.widest))
         mass = tl.sum(swept.mass)
     else:
@@ -208,9 +214,9 @@ def _concluded(
 
 
 @jit
-def _write(
-    x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr, arrived_ptr,
-    TERM, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+def _write_gradient(
+    x, cols, student, row, split, num_splits, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr,
+    arrived_ptr, TERM, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient; whoever is last of the row also writes the dominant token's entry."""
     mine = gradient_tile(
@@ -218,32 +224,32 @@ def _write(
     )
     mine = merge_dominant(mine, student)
     slope = tl.where(mine.token >= 0, mine.slope, 0.0)
-    at = dominant_at(dominant_ptr, row * parts + part)
+    at = dominant_at(dominant_ptr, row * num_splits + split)
     store_numbers(at, Dominant(mine.token + 0.0, mine.rest, mine.logit, slope))
     tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
-        index = tl.arange(0, PARTS)
-        each_at = dominant_at(dominant_ptr, row * parts + index)  # (PARTS,)
-        there = index < parts
-        each = Dominant(*_load_parts(each_at, there, len(mine), 0.0))  # (PARTS,)
-        token = tl.max(tl.where(there, each.token, -1.0)).to(tl.int32)
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        index = tl.arange(0, NUM_SPLITS)
+        each_at = dominant_at(dominant_ptr, row * num_splits + index)  # (NUM_SPLITS,)
+        mask = index < num_splits
+        each = Dominant(*_load_splits(each_at, mask, len(mine), 0.0))  # (NUM_SPLITS,)
+        token = tl.max(tl.where(mask, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
         store_dominant(row, label, scales, grad, whole, scalars.ce_lse, upstream)
 
 
 @jit
-def _deposit(
+def _statistics(
     student, teacher, label_ptr, stats_ptr, workspace, V, scales, numbers,
     INIT: tl.constexpr, ADVANCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = workspace.parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    num_splits = workspace.num_splits
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
     label, counted = label_of(label_ptr, row)
     if counted:
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
-        _leave_statistics(
+        x, cols = _load_tile(student, teacher, row, split, V, scales, BLOCK)
+        at = carry_at(workspace.partial_ptr, row * num_splits + split, COUNT)
+        _store_statistics(
             x, cols, label, scales, row_values(numbers.mix, row), stats_ptr, row_values(numbers.theta, row), at,
             INIT, ADVANCE,
         )  # fmt: skip
@@ -252,43 +258,43 @@ def _deposit(
 @jit
 def _sums(
     student, teacher, label_ptr, workspace, V, scales, numbers,
-    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, GATHER: tl.constexpr, DECOUPLED: tl.constexpr,
-    COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, ROW_PARAMETERS: tl.constexpr,
+    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = workspace.parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    num_splits = workspace.num_splits
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers.theta, row)
         mix = row_values(numbers.mix, row)
-        shared = _met(
-            workspace.partial_ptr, row, parts, label, scales, mix, None, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
+        shared = _finalize_normalizers(
+            workspace.partial_ptr, row, num_splits, label, scales, mix, None, theta,
+            ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED, COUNT, NUM_SPLITS,
         )  # fmt: skip
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = sums_at(workspace.sums_ptr, row * parts + part)
-        _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta + shared.extras, at, TERM)
+        x, cols = _load_tile(student, teacher, row, split, V, scales, BLOCK)
+        at = sums_at(workspace.sums_ptr, row * num_splits + split)
+        _store_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta + shared.extras, at, TERM)
 
 
 @jit
-def _conclude(
+def _finalize(
     label_ptr, loss_ptr, saved_ptr, stats_ptr, workspace, scales, numbers,
-    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, GATHER: tl.constexpr,
-    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
+    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr,
+    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers.theta, row)
-        shared = _met(
-            workspace.partial_ptr, row, workspace.parts, label, scales, row_values(numbers.mix, row), stats_ptr, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
+        shared = _finalize_normalizers(
+            workspace.partial_ptr, row, workspace.num_splits, label, scales, row_values(numbers.mix, row), stats_ptr,
+            theta, ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED, COUNT, NUM_SPLITS,
         )  # fmt: skip
         weights = WeightsArg(*row_values(numbers.weights, row))
-        scalars = _concluded(
-            workspace.sums_ptr, row, workspace.parts, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
-            weights, TERM, SUMS, DECOUPLED, PARTS,
+        scalars = _finish(
+            workspace.sums_ptr, row, workspace.num_splits, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
+            weights, TERM, SUMS, DECOUPLED, NUM_SPLITS,
         )  # fmt: skip
         store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
@@ -299,49 +305,49 @@ def _conclude(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, workspace, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = workspace.parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    num_splits = workspace.num_splits
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
     label, counted = label_of(label_ptr, row)
     upstream = upstream_of(upstream_ptr, row)
     if counted & (upstream != 0):
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
+        x, cols = _load_tile(student, teacher, row, split, V, scales, BLOCK)
         theta = row_values(numbers.theta, row)
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
-        _write(
-            x, cols, student, row, part, parts, label, scales, row_values(numbers.mix, row), grad,
+        _write_gradient(
+            x, cols, student, row, split, num_splits, label, scales, row_values(numbers.mix, row), grad,
             load_scalars(saved_ptr, row), upstream, theta, workspace.dominant_ptr,
-            workspace.arrived_ptr + row, TERM, PARTS, BLOCK,
+            workspace.arrived_ptr + row, TERM, NUM_SPLITS, BLOCK,
         )  # fmt: skip
     else:
-        store_zero_tile(grad, row, part * BLOCK, BLOCK)
+        store_zero_tile(grad, row, split * BLOCK, BLOCK)
 
 
 class _Layout:
     """Tile, programs per row and room for what they leave each other."""
 
-    def __init__(self, problem: Problem, student: Side, rows: int, best: Tile) -> None:
+    def __init__(self, problem: Problem, student: Logits, rows: int, best: Tile) -> None:
         self.rows = rows
         self.width = student.x.shape[2]
         self.tile = best
-        self.parts = triton.cdiv(self.width, best.block)
+        self.num_splits = triton.cdiv(self.width, best.block)
         self.sweep = sweep_of(problem)
         self.counts = {
             "COUNT": len(online_of(problem).init.torch()),
-            "PARTS": triton.next_power_of_2(self.parts),
+            "NUM_SPLITS": triton.next_power_of_2(self.num_splits),
         }
         self.device = student.x.device
 
     def workspace(self) -> WorkspaceArg:
-        """Memory for what programs leave each other; none has written its gradient yet."""
+        """Memory for what programs store for each other; none has written its gradient yet."""
         partial, sums, dominant = (
-            torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
+            torch.empty(self.rows * self.num_splits * n, device=self.device, dtype=torch.float32)
             for n in (CARRY + self.counts["COUNT"], TERM_SUMS, DOMINANT)
         )
         arrived = torch.zeros(self.rows, device=self.device, dtype=torch.int32)
-        return WorkspaceArg(partial, sums, dominant, arrived, self.parts)
+        return WorkspaceArg(partial, sums, dominant, arrived, self.num_splits)
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""
@@ -349,7 +355,7 @@ class _Layout:
         return {name: every[name] for name in names}
 
 
-def _tile(problem: Problem, student: Side, teacher: Side, rows: int) -> Tile:
+def _tile(problem: Problem, student: Logits, teacher: Logits, rows: int) -> Tile:
     """A tile small enough for the rows to give programs enough."""
     key = tile_key(problem, student, teacher)
     best = LARGEST[key.tile_class, key.logit_bytes]
@@ -371,8 +377,8 @@ def _check(problem: Problem) -> None:
 
 def value(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     loss: torch.Tensor,
     saved: torch.Tensor | None,
@@ -391,13 +397,16 @@ def value(
             "numbers": given["numbers"],
         }
         options = {"BLOCK": plan.tile.block, **plan.tile.options()}
-        grid = (plan.rows * plan.parts,)
-        _deposit[grid](**sides, **common, stats_ptr=stats, **plan.constants("INIT", "ADVANCE", "COUNT"), **options)
-        shared = {"TERM": given["TERM"], **plan.constants("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "PARTS")}
+        grid = (plan.rows * plan.num_splits,)
+        _statistics[grid](**sides, **common, stats_ptr=stats, **plan.constants("INIT", "ADVANCE", "COUNT"), **options)
+        shared = {
+            "TERM": given["TERM"],
+            **plan.constants("ADVANCE", "RATIO", "ROW_PARAMETERS", "DECOUPLED", "COUNT", "NUM_SPLITS"),
+        }
         if plan.sweep["SUMS"] is None:
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
-        _conclude[(plan.rows,)](
+        _finalize[(plan.rows,)](
             **common,
             loss_ptr=loss,
             saved_ptr=kept,
@@ -411,8 +420,8 @@ def value(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor | None,
@@ -424,17 +433,17 @@ def gradient(
         plan = _Layout(problem, student, len(out), _tile(problem, student, teacher, len(out)))
         given = arguments(problem, student, teacher)
         del given["ARGMAX"]
-        _gradient[(plan.rows * plan.parts,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
-            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, PARTS=plan.counts["PARTS"],
+        _gradient[(plan.rows * plan.num_splits,)](
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
+            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, NUM_SPLITS=plan.counts["NUM_SPLITS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
 
 
 def value_and_gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     upstream: torch.Tensor | None,
     out: torch.Tensor,

@@ -25,7 +25,7 @@ class TileKey(NamedTuple):
     """What decides which tile of the table a launch takes."""
 
     architecture: str  # "sm_90", "gfx942" ..., or ANY
-    tile_class: str  # of the divergence: "light", "heavy", "two" or "gathered"
+    tile_class: str  # of the divergence: "light", "heavy", "two" or "many"
     logit_bytes: int  # of the wider side
 
 
@@ -58,7 +58,7 @@ class Tile:
         return chosen
 
 
-# "light" and "heavy": one-sweep statistics with few or many sums; "two": normalisers, then sums; "gathered": further
+# "light" and "heavy": one-sweep statistics with few or many sums; "two": normalisers, then sums; "many": further
 # sweeps with a heavy term.
 TABLE: dict[TileKey, Tile] = {
     TileKey(ANY, "light", 2): Tile(4096, 8),
@@ -68,8 +68,8 @@ TABLE: dict[TileKey, Tile] = {
     TileKey(ANY, "heavy", 4): Tile(1024, 8, 128),
     TileKey(ANY, "two", 2): Tile(1024, 4, 168),
     TileKey(ANY, "two", 4): Tile(1024, 4, 168),
-    TileKey(ANY, "gathered", 2): Tile(2048, 8, 255),
-    TileKey(ANY, "gathered", 4): Tile(1024, 8, 255),
+    TileKey(ANY, "many", 2): Tile(2048, 8, 255),
+    TileKey(ANY, "many", 4): Tile(1024, 8, 255),
 }
 
 SMALLEST = 128  # a vocabulary below one tile gets the next power of two, not less than this

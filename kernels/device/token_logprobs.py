@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..language import jit, tl
-from ..maths.decomposition import about_side
+from ..maths.decomposition import side_stats
 from ..maths.moments import log_sum
 from .args import TOKEN_SAVED as SAVED
 from .args import TokenScalars, load_token_scalars, store_token_scalars
-from .loads import load_side, row_start, spread
-from .rows import Side, grad_of, pack, store_zeros
+from .loads import load_logits, row_start, spread
+from .rows import Logits, grad_arg, logits_arg, store_zeros
 from .tiles import TileKey, architecture, tile_for
 
 __all__ = ["SAVED", "gradient", "value"]
@@ -26,7 +26,7 @@ __all__ = ["SAVED", "gradient", "value"]
 @jit
 def _finite(side, row, cols, mask):
     """Logits with −inf made finite, and their derivative by the stored number, in the shape of `cols`."""
-    s, slope = load_side(side, row_start(side, row), cols, mask)
+    s, slope = load_logits(side, row_start(side, row), cols, mask)
     return tl.where(s < -1e30, -1e30, s), slope
 
 
@@ -34,7 +34,7 @@ def _finite(side, row, cols, mask):
 def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ptr + row).to(tl.int32)
-    top, total, warmth = -1e20, 0.0, 0.0
+    top, total, entropy_sum = -1e20, 0.0, 0.0
     for start in range(0, tl.where(y >= 0, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
         s, slope = _finite(side, row, cols, cols < V)
@@ -44,14 +44,16 @@ def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
         scale = tl.exp(move)
         z = (s - raised) * inv_tau
         e = tl.where(live, tl.exp(z), 0.0)
-        warmth = tl.where(scale > 0, scale * (warmth + move * total), 0.0) + tl.sum(tl.where(live, e * z, 0.0))
+        entropy_sum = tl.where(scale > 0, scale * (entropy_sum + move * total), 0.0) + tl.sum(
+            tl.where(live, e * z, 0.0)
+        )
         total = scale * total + tl.sum(e)
         top = raised
     s_y, slope_y = _finite(side, row, y, y >= 0)
-    alone = total == 0
-    top = tl.where(alone, s_y, top)
-    rest = tl.where(alone, -1e30, log_sum(total))
-    stats = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
+    only_target = total == 0
+    top = tl.where(only_target, s_y, top)
+    rest = tl.where(only_target, -1e30, log_sum(total))
+    stats = side_stats(rest, entropy_sum, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
     counted = y >= 0
     entropy = tl.where(stats.entropy < 0, 0.0, stats.entropy)  # a maximum would drop NaN
     centre, logprob = tl.where(counted, top, 0.0), tl.where(counted, stats.logprob, 0.0)
@@ -86,24 +88,24 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
         store_zeros(grad, row, BLOCK)
 
 
-def tile_key(side: Side) -> TileKey:
+def tile_key(side: Logits) -> TileKey:
     """The key of the table that logits run with."""
     return TileKey(architecture(side.x.device), "light", side.x.element_size())
 
 
-def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> Any:
+def value(side: Logits, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> Any:
     """Fills `saved` (N, SAVED): centre, log-sum-exp above it, log q of the token, entropy; zeros where token < 0."""
     if len(saved):
         vocabulary = side.x.shape[2]
         best = tile_for(tile_key(side), vocabulary)
         return _value[(len(saved),)](
-            pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
+            logits_arg(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
         )
     return None
 
 
 def gradient(
-    side: Side,
+    side: Logits,
     tokens: torch.Tensor,
     saved: torch.Tensor,
     upstream: torch.Tensor,
@@ -115,7 +117,7 @@ def gradient(
         vocabulary = side.x.shape[2]
         best = tile_for(tile_key(side), vocabulary)
         return _gradient[(len(out),)](
-            pack(side), tokens, saved, upstream, grad_of(out, vocabulary), vocabulary, 1.0 / temperature,
+            logits_arg(side), tokens, saved, upstream, grad_arg(out, vocabulary), vocabulary, 1.0 / temperature,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
     return None

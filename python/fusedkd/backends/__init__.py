@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..kernels.device import rows as triton_rows
-from ..kernels.device import split_rows as triton_parts
+from ..kernels.device import split_rows as triton_split_rows
 from ..kernels.device.rows import Problem
 from ..kernels.language import HAS_TRITON, interpreted
 from . import torch_compiled, torch_rows
@@ -23,15 +23,15 @@ def row_functions(backend: str) -> Any:
 
 def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> Any:
     """The module whose value, gradient and value_and_gradient serve logits (outer, inner, V) of one call."""
-    if backend == "triton" and splits_rows(problem, x):
-        return triton_parts
+    if backend == "triton" and shares_rows(problem, x):
+        return triton_split_rows
     return row_functions(backend)
 
 
-def splits_rows(problem: Problem, x: torch.Tensor) -> bool:
+def shares_rows(problem: Problem, x: torch.Tensor) -> bool:
     """Whether several programs share a row: where one program per row would leave most of a GPU idle."""
     few = x.is_cuda and x.shape[0] * x.shape[1] <= FEW_ROWS
-    return few and triton_parts.serves(problem)
+    return few and triton_split_rows.serves(problem)
 
 
 def choose_backend(asked: str, device: torch.device) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import torch_logprobs
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from ..kernels.device import token_logprobs as triton_logprobs
-from ..kernels.device.rows import Side
+from ..kernels.device.rows import Logits
 from ..kernels.device.token_logprobs import SAVED
 from ..schedules import gemm, token_chunks
 from ..sides import Source
@@ -48,7 +48,7 @@ class _Chunk(NamedTuple):
     """Some rows and their logits."""
 
     rows: slice
-    side: Side
+    side: Logits
 
 
 class _Pass(NamedTuple):

@@ -31,7 +31,7 @@ ONE_SWEEP, TWO_SWEEPS, MIXED = ("rkl", {}), ("jsd", {}), ("taid", {"base": "fkl"
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every row is shared by five programs; which functions ran."""
     ran: list[str] = []
-    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(backends, "shares_rows", lambda problem, x: split_rows.serves(problem))
     monkeypatch.setattr(split_rows, "SMALLEST", 128)
     for name in ("value", "gradient", "value_and_gradient"):
         original = getattr(split_rows, name)
@@ -93,7 +93,7 @@ def both(case: Case, way: Any, *, in_place: bool = False) -> tuple[torch.Tensor,
     labels, upstream = torch.tensor([3, -1, 500, 128]), torch.tensor([1.0, 2.0, -0.5, 0.25])
     gradient = student[0] if in_place else torch.full((4, VOCABULARY), torch.nan)
     loss, stats = torch.full((4,), torch.nan), torch.full((4, rows.STATS), torch.nan)
-    way(problem, rows.Side(student), rows.Side(teacher), labels, upstream, gradient, loss, stats)
+    way(problem, rows.Logits(student), rows.Logits(teacher), labels, upstream, gradient, loss, stats)
     return gradient, loss, stats
 
 
