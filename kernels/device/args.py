@@ -65,7 +65,7 @@ class WeightsArg(NamedTuple):
 
 
 class ParametersArg(NamedTuple):
-    """The parameters of a loss: floats, or pointers to one float per row (columns.row_values).
+    """The parameters of a loss: floats, or pointers to one float per row (loads.row_values).
 
     mix is (the teacher's weight in a mixed teacher,), or () for the teacher itself.
     """

@@ -119,3 +119,22 @@ def load_normalized(student, teacher, ctx, log_norms, cols):
     """NormalizedTile of a row at `cols`, given its LogNorms; which columns count (not the held-out one); t."""
     x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
     return at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix), x.live & (cols != ctx.y), x.t
+
+
+@jit
+def upstream_of(upstream_ptr, row):
+    """Returns the row's upstream gradient, 1 if none is given."""
+    if upstream_ptr is None:
+        return 1.0
+    else:
+        return tl.load(upstream_ptr + row)
+
+
+@jit
+def label_of(label_ptr, row):
+    """Returns (label, whether the row counts): (−1, True) without labels."""
+    if label_ptr is None:
+        return -1, True
+    else:
+        y = tl.load(label_ptr + row).to(tl.int32)
+        return y, y >= 0

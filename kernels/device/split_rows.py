@@ -13,7 +13,7 @@ A row has `num_splits` splits, a tile each. What a program finds in its tile it 
 
 Splits merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary,
 so the order in which programs run changes no bit. NUM_SPLITS is num_splits rounded up to a power of two. The last
-program to finish a row's gradient writes the entry of the dominant token: minus the sum of all others (rows.py).
+program to finish a row's gradient writes the entry of the dominant token: minus the sum of all others (backward.py).
 
 No path here has been timed on a GPU ("not measured").
 """
@@ -51,29 +51,10 @@ from .args import (
     store_saved,
     sums_at,
 )
-from .loads import as_numbers, finite, load_pair, row_ptrs, row_values
-from .rows import (
-    Logits,
-    Problem,
-    accumulate_tile,
-    add_terms,
-    arguments,
-    finish_row,
-    grad_arg,
-    gradient_tile,
-    ignore,
-    label_of,
-    merge,
-    merge_dominant,
-    no_dominant,
-    no_exponentials,
-    no_sums,
-    store_dominant,
-    store_zero_tile,
-    sweep_of,
-    tile_key,
-    upstream_of,
-)
+from .backward import gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
+from .forward import accumulate_tile, add_terms, finish_row, merge, no_exponentials, no_sums, store_ignored
+from .loads import as_numbers, finite, label_of, load_pair, row_ptrs, row_values, upstream_of
+from .rows import Logits, Problem, arguments, grad_arg, sweep_of, tile_key
 from .tiles import FUSION, Tile
 from .vocab_chunks import online_of
 
@@ -298,7 +279,7 @@ def _finalize(
         )  # fmt: skip
         store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
-        ignore(row, loss_ptr, stats_ptr)
+        store_ignored(row, loss_ptr, stats_ptr)
         store_nothing_saved(saved_ptr, row)
 
 

@@ -16,8 +16,9 @@ from ..maths.decomposition import side_stats
 from ..maths.moments import log_sum
 from .args import TOKEN_SAVED as SAVED
 from .args import TokenScalars, load_token_scalars, store_token_scalars
-from .loads import load_logits, row_start, spread
-from .rows import Logits, grad_arg, logits_arg, store_zeros
+from .backward import store_gradient, store_zeros
+from .loads import load_logits, row_start
+from .rows import Logits, grad_arg, logits_arg
 from .tiles import TileKey, architecture, tile_for
 
 __all__ = ["SAVED", "gradient", "value"]
@@ -79,11 +80,9 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
             g = tl.where((cols < V) & (cols != y), g, 0.0)
             at_y -= tl.sum(g)  # a row's gradient sums to 0: at the token nothing cancels this way
             slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s <= -1e30, 0.0, 1.0), 0.0))
-            out = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
-            tl.store(out, (g * inv_tau * slope).to(grad.ptr.dtype.element_ty), mask=cols < V)
+            store_gradient(grad, row, cols, g * inv_tau, slope, V)
         tl.debug_barrier()  # the 0 that a tile wrote there may be another warp's, and still on its way
-        out = grad.ptr + row * grad.stride_n + spread(y, grad.stride_v)
-        tl.store(out, (at_y * inv_tau * slope_y).to(grad.ptr.dtype.element_ty))
+        store_gradient(grad, row, y, at_y * inv_tau, slope_y, None)
     else:
         store_zeros(grad, row, BLOCK)
 

@@ -5,8 +5,8 @@
     gradient    dZ of a chunk, from the row scalars
 
 What lies between the sweeps is a few numbers per row and is computed in torch (fusedkd/schedules/vocab_chunks.py). The
-token that holds most of a row's mass is left out of dZ: its entry is minus the sum of all others (rows.py), known at
-the end.
+token that holds most of a row's mass is left out of dZ: its entry is minus the sum of all others (backward.py), known
+at the end.
 """
 
 from typing import Any
@@ -35,19 +35,10 @@ from .args import (
     store_chunk_dominant,
     store_sums,
 )
-from .loads import load_pair, row_ptrs, row_values
-from .rows import (
-    Logits,
-    Problem,
-    arguments,
-    grad_arg,
-    gradient_sweep,
-    label_of,
-    statistics,
-    store_zeros,
-    term_sums,
-    tile,
-)
+from .backward import gradient_sweep, store_zeros
+from .forward import statistics_sweep, term_sweep
+from .loads import label_of, load_pair, row_ptrs, row_values
+from .rows import Logits, Problem, arguments, grad_arg, tile
 from .tiles import Tile
 
 __all__ = ["CARRY", "DOMINANT", "EMPTY", "absorb", "add_sums", "gradient", "online_of"]
@@ -77,7 +68,7 @@ def _absorb(
         )
         y = label - first
         ptrs = row_ptrs(student, teacher, row)
-        _, acc, cross = statistics(
+        _, acc, cross = statistics_sweep(
             student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, LogSumExp(carry.ce_top, carry.ce_total),
             ADVANCE, False, BLOCK, THREADS,
         )  # fmt: skip
@@ -105,7 +96,7 @@ def _add_sums(
         ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, centre)
         log_norms = LogNorms(scalars.l_s, scalars.l_t, scalars.r)
         sums = load_sums(sums_ptr, row)
-        sums = term_sums(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK, THREADS)
+        sums = term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK, THREADS)
         store_sums(sums_ptr, row, sums)
 
 

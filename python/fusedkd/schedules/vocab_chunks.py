@@ -132,7 +132,7 @@ def forward(call: LossCall) -> Rows:
 
 
 def _finalize_normalizers(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
-    """The rows' normalisers, as `_row_scalars` of kernels/device/rows.py has them."""
+    """The rows' normalisers, as `row_value` of kernels/device/forward.py has them."""
     maxima, state = carry[:, :3].unbind(-1), carry[:, CARRY:].unbind(-1)
     inv_tau = 1.0 / problem.temperature
     mix: tuple[Any, ...] = () if problem.mix is None else values_at((problem.mix,), slice(None), carry)
