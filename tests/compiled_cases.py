@@ -110,7 +110,7 @@ def problem_of(case: Any, columns: int) -> Any:
     return rows.Problem(form.definition, form.decoupled, tuple(map(float, form.theta)), weights, columns, mix=form.mix)
 
 
-def split_rows(wanted: bool) -> None:
+def share_rows(wanted: bool) -> None:
     """Whether several programs share a row, where they can: nothing but GPUs with few rows asks for it."""
     from fusedkd import backends
     from fusedkd.kernels.device import split_rows
@@ -181,10 +181,10 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     import test_token_logprobs
     from cases import check_heads, check_logits, random_labels, side, unrelated
 
-    from fusedkd.kernels.device import rows, split_rows
+    from fusedkd.kernels.device import rows
 
     prepare = laid_out(layout)
-    split_rows(way == "split rows")
+    share_rows(way == "split rows")
     torch.manual_seed(0)
     if way in ("autograd", "defaults", "split rows", "floor"):
         options = {"support": "floor"} if way == "floor" else {"ce_weight": 0.5} if layout == STRIDED else {}

@@ -188,7 +188,7 @@ def figures(launches: list[CountedGrid]) -> dict[str, int]:
 
 def count(case: Case) -> dict[str, dict[str, int]]:
     """The figures of each kernel that a case launches, by file:kernel."""
-    compiled_cases.split_rows(case.way == "split rows")
+    compiled_cases.share_rows(case.way == "split rows")
     with counted() as launches:
         WAYS[case.way][0](_given(case))
     titles = dict.fromkeys(launch.program.kernel.title for launch in launches)

@@ -74,7 +74,7 @@ LARGEST = {
 
 @jit
 def _load_tile(student, teacher, row, split, V, scales, BLOCK: tl.constexpr):
-    """LogitTile of the split's columns, in which the label's counts as compared too; the columns, (BLOCK,)."""
+    """Returns (LogitTile of the split's columns, the columns), (BLOCK,) each. The label's column is live too."""
     seen = V
     if scales.ce is not None:
         seen = scales.ce.width
@@ -84,28 +84,28 @@ def _load_tile(student, teacher, row, split, V, scales, BLOCK: tl.constexpr):
 
 @jit
 def _only(x, mask):
-    """The one number of x where `mask`, −inf if there is none: a maximum would drop NaN."""
+    """Returns the one number of x, (BLOCK,), where `mask` is true, −inf if it is nowhere: a maximum would drop NaN."""
     return tl.where(tl.max(tl.where(mask, 1, 0)) > 0, tl.sum(tl.where(mask, x, 0.0)), float("-inf"))
 
 
 @jit
 def _store_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE):
-    """Stores Carry and the online state of a LogitTile."""
+    """Store Carry and the online state of a LogitTile, (BLOCK,) each."""
     cross = no_exponentials()
     if scales.ce is not None:
         cross = cross_entropy_advance(cross, x.s, cols < scales.ce.width)
     none, live = no_sums(INIT), x.live & (cols != label)
     acc = accumulate_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
-    mine = cols == label
-    label_logits = (_only(x.s, mine), _only(x.t, mine & x.live))
+    is_label = cols == label
+    label_logits = (_only(x.s, is_label), _only(x.t, is_label & x.live))
     store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)
 
 
 @jit
 def _load_splits(at, mask, COUNT: tl.constexpr, other):
-    """COUNT numbers of each of a row's splits, (NUM_SPLITS,) each, `other` where there is none.
+    """Returns COUNT numbers of a row's splits, (NUM_SPLITS,) each, `other` where there is no split.
 
-    With .cg: the L1 cache knows nothing of other programs' stores.
+    Loaded with .cg: the L1 cache knows nothing of other programs' stores.
     """
     out = ()
     for i in tl.static_range(COUNT):
@@ -115,7 +115,7 @@ def _load_splits(at, mask, COUNT: tl.constexpr, other):
 
 @jit
 def _load_carries(at, mask):
-    """Carry of each of a row's splits, (NUM_SPLITS,) each, likewise."""
+    """Returns Carry of a row's splits, (NUM_SPLITS,) each, loaded as by `_load_splits`."""
     empty = empty_carry()
     out = ()
     for i in tl.static_range(len(empty)):
@@ -127,8 +127,8 @@ def _load_carries(at, mask):
 def _merge_splits(
     partial_ptr, row, num_splits, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr
 ):
-    """RowSums and LogSumExp of a row, and the label's two logits, −inf where it has none."""
-    index = tl.arange(0, NUM_SPLITS)
+    """Returns a row's RowSums and LogSumExp, and the label's logits, −inf where there is no label: all scalars."""
+    index = tl.arange(0, NUM_SPLITS)  # (NUM_SPLITS,)
     mask = index < num_splits
     at = carry_at(partial_ptr, row * num_splits + index, COUNT)  # (NUM_SPLITS,)
     carry = _load_carries(at, mask)
@@ -146,7 +146,7 @@ def _finalize_normalizers(
     partial_ptr, row, num_splits, label, scales, mix, stats_ptr, theta,
     ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """SharedRow: what `_finish` needs of a row all of whose splits have stored their statistics."""
+    """Returns SharedRow: what `_finish` needs of a row all of whose splits have stored their statistics."""
     acc, cross, s_y, t_y = _merge_splits(
         partial_ptr, row, num_splits, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, NUM_SPLITS
     )
@@ -163,7 +163,7 @@ def _finalize_normalizers(
 
 @jit
 def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
-    """Stores TermSums of a LogitTile."""
+    """Store TermSums of a LogitTile, (BLOCK,) each."""
     terms = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
     f, phi = TERM(terms.q, terms.p, terms.logq, terms.logp, terms.delta, theta)
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
@@ -175,7 +175,7 @@ def _finish(
     sums_ptr, row, num_splits, scales, loss_ptr, stats_ptr, shared, theta, weights,
     TERM, SUMS, DECOUPLED: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Stores loss and statistics where there is room for them; returns RowScalars."""
+    """Store loss and statistics, each where it has a pointer. Returns RowScalars."""
     acc, target = shared.acc, shared.target
     if SUMS is None:
         index = tl.arange(0, NUM_SPLITS)
@@ -199,20 +199,20 @@ def _write_gradient(
     x, cols, student, row, split, num_splits, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr,
     arrived_ptr, TERM, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient; whoever is last of the row also writes the dominant token's entry."""
-    mine = gradient_tile(
+    """Store a tile of the gradient. The last program of the row also stores the entry of the dominant token."""
+    dominant = gradient_tile(
         x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, no_dominant(1), TERM
     )
-    mine = merge_dominant(mine, student)
-    slope = tl.where(mine.token >= 0, mine.slope, 0.0)
+    dominant = merge_dominant(dominant, student)
+    slope = tl.where(dominant.token >= 0, dominant.slope, 0.0)
     at = dominant_at(dominant_ptr, row * num_splits + split)
-    store_numbers(at, Dominant(mine.token + 0.0, mine.rest, mine.logit, slope))
+    store_numbers(at, Dominant(dominant.token + 0.0, dominant.rest, dominant.logit, slope))
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
         index = tl.arange(0, NUM_SPLITS)
         each_at = dominant_at(dominant_ptr, row * num_splits + index)  # (NUM_SPLITS,)
         mask = index < num_splits
-        each = Dominant(*_load_splits(each_at, mask, len(mine), 0.0))  # (NUM_SPLITS,)
+        each = Dominant(*_load_splits(each_at, mask, len(dominant), 0.0))  # (NUM_SPLITS,)
         token = tl.max(tl.where(mask, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
         store_dominant(row, label, scales, grad, whole, scalars.ce_lse, upstream)

@@ -112,7 +112,7 @@ class Definition:
         if reduction := reduction_over_threads(self.online.advance):
             raise ValueError(
                 f"the one-sweep form of {self.name!r} reduces a tile by {reduction}; a row's sums are kept per thread, "
-                "so `advance` must use fusedkd.kernels.device.thread_sums.thread_sum and thread_max instead"
+                "so `advance` must use fusedkd.kernels.maths.reductions.thread_sum and thread_max instead"
             )
 
     @property
