@@ -1,4 +1,4 @@
-"""Measurement: time, memory and accuracy beside rivals. `python -m fusedkd bench`."""
+"""Measurement: time, memory and accuracy beside rivals. `python -m fusedkd bench`, `... bench tune`."""
 
 from .command import add_arguments, run
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..schedules.gemm import hidden_gradient, project, weight_gradient
 from ..schedules.planner import plan
-from ..timing import Clock, interleaved
 from .shapes import Shape
+from .timing import Clock, interleaved
 
 GPU_SQUARE = 8192
 GPU_COPY, CPU_COPY, QUICK_COPY = 1 << 32, 1 << 28, 1 << 22  # bytes that are read, and as many written

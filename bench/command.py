@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from ..backends import tuning
 from ..cli.commands import Progress, make_folder, positive, require, usable_device
-from ..timing import Clock
-from . import readme, report
+from . import readme, report, tune
 from .measure import Deadline, machine
 from .results import empty, load, save, stem
 from .rivals import FAMILIES
 from .sections import SECTIONS, Bench, Settings, measure_section, units_of
 from .tables import page
+from .timing import Clock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measure nothing: write the results in --out as tables to FILE, and goals.md beside them",
     )
+    summary = "time the tiles of the row kernels on a GPU and print lines for their table"
+    search = parser.add_subparsers(metavar="[tune]").add_parser("tune", help=summary, description=summary.capitalize())
+    tune.add_arguments(search)
+    search.set_defaults(run=tune.run, fail=search.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     sections = [name for name in SECTIONS if name in (args.only or SECTIONS)]
     require("benchmark", "bench", ["tqdm", *["matplotlib"] * bool(args.out), *["transformers"] * ("step" in sections)])
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_tuning(device, args.out)
     folder = make_folder("--out", args.out) if args.out else None
     families = FAMILIES if args.rivals is None else tuple(args.rivals)
     settings = Settings(device, args.quick, families)
@@ -78,17 +80,6 @@ def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
     return usable_device(name)
-
-
-def _check_tuning(device: str, out: Path | None) -> None:
-    """Refuse a search of tiles where there is none to do, and to file what no user gets."""
-    try:
-        tuning.check(torch.device(device))
-    except ValueError as error:
-        raise argparse.ArgumentError(None, str(error)) from error
-    if out and tuning.wanted():
-        why = f"{tuning.VARIABLE}=1 measures with tiles that no user gets: paste the lines, unset it, measure again"
-        raise argparse.ArgumentError(None, f"--out: {why}")
 
 
 def _share(sections: list[str], section: str) -> float:

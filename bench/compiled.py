@@ -22,8 +22,7 @@ WARP = 32  # threads
 WAYS = {
     "autograd": "`kd_loss` and its backward pass.",
     "fused": "`kd_value_and_grad`.",
-    "parts": "`kd_loss` and its backward pass of few rows: several programs share one.",
-    "one read": "The gradient in one launch that reads each logit once; no path of the library takes it yet.",
+    "split rows": "`kd_loss` and its backward pass of few rows: several programs share one.",
     "streaming": '`kd_loss` with `schedule="streaming"`, one chunk: the logits are products of heads.',
     "log-probabilities": "`token_logprobs` and its backward pass; a pair is one logit.",
     "floor": '`kd_loss` with `support="floor"` and its backward pass.',

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..cli import info
-from ..timing import reason
 from . import rivals
+from .timing import reason
 
 HERE = Path(__file__).parent
 

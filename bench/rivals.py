@@ -19,9 +19,6 @@ from torch import Tensor
 
 from .. import Head, kd_loss, kd_value_and_grad
 from ..cli.eager import EAGER
-from ..divergence import as_divergence
-from ..kernels.device import split_rows
-from ..kernels.device.rows import Problem, Side
 from ..kernels.language import interpreted
 from .cases import Case, HeadInputs, Loss, RowInputs, eager_loss
 
@@ -105,24 +102,6 @@ def _fused_rows_at_once(divergence: str, **options: Any) -> Loss:
     def loss(x: RowInputs) -> tuple[Tensor, ...]:
         labels = x.labels if divergence == "drkl" else None
         return kd_value_and_grad(x.student, x.teacher, labels, divergence=divergence, **options)
-
-    return loss
-
-
-def _fused_rows_read_once(divergence: str) -> Loss:
-    """The kernel that no plan chooses before it is measured to win."""
-
-    def loss(x: RowInputs) -> tuple[Tensor, ...]:
-        form = as_divergence(divergence).form
-        compared = min(x.student.shape[-1], x.teacher.shape[-1])
-        problem = Problem(form.definition, form.decoupled, form.theta, (form.target, form.nontarget), compared)
-        student, teacher = (Side(side.detach().unsqueeze(0)) for side in (x.student, x.teacher))
-        n = len(x.student)
-        gradient, rows = torch.empty_like(x.student), x.student.new_empty(n, dtype=torch.float32)
-        upstream = torch.full_like(rows, 1 / n)
-        labels = x.labels if divergence == "drkl" else None
-        split_rows.one_read(problem, student, teacher, labels, upstream, gradient, rows, None)
-        return rows.mean(), gradient
 
     return loss
 
@@ -215,5 +194,4 @@ RIVALS = (
     Rival("Liger KLDIVLoss", "liger", "rows", _liger_kl_div, ("fkl",), triton=True),
     Rival(OURS, OURS, "rows", _fused_rows_at_once),
     Rival("fusedkd, autograd", OURS, "rows", _fused_rows),
-    Rival("fusedkd, read once", OURS, "rows", _fused_rows_read_once, triton=True),
 )  # fmt: skip

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..timing import Clock, interleaved, reason
 from . import ceilings, shapes
 from .cases import DISTRIBUTIONS, Case, Loss, mean_kl
 from .measure import Deadline
 from .rivals import FAMILIES, OURS, Rival
 from .step import TrainingStep, case_of
 from .subjects import LossHead, Subject
+from .timing import Clock, interleaved, reason
 
 # Every section, and its share of a limited time.
 SECTIONS = {"ceilings": 1, "rows": 4, "heads": 8, "memory": 3, "accuracy": 2, "step": 3}

@@ -46,8 +46,7 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "defaults": [(name, {}, [("bf16", ALIGNED)]) for name in fusedkd.divergences()],
     "fused": [("rkl", {}, WIDE), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
     "over logits": [("rkl", {}, CROSSED + APART), ("jsd", {}, CROSSED + APART)],  # the gradient takes their place
-    "parts": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
-    "one read": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
+    "split rows": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
     "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
     "log-probabilities": [("", {}, WIDE + APART)],
     "floor": [("rkl", {}, CROSSED + APART)],
@@ -111,12 +110,12 @@ def problem_of(case: Any, columns: int) -> Any:
     return rows.Problem(form.definition, form.decoupled, tuple(map(float, form.theta)), weights, columns, mix=form.mix)
 
 
-def split_rows(wanted: bool) -> None:
+def share_rows(wanted: bool) -> None:
     """Whether several programs share a row, where they can: nothing but GPUs with few rows asks for it."""
     from fusedkd import backends
     from fusedkd.kernels.device import split_rows
 
-    backends.splits_rows = lambda problem, x: wanted and split_rows.serves(problem)
+    backends.shares_rows = lambda problem, x: wanted and split_rows.serves(problem)
 
 
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:
@@ -132,7 +131,7 @@ def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str,
     labels = data.labels.where(data.labels >= 0, -1)
     out = student if over else laid_out(layout)(emulator.unwritten(torch.empty(student.shape, dtype=dtype)))
     loss, upstream = emulator.unwritten(torch.empty(3)), torch.tensor([1.0, 2.0, -0.5])
-    way(problem, rows.Side(student[None]), rows.Side(teacher[None]), labels, upstream, out, loss, None)
+    way(problem, rows.Logits(student[None]), rows.Logits(teacher[None]), labels, upstream, out, loss, None)
     truth, value, _ = expected(data.student, data.teacher, data.labels, case, {"reduction": "none", "ce_weight": 0.25})
     wanted = truth.gradient(upstream.double())
     assert_close(loss, value, VALUE, what="loss")
@@ -182,20 +181,18 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     import test_token_logprobs
     from cases import check_heads, check_logits, random_labels, side, unrelated
 
-    from fusedkd.kernels.device import rows, split_rows
+    from fusedkd.kernels.device import rows
 
     prepare = laid_out(layout)
-    split_rows(way == "parts")
+    share_rows(way == "split rows")
     torch.manual_seed(0)
-    if way in ("autograd", "defaults", "parts", "floor"):
+    if way in ("autograd", "defaults", "split rows", "floor"):
         options = {"support": "floor"} if way == "floor" else {"ce_weight": 0.5} if layout == STRIDED else {}
         check_logits(problem_rows(dtype, layout), case, "triton", prepare=prepare, **options)
     elif way == "fused":
         _fused(case, dtype, layout)
     elif way == "over logits":
         _whole(rows.value_and_gradient, case, dtype, layout, over=True)
-    elif way == "one read":
-        _whole(split_rows.one_read, case, dtype, layout, over=layout in (STRIDED, FAR_COLUMNS))
     elif way == "streaming":
         heads = (side((3,), COLUMNS[layout] // 4, width) for width in (16, 24))
         labels = random_labels((3,), COLUMNS[layout] // 4).roll(1)

@@ -84,15 +84,6 @@ def _fused(given: Given) -> None:
     fusedkd.kd_value_and_grad(given.student, given.teacher, given.labels, divergence=given.divergence, backend="triton")
 
 
-def _one_read(given: Given) -> None:
-    from fusedkd.kernels.device import rows, split_rows
-
-    (n, columns), (student, teacher) = given.student.shape, (rows.Side(x[None]) for x in given[:2])
-    problem = compiled_cases.problem_of((given.divergence, {}), columns)
-    out, loss = torch.empty_like(given.student), torch.empty(n)
-    split_rows.one_read(problem, student, teacher, given.labels, torch.ones(n), out, loss, None)
-
-
 def _streaming(given: Given) -> None:
     """Heads whose products are the logits, exactly."""
     import fusedkd
@@ -113,8 +104,7 @@ def _logprobs(given: Given) -> None:
 WAYS: dict[str, tuple[Callable[[Given], None], tuple[str, ...]]] = {
     "autograd": (_autograd, (*FORMULAS, "akl", "amid", "taid")),
     "fused": (_fused, FORMULAS),
-    "parts": (_autograd, CLASSES),
-    "one read": (_one_read, CLASSES),
+    "split rows": (_autograd, CLASSES),
     "streaming": (_streaming, CLASSES),
     "log-probabilities": (_logprobs, ("",)),
     "floor": (functools.partial(_autograd, support="floor"), ("rkl",)),
@@ -198,7 +188,7 @@ def figures(launches: list[CountedGrid]) -> dict[str, int]:
 
 def count(case: Case) -> dict[str, dict[str, int]]:
     """The figures of each kernel that a case launches, by file:kernel."""
-    compiled_cases.split_rows(case.way == "parts")
+    compiled_cases.share_rows(case.way == "split rows")
     with counted() as launches:
         WAYS[case.way][0](_given(case))
     titles = dict.fromkeys(launch.program.kernel.title for launch in launches)

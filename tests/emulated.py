@@ -20,7 +20,7 @@ from fusedkd.kernels.device import rows, split_rows, vocab_chunks
 from fusedkd.kernels.device import token_logprobs as logprobs
 
 emulator.install(90, order=sys.argv[2] if len(sys.argv) > 2 else "lockstep")
-WAYS = {"rows": rows.value_and_gradient, "parts": split_rows.value_and_gradient, "one_read": split_rows.one_read}
+WAYS = {"rows": rows.value_and_gradient, "split rows": split_rows.value_and_gradient}
 ANY_V = 1003  # no multiple of anything
 NAN = torch.nan
 
@@ -43,9 +43,9 @@ def token_logprobs() -> dict[str, Any]:
     vocabulary, ids = 5008, torch.tensor([11, 1800, 4097, 5000])
     x = (5 * torch.randn(4, vocabulary)).bfloat16()
     saved, out = torch.full((4, logprobs.SAVED), NAN), torch.full((4, vocabulary), NAN, dtype=torch.bfloat16)
-    logprobs.value(rows.Side(x[None]), ids, saved, 1.0)
+    logprobs.value(rows.Logits(x[None]), ids, saved, 1.0)
     upstream = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
-    logprobs.gradient(rows.Side(x[None]), ids, saved, upstream, out, 1.0)
+    logprobs.gradient(rows.Logits(x[None]), ids, saved, upstream, out, 1.0)
     wanted = 1 - x.double().softmax(-1)
     at = torch.arange(4), ids
     return {"error": float((out[at].double() / wanted[at] - 1).abs().max())}
@@ -63,7 +63,7 @@ def over_its_logits() -> dict[str, Any]:
             asked = problem(name, ANY_V, ce_weight=0.5)
             labels = torch.tensor([3, 250, 600, 1002])
             rows.value_and_gradient(
-                asked, rows.Side(x[None]), rows.Side(teacher[None]), labels, torch.ones(4), grad, loss, None
+                asked, rows.Logits(x[None]), rows.Logits(teacher[None]), labels, torch.ones(4), grad, loss, None
             )
             found.append(torch.cat((loss[:, None], grad), 1))
         worst = max(worst, float((found[0] - found[1]).abs().max()))
@@ -75,16 +75,16 @@ def chunks() -> dict[str, Any]:
     student, teacher = 5 * torch.randn(2, 3, ANY_V)
     labels, asked = torch.tensor([3, 250, 600]), problem("rkl", ANY_V)
     loss, saved = torch.full((3,), NAN), torch.full((3, rows.SAVED), NAN)
-    rows.value(asked, rows.Side(student[None]), rows.Side(teacher[None]), labels, loss, saved, None)
-    found = torch.zeros(3, vocab_chunks.FOUND)
+    rows.value(asked, rows.Logits(student[None]), rows.Logits(teacher[None]), labels, loss, saved, None)
+    found = torch.zeros(3, vocab_chunks.DOMINANT)
     sums = []
     for first, last in ((0, 512), (512, ANY_V)):
         s, t = (x[None, :, first:last] for x in (student, teacher))
         out = torch.full((3, last - first), NAN)
         part = asked._replace(vocab_size=last - first)
-        vocab_chunks.gradient(part, rows.Side(s), rows.Side(t), labels, saved, torch.ones(3), found, out, first)
+        vocab_chunks.gradient(part, rows.Logits(s), rows.Logits(t), labels, saved, torch.ones(3), found, out, first)
         sums.append(out.double().sum(-1))
-    return {"error": float((found[:, 0] - sum(sums)).abs().max())}
+    return {"error": float((found[:, 1] - sum(sums)).abs().max())}
 
 
 def taid_of_equals() -> dict[str, Any]:
@@ -103,7 +103,7 @@ def taid_of_equals() -> dict[str, Any]:
         asked, labels = problem("taid", vocabulary, temperature, base=base, t=t), torch.tensor([3, vocabulary - 1])
         for way, emulator.settings.fuse in itertools.product(ways, (False, True)):
             grad, loss = torch.full_like(student, NAN), torch.full((2,), NAN)
-            sides = rows.Side(student[None]), rows.Side(student.clone()[None])
+            sides = rows.Logits(student[None]), rows.Logits(student.clone()[None])
             WAYS[way](asked, *sides, labels, torch.ones(2), grad, loss, None)
             entries = torch.cat((loss, grad.float().flatten()))
             largest = max(largest, float(entries.abs().max()) if entries.isfinite().all() else float("inf"))
@@ -120,7 +120,9 @@ def nan() -> dict[str, Any]:
             student[0], student[1, 7], student[2, 600], teacher[3, 7], teacher[4, 600] = NAN, NAN, NAN, NAN, NAN
             grad, loss = torch.zeros_like(student), torch.zeros(5)
             asked = problem(name, ANY_V)
-            function(asked, rows.Side(student[None]), rows.Side(teacher[None]), labels, torch.ones(5), grad, loss, None)
+            function(
+                asked, rows.Logits(student[None]), rows.Logits(teacher[None]), labels, torch.ones(5), grad, loss, None
+            )
             if not (loss.isnan().all() and grad.isnan().any(-1).all()):
                 lost.append(f"{name} {way}")
     return {"lost": lost}

@@ -231,7 +231,7 @@ def in_function(
 
 
 def in_definition(definition: Definition) -> Iterator[Mutant]:
-    """Term, one-sweep form, gather, reference."""
+    """Term, one-sweep form, row_parameters, reference."""
     users = users_of(definition)
 
     def stages(version: str) -> tuple[str, ...]:
@@ -248,8 +248,8 @@ def in_definition(definition: Definition) -> Iterator[Mutant]:
         state = {i: f"state[{i}]" for i in range(len(form.init.torch()))}
         yield from in_function(f"{name}.advance", form.advance, state, ("1 % off",), stages, no)
         yield from in_function(f"{name}.ratio", form.ratio, {None: "r"}, ("1 % off", "zeroed"), stages, no)
-    if definition.gather is not None:
-        yield from in_gather(name, definition, stages)
+    if definition.row_parameters is not None:
+        yield from in_row_parameters(name, definition, stages)
 
     def reference(counter: Counter) -> None:
         wrong_function(definition.reference, "torch", None, one_per_cent, counter)
@@ -257,13 +257,13 @@ def in_definition(definition: Definition) -> Iterator[Mutant]:
     yield Mutant(f"{name}.reference: value 1 % off", reference, (unit_tests(name),))
 
 
-def in_gather(name: str, definition: Definition, stages: Callable[[str], tuple[str, ...]]) -> Iterator[Mutant]:
+def in_row_parameters(name: str, definition: Definition, stages: Callable[[str], tuple[str, ...]]) -> Iterator[Mutant]:
     """What rows find for themselves."""
-    gather = definition.gather
-    assert gather is not None
-    changes = ("zeroed", "always 1") if gather is SATURATING else ("1 % off", "zeroed")
-    for version, fn in (("triton", gather.kernel), ("torch", gather.torch)):
-        for i, change in itertools.product(range(gather.extras), changes):
+    row_parameters = definition.row_parameters
+    assert row_parameters is not None
+    changes = ("zeroed", "always 1") if row_parameters is SATURATING else ("1 % off", "zeroed")
+    for version, fn in (("triton", row_parameters.kernel), ("torch", row_parameters.torch)):
+        for i, change in itertools.product(range(row_parameters.extras), changes):
 
             def nested(made: Any, version: str, i: int = i, change: str = change) -> Any:
                 members = list(made)
@@ -273,7 +273,7 @@ def in_gather(name: str, definition: Definition, stages: Callable[[str], tuple[s
             def apply(counter: Counter, fn: Any = fn, version: str = version, change: Change = nested) -> None:
                 wrong_function(fn, version, 0 if version == "triton" else None, change, counter)
 
-            yield Mutant(f"{name}.gather [{version}]: extra {i} {change}", apply, stages(version))
+            yield Mutant(f"{name}.row_parameters [{version}]: extra {i} {change}", apply, stages(version))
     if name.startswith("amid"):
         for i, change in itertools.product(range(2), ("1 % off", "zeroed")):
 
@@ -283,9 +283,9 @@ def in_gather(name: str, definition: Definition, stages: Callable[[str], tuple[s
                 return tuple(members)
 
             def in_kernel(counter: Counter, change: Change = sums) -> None:
-                wrong_function(gather.kernel, "triton", 1, change, counter)
+                wrong_function(row_parameters.kernel, "triton", 1, change, counter)
 
-            yield Mutant(f"{name}.gather [triton]: {('F', 'Φ')[i]} {change}", in_kernel, stages("triton"))
+            yield Mutant(f"{name}.row_parameters [triton]: {('F', 'Φ')[i]} {change}", in_kernel, stages("triton"))
 
 
 def in_registered(name: str) -> Iterator[Mutant]:
@@ -354,8 +354,8 @@ def in_shared_maths() -> Iterator[Mutant]:
         "mixture.log_mixture": (mixture.log_mixture, ("log(m/q)", "log(m/p)", "far")),
         "decomposition.binary": (decomposition.binary, ("log q_y", "log p_y", "δ_y", "log Q", "log P", "δ_Q")),
         "decomposition.offsets": (decomposition.offsets, ("l_s", "l_t", "r")),
-        "decomposition.assemble": (decomposition.assemble, ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T")),
-        "decomposition.about_side": (decomposition.about_side, ("entropy", "logprob", "lse")),
+        "decomposition.combine": (decomposition.combine, ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T")),
+        "decomposition.side_stats": (decomposition.side_stats, ("entropy", "logprob", "lse")),
         "centering.centred": (centering.centred, ("z", "u", "d")),
         "centering.target_terms": (centering.target_terms, ("z_y", "u_y", "d_y", "own u_y")),
         "moments._shift": (moments._shift, ("Z", "A", "B")),
@@ -363,7 +363,7 @@ def in_shared_maths() -> Iterator[Mutant]:
         "moments.entropies_advance": (moments.entropies_advance, ("student", "teacher", "Σ e^u")),
         "moments.cross_entropy_advance": (moments.cross_entropy_advance, ("maximum", "sum")),
     }
-    on_numbers = ("mixture.log_mixture", "decomposition.binary", "decomposition.assemble")  # what cpu.by_row runs
+    on_numbers = ("mixture.log_mixture", "decomposition.binary", "decomposition.combine")  # what cpu.by_row runs
     for name, (formula, outputs) in several.items():
         unused = () if name in on_numbers else ("scalar",)
         yield from in_function(name, formula, dict(enumerate(outputs)), ("1 % off",), stages, unused)
@@ -371,7 +371,7 @@ def in_shared_maths() -> Iterator[Mutant]:
 
 # Mutants that are right, each with the reason: nothing can notice them. "*" stands for any text.
 EQUIVALENT: dict[str, str] = {
-    "tvd.gather *: extra 0 always 1": "the gradient of |p-q| does not vanish where p meets q: the far form is as exact",
+    "tvd.row_parameters *: extra 0 always 1": "|p-q| keeps its slope where p meets q: the far form is as exact",
 }
 
 

@@ -19,8 +19,7 @@ import torch
 from test_commands import fusedkd_command
 from torch import Tensor
 
-from fusedkd import timing
-from fusedkd.bench import cases, gpu, measure, readme, results, rivals, sections, shapes, subjects, targets
+from fusedkd.bench import cases, gpu, measure, readme, results, rivals, sections, shapes, subjects, targets, timing
 from fusedkd.bench.cases import Answer, Case, HeadInputs, RowInputs, answer, errors, make_inputs, relative, truth
 from fusedkd.bench.tables import tables
 from fusedkd.cli.eager import EAGER

@@ -75,12 +75,9 @@ def test_compile(architecture: str, dtype: str) -> None:
         assert report["stack"] == 0, report
         assert report["shared"] <= aot.SHARED[architecture], report
         if architecture.startswith("sm_"):
-            one_tile = report["kernel"].startswith("part_")
-            assert report["load_bytes"] == 16 or report["kernel"] == "part_conclude", report  # which reads no logits
+            one_tile = report["kernel"].startswith("split_")
+            assert report["load_bytes"] == 16 or report["kernel"] == "split_finalize", report  # which reads no logits
             assert "instructions" not in report or bool(report["instructions"]) != one_tile, report  # no loop
-            if report["kernel"] == "one_read":
-                read = report["wide_loads"] * 16 * 32 * report["num_warps"]
-                assert read == 2 * report["block"] * aot.DTYPES[dtype][1], "each logit once, in registers from then on"
     if (architecture, dtype) == ("sm_90", "bfloat16"):
         counted = compiled(architecture, dtype, "rkl", "--instructions")
         within_budgets({r["kernel"]: r["instructions"] for r in counted})

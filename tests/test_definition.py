@@ -63,7 +63,7 @@ def over(members: list[tuple[Definition, tuple[float, ...]]]) -> pytest.MarkDeco
 
 
 SETTINGS = settings()
-FAR_FORM = [(d, values) for d, values in SETTINGS if d.gather is SATURATING]
+FAR_FORM = [(d, values) for d, values in SETTINGS if d.row_parameters is SATURATING]
 ONE_SWEEP = [(d, values) for d, values in SETTINGS if d.sweep(values).sums is not None]
 # A mixture that is taken for a constant: phi is not the derivative of f then.
 WITH_DERIVATIVE = [(d, values) for d, values in SETTINGS if not (d.name == "srkl" and values[1])]
@@ -80,14 +80,14 @@ def extras(
     definition: Definition, theta: tuple[float, ...], logp: Tensor, logq: Tensor, far: float = 0.0
 ) -> tuple[Tensor, ...]:
     """What rows (n, V) add to theta, each (n, 1): whether they are far, or what they find."""
-    if definition.gather is None:
+    if definition.row_parameters is None:
         return ()
-    if definition.gather is SATURATING:
+    if definition.row_parameters is SATURATING:
         return (torch.full_like(logp[:, :1], far),)
     columns = Columns(logq.exp(), logp.exp(), (logq, logp), logp - logq)
     nothing = logp.new_zeros(len(logp))
     whole = Whole(nothing, logp.dtype, logp, None, columns, (nothing, nothing, nothing))
-    found = definition.gather.torch(whole, numbers_of(theta))
+    found = definition.row_parameters.torch(whole, numbers_of(theta))
     assert len(found) == definition.extras
     return tuple(x.unsqueeze(-1) for x in found)
 

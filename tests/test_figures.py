@@ -32,8 +32,7 @@ FULL = os.environ.get("FUSEDKD_TESTS") == "all"
 RECOUNTED = [
     "fused-rkl-bf16-aligned",
     "fused-rkl-bf16-unaligned",
-    "parts-jsd-bf16-aligned",
-    "one read-rkl-bf16-aligned",
+    "split rows-jsd-bf16-aligned",
     "streaming-jsd-bf16-aligned",
     "log-probabilities-bf16-aligned",
     "floor-rkl-fp32-aligned",

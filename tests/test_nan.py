@@ -80,7 +80,7 @@ def test_options(case: Case, backend: str) -> None:
 
 def share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row by three programs."""
-    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(backends, "shares_rows", lambda problem, x: split_rows.serves(problem))
     monkeypatch.setattr(split_rows, "SMALLEST", 128)
 
 

@@ -241,8 +241,8 @@ from fusedkd.kernels.device import args, rows, split_rows, token_logprobs, vocab
 args._LAYOUTS = tl.constexpr(LAYOUTS) if LAYOUTS else args._LAYOUTS
 kernels = [
     rows._value, rows._gradient, vocab_chunks._absorb, vocab_chunks._add_sums, vocab_chunks._gradient,
-    token_logprobs._value, token_logprobs._gradient, split_rows._deposit, split_rows._sums, split_rows._conclude,
-    split_rows._gradient, split_rows._one_read,
+    token_logprobs._value, token_logprobs._gradient, split_rows._statistics, split_rows._sums, split_rows._finalize,
+    split_rows._gradient,
 ]
 print(*(kernel.cache_key for kernel in kernels))
 """

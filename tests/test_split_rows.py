@@ -18,7 +18,6 @@ import fusedkd
 from fusedkd import backends
 from fusedkd.backends import interpreted
 from fusedkd.kernels.device import rows, split_rows
-from fusedkd.kernels.device.tiles import Tile
 
 if not interpreted():
     pytest.skip("on a GPU tests/test_gpu.py runs these paths", allow_module_level=True)
@@ -32,7 +31,7 @@ ONE_SWEEP, TWO_SWEEPS, MIXED = ("rkl", {}), ("jsd", {}), ("taid", {"base": "fkl"
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every row is shared by five programs; which functions ran."""
     ran: list[str] = []
-    monkeypatch.setattr(backends, "splits_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(backends, "shares_rows", lambda problem, x: split_rows.serves(problem))
     monkeypatch.setattr(split_rows, "SMALLEST", 128)
     for name in ("value", "gradient", "value_and_gradient"):
         original = getattr(split_rows, name)
@@ -95,7 +94,7 @@ def both(case: Case, way: Any, *, in_place: bool = False) -> tuple[torch.Tensor,
     labels, upstream = torch.tensor([3, -1, 500, 128]), torch.tensor([1.0, 2.0, -0.5, 0.25])
     gradient = student[0] if in_place else torch.full((4, VOCABULARY), torch.nan)
     loss, stats = torch.full((4,), torch.nan), torch.full((4, rows.STATS), torch.nan)
-    way(problem, rows.Side(student), rows.Side(teacher), labels, upstream, gradient, loss, stats)
+    way(problem, rows.Logits(student), rows.Logits(teacher), labels, upstream, gradient, loss, stats)
     return gradient, loss, stats
 
 
@@ -121,31 +120,28 @@ def shuffled() -> Iterator[dict[int, list[int]]]:
 
 
 @each("case", CASES)
-def test_one_read(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phase by phase, as the interpreter runs it: what one program per row finds."""
-    monkeypatch.setattr(split_rows, "WHOLE", dict.fromkeys(split_rows.WHOLE, Tile(128, 4)))
-    for ours, theirs in zip(both(case, split_rows.one_read), both(case, rows.value_and_gradient), strict=True):
+def test_as_one_program_per_row(case: Case) -> None:
+    """Value and gradient in a call, over the width of the student."""
+    shared, alone = both(case, split_rows.value_and_gradient), both(case, rows.value_and_gradient)
+    for ours, theirs in zip(shared, alone, strict=True):
         assert not ours.isnan().any()
         assert relative(ours, theirs.double()) < 1e-5
 
 
-@each("way", ["value_and_gradient", "one_read"])
-def test_in_place(way: str) -> None:
+def test_in_place() -> None:
     """The gradient may lie over the logits: no program reads what another has written."""
-    fresh, over = both(ONE_SWEEP, getattr(split_rows, way)), both(ONE_SWEEP, getattr(split_rows, way), in_place=True)
+    fresh, over = (both(ONE_SWEEP, split_rows.value_and_gradient, in_place=in_place) for in_place in (False, True))
     for one, other in zip(fresh, over, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.interpreter("it shuffles the programs of Triton's interpreter; the emulator's blocks take turns anyway")
 @each("case", [ONE_SWEEP, TWO_SWEEPS, ("ab", {}), MIXED])
-@each("way", ["value_and_gradient", "one_read"])
-def test_any_order(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_order(case: Case) -> None:
     """Programs that run in another order give the same bits."""
-    monkeypatch.setattr(split_rows, "WHOLE", dict.fromkeys(split_rows.WHOLE, Tile(128, 4)))
-    usual = both(case, getattr(split_rows, way))
+    usual = both(case, split_rows.value_and_gradient)
     with shuffled() as orders:
-        for one, other in zip(usual, both(case, getattr(split_rows, way)), strict=True):
+        for one, other in zip(usual, both(case, split_rows.value_and_gradient), strict=True):
             assert torch.equal(one, other)
     assert any(order != sorted(order) for order in orders.values())
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkd
 from fusedkd.backends import torch_logprobs, torch_rows
-from fusedkd.kernels.device.rows import SAVED, STATS, Problem, Side
+from fusedkd.kernels.device.rows import SAVED, STATS, Logits, Problem
 from fusedkd.kernels.device.token_logprobs import SAVED as SAVED_LOGPROBS
 
 FEW, MANY = 64, 512  # rows; more than Python calculates one by one (torch_rows.by_row), and fewer than a block
@@ -66,7 +66,7 @@ def test_operations(case: Case, width: int) -> None:
 def operations_of(rows: int, case: Case, width: int) -> list[int]:
     torch.manual_seed(0)
     student, teacher, labels = confident(rows, width)
-    sides = (problem(case, width), Side(student[None]), Side(teacher[None]), labels)
+    sides = (problem(case, width), Logits(student[None]), Logits(teacher[None]), labels)
     loss, out, upstream = torch.zeros(rows), torch.zeros(rows, width), torch.ones(rows)
     saved, stats = torch.zeros(rows, SAVED), torch.zeros(rows, STATS)
     return [
@@ -82,7 +82,7 @@ def test_log_probabilities() -> None:
     def operations(rows: int) -> list[int]:
         student, _, labels = confident(rows, 300)
         saved, out = torch.zeros(rows, SAVED_LOGPROBS), torch.zeros(rows, 300)
-        args = (Side(student[None]), labels, saved)
+        args = (Logits(student[None]), labels, saved)
         return [
             count(lambda: torch_logprobs.value(*args, 1.0)),
             count(lambda: torch_logprobs.gradient(*args, torch.ones(rows, 2), out, 1.0)),

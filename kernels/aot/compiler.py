@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..device import rows, split_rows, token_logprobs, vocab_chunks
-from ..device.args import GradArg, LogitsArg, ParametersArg, RowsArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
-from ..device.tiles import FUSION, Tile, chosen
+from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, WeightsArg, WorkspaceArg
+from ..device.tiles import FUSION, Tile, TileKey, table_tile
 from ..divergences import definitions
 from ..language import triton
 from ..maths.definition import TWO_SWEEPS, Definition, OnlineForm
@@ -63,12 +63,11 @@ _CHUNK_KERNELS = {
     "add_sums": vocab_chunks._add_sums,
     "chunk_gradient": vocab_chunks._gradient,
 }
-_PART_KERNELS = {
-    "one_read": split_rows._one_read,
-    "part_deposit": split_rows._deposit,
-    "part_sums": split_rows._sums,
-    "part_conclude": split_rows._conclude,
-    "part_gradient": split_rows._gradient,
+_SPLIT_KERNELS = {
+    "split_statistics": split_rows._statistics,
+    "split_sums": split_rows._sums,
+    "split_finalize": split_rows._finalize,
+    "split_gradient": split_rows._gradient,
 }
 _VOCABULARY = 151_936  # says how many programs share a row
 
@@ -81,32 +80,25 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                 continue
             for online in definition.sweeps:
                 title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
-                tile = chosen((architecture, online.tile, width))
+                tile = table_tile(TileKey(architecture, online.tile, width))
                 kernels = dict(ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
-                    kernels |= _CHUNK_KERNELS | _PART_KERNELS
+                    kernels |= _CHUNK_KERNELS | _SPLIT_KERNELS
                     if online.sums is not None:
-                        del kernels["add_sums"], kernels["part_sums"]
+                        del kernels["add_sums"], kernels["split_sums"]
                 for key, kernel in kernels.items():
-                    best = split_rows.WHOLE[online.tile, width] if key in _PART_KERNELS else tile
+                    best = split_rows.LARGEST[online.tile, width] if key in _SPLIT_KERNELS else tile
                     yield key, Variant(title, kernel, best, definition, decoupled, online)
     for title, name, decoupled, option in (
         ("decoupled_rkl_argmax", "rkl", True, {"argmax": True}),
         ("mixed_fkl", "fkl", False, {"mixed": True}),
     ):
         definition = definitions()[name]
-        tile = chosen((architecture, rows.tile_class(definition.online, busy=True), width))
+        tile = table_tile(TileKey(architecture, rows.tile_class(definition.online, busy=True), width))
         for key, kernel in ROW_KERNELS.items():
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
-    mixed = definitions()["fkl"]
-    yield (
-        "one_read",
-        Variant(
-            "mixed_fkl", split_rows._one_read, split_rows.WHOLE["heavy", width], mixed, False, mixed.online, mixed=True
-        ),
-    )
     for key, kernel in (("value", token_logprobs._value), ("gradient", token_logprobs._gradient)):
-        yield key, Variant("token_logprobs", kernel, chosen((architecture, "light", width)))
+        yield key, Variant("token_logprobs", kernel, table_tile(TileKey(architecture, "light", width)))
 
 
 def specialization(
@@ -117,18 +109,16 @@ def specialization(
     apart = "i64" if call.aligned == "none" else "constexpr"  # columns
     side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
     definition, online = variant.definition, variant.online
-    gather = None if definition is None else definition.gather
+    row_parameters = None if definition is None else definition.row_parameters
     given = 0 if definition is None else len(definition.parameters)
     types: dict[str, Any] = {
         **dict.fromkeys(("student", "teacher", "side"), side),
         **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
-        **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "found_ptr"), "*fp32"),
+        **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "dominant_ptr"), "*fp32"),
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": "*fp32" if call.stats else "constexpr",
         "grad": GradArg(element, "i64", apart, "i32"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
-        "about_rows": RowsArg("*i64", "*fp32"),
-        "out": ValueArg("*fp32", "constexpr"),
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
         "scales": ScalesArg("fp32", "fp32", "constexpr"),
@@ -142,13 +132,12 @@ def specialization(
         "ADVANCE": online.advance,
         "RATIO": online.ratio,
         "SUMS": online.sums,
-        "GATHER": None if gather is None else gather.kernel,
+        "ROW_PARAMETERS": None if row_parameters is None else row_parameters.kernel,
         "EXTRAS": 0 if definition is None else definition.extras,
         "COUNT": len(online.init.torch()),
         "DECOUPLED": variant.decoupled,
         "ARGMAX": variant.argmax,
-        "PARTS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
-        "PHASE": 0,
+        "NUM_SPLITS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "BLOCK": variant.tile.block,
         "THREADS": variant.tile.threads(call.warp),
     }
@@ -218,7 +207,6 @@ def compile_variant(
         loads = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
         widths = [int(n) * int(bits) // 8 for n, bits in loads]
         report["load_bytes"] = max(widths, default=0)
-        report["wide_loads"] = widths.count(report["load_bytes"])
     else:
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"])
         report["stack"] = int(spilled.group(1)) if spilled else 0

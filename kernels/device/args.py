@@ -19,7 +19,7 @@ from ..maths.quantities import SideStats
 
 
 class LogitsArg(NamedTuple):
-    """Logits of one side (rows.Side): row n is [(first + n) // inner, (first + n) % inner] of (outer, inner, V)."""
+    """Logits of one side (rows.Logits): row n is [(first + n) // inner, (first + n) % inner] of (outer, inner, V)."""
 
     ptr: Any
     first: Any
@@ -65,7 +65,7 @@ class WeightsArg(NamedTuple):
 
 
 class ParametersArg(NamedTuple):
-    """The parameters of a loss: floats, or pointers to one float per row (columns.row_values).
+    """The parameters of a loss: floats, or pointers to one float per row (loads.row_values).
 
     mix is (the teacher's weight in a mixed teacher,), or () for the teacher itself.
     """
@@ -75,28 +75,14 @@ class ParametersArg(NamedTuple):
     mix: Any
 
 
-class RowsArg(NamedTuple):
-    """What is given for each row; None: no label, an upstream gradient of 1."""
-
-    label_ptr: Any  # (N,)
-    upstream_ptr: Any  # (N,)
-
-
-class ValueArg(NamedTuple):
-    """What is wanted of each row."""
-
-    loss_ptr: Any  # (N,)
-    stats_ptr: Any  # (N, STATS), or None
-
-
 class WorkspaceArg(NamedTuple):
-    """What the programs that share a row leave each other (split_rows.py); `parts` programs share a row."""
+    """What the programs that share a row leave each other (split_rows.py)."""
 
-    partial_ptr: Any  # (N, parts, CARRY + online state)
-    sums_ptr: Any  # (N, parts, TERM_SUMS)
-    dominant_ptr: Any  # (N, parts, DOMINANT)
-    meeting_ptr: Any  # (1 + N · MEETINGS,) int32: tickets, then each row's arrivals at its meetings
-    parts: Any
+    partial_ptr: Any  # (N, num_splits, CARRY + online state)
+    sums_ptr: Any  # (N, num_splits, TERM_SUMS)
+    dominant_ptr: Any  # (N, num_splits, DOMINANT)
+    arrived_ptr: Any  # (N,) int32: how many programs of a row have written their gradient
+    num_splits: Any  # programs per row
 
 
 # What a row gathers
@@ -160,8 +146,8 @@ class Target(NamedTuple):
 
     s: Any  # student logit
     t: Any  # teacher logit
-    present: Any  # whether it is in the support
-    held: Any  # whether a column is held out
+    in_support: Any  # whether it is in the support
+    has_target: Any  # whether a column is held out
 
 
 class TargetLogs(NamedTuple):
@@ -170,7 +156,7 @@ class TargetLogs(NamedTuple):
     logq: Any
     logp: Any
     delta: Any
-    present: Any
+    in_support: Any
 
 
 class RowValue(NamedTuple):
@@ -184,7 +170,7 @@ class RowValue(NamedTuple):
 
 
 class SharedRow(NamedTuple):
-    """A row all of whose parts have left their statistics."""
+    """A row all of whose splits have stored their statistics."""
 
     norms: Any  # RowNorms
     acc: Any  # RowSums
@@ -236,15 +222,6 @@ class Carry(NamedTuple):
     label_t: float  # likewise, or not in the support
 
 
-class Found(NamedTuple):
-    """`Dominant` between the launches of a row's chunks."""
-
-    rest: float
-    token: float
-    logit: float
-    slope: float
-
-
 class TokenStats(NamedTuple):
     """Statistics of a row, in the order of fusedkd.KDStats."""
 
@@ -277,15 +254,13 @@ def empty_carry():
 
 
 EMPTY = empty_carry.torch()
-MOST_EXTRAS = 2  # parameters that a row finds for itself (divergence.Gather)
+MOST_EXTRAS = 2  # parameters that a row finds for itself (definition.RowParameters)
 SAVED = len(RowScalars._fields) + 1 + MOST_EXTRAS  # RowScalars, the target, extras
 CARRY = len(Carry._fields)  # without the online state
 TERM_SUMS = len(TermSums._fields)
-FOUND = len(Found._fields)
 STATS = len(TokenStats._fields)
 TOKEN_SAVED = len(TokenScalars._fields)
 DOMINANT = len(Dominant._fields)
-MEETINGS = 3  # of the programs of a row
 
 # The same for kernels, which take constants of compile time only.
 _SAVED = constant(SAVED)
@@ -298,10 +273,8 @@ _TOKEN_SAVED = constant(TOKEN_SAVED)
 _CARRY = constant(CARRY)
 _LABEL_S, _LABEL_T = (constant(Carry._fields.index(name)) for name in ("label_s", "label_t"))
 _TERM_SUMS = constant(TERM_SUMS)
-_FOUND = constant(FOUND)
 _DOMINANT = constant(DOMINANT)
-_MEETINGS = constant(MEETINGS)
-_REST, _TOKEN, _LOGIT, _SLOPE = (constant(Found._fields.index(name)) for name in ("rest", "token", "logit", "slope"))
+_TOKEN, _REST, _LOGIT, _SLOPE = (constant(Dominant._fields.index(name)) for name in ("token", "rest", "logit", "slope"))
 # Triton's cache key has the constants that a function names, not the fields of a class. Functions whose code depends on
 # the order of fields in memory name this, so that another order is another key.
 _IN_MEMORY = (RowScalars, Carry, TermSums, Dominant, TokenScalars)
@@ -364,20 +337,20 @@ def store_nothing_saved(saved_ptr, row):
 
 
 @jit
-def store_terms(stats_ptr, row, terms, held, empty):
-    """TokenStats from Decomposition: 0 where the row is empty, NaN about a target where none is held out."""
+def store_terms(stats_ptr, row, terms, has_target, no_columns):
+    """TokenStats from Decomposition: 0 where no column but the target is compared, NaN about a target that is not."""
     at = stats_ptr + row * _STATS
-    tl.store(at, tl.where(empty, 0.0, terms.loss))
+    tl.store(at, tl.where(no_columns, 0.0, terms.loss))
     for i in tl.static_range(1, _ENTROPY):
-        tl.store(at + i, tl.where(held, tl.where(empty, 0.0, terms[i]), float("nan")))
+        tl.store(at + i, tl.where(has_target, tl.where(no_columns, 0.0, terms[i]), float("nan")))
 
 
 @jit
-def store_side_stats(stats_ptr, row, SIDE: tl.constexpr, stats, held):
+def store_side_stats(stats_ptr, row, SIDE: tl.constexpr, stats, has_target):
     """TokenStats from the SideStats of the student (0) or the teacher (1), likewise."""
     at = stats_ptr + row * _STATS + SIDE
     tl.store(at + _ENTROPY, stats.entropy)
-    tl.store(at + _LOGPROB, tl.where(held, stats.logprob, float("nan")))
+    tl.store(at + _LOGPROB, tl.where(has_target, stats.logprob, float("nan")))
     tl.store(at + _LSE, stats.lse)
 
 
@@ -453,27 +426,6 @@ def store_sums(sums_ptr, row, sums):
 
 
 @jit
-def found_at(found_ptr, row):
-    """The address of a row's Found."""
-    return found_ptr + row * _FOUND
-
-
-@jit
-def load_rest(at):
-    """`rest` of Found."""
-    return tl.load(at + _REST)
-
-
-@jit
-def store_found(at, rest, dominant, first):
-    """Found: `rest`, and the dominant token of a chunk that begins with the column `first`, where there is one."""
-    tl.store(at + _REST, rest)
-    tl.store(at + _TOKEN, dominant.token + first + 0.0, mask=dominant.token >= 0)
-    tl.store(at + _LOGIT, dominant.logit, mask=dominant.token >= 0)
-    tl.store(at + _SLOPE, dominant.slope, mask=dominant.token >= 0)
-
-
-@jit
 def dominant_at(dominant_ptr, i):
     """The address of the i-th Dominant."""
     tl.static_assert(_LAYOUTS != "")
@@ -481,6 +433,15 @@ def dominant_at(dominant_ptr, i):
 
 
 @jit
-def arrived_at(meeting_ptr, row):
-    """The address of the numbers of programs that have come to each of a row's meetings; tickets come before."""
-    return meeting_ptr + 1 + row * _MEETINGS
+def load_rest(at):
+    """`rest` of Dominant."""
+    return tl.load(at + _REST)
+
+
+@jit
+def store_chunk_dominant(at, rest, dominant, first):
+    """Dominant: `rest`, and the dominant token of a chunk that begins with the column `first`, where there is one."""
+    tl.store(at + _REST, rest)
+    tl.store(at + _TOKEN, dominant.token + first + 0.0, mask=dominant.token >= 0)
+    tl.store(at + _LOGIT, dominant.logit, mask=dominant.token >= 0)
+    tl.store(at + _SLOPE, dominant.slope, mask=dominant.token >= 0)

@@ -57,7 +57,7 @@ def row_ptrs(student, teacher, row):
 
 
 @jit
-def load_side(side, start, cols, mask):
+def load_logits(side, start, cols, mask):
     """Logits at `cols`, −inf where masked (None: nowhere), and their derivative by the stored number.
 
     Returns two tiles of the shape of `cols`, float32; the derivative is a number where there is no softcap.
@@ -89,8 +89,8 @@ def load_side(side, start, cols, mask):
 @jit
 def load_raw(student, teacher, ptrs, cols, mask, student_mask):
     """LogitTile at `cols`, logits −inf where they are or where they are masked (None: nowhere)."""
-    s, slope = load_side(student, ptrs.student, cols, student_mask)
-    t, teacher_slope = load_side(teacher, ptrs.teacher, cols, mask)
+    s, slope = load_logits(student, ptrs.student, cols, student_mask)
+    t, teacher_slope = load_logits(teacher, ptrs.teacher, cols, mask)
     live = t != float("-inf")
     if teacher.floor_ptr is not None:
         live = live | (s != float("-inf"))
@@ -115,7 +115,26 @@ def finite(x):
 
 
 @jit
-def columns(student, teacher, ctx, at, cols):
+def load_normalized(student, teacher, ctx, log_norms, cols):
     """NormalizedTile of a row at `cols`, given its LogNorms; which columns count (not the held-out one); t."""
     x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
-    return at_offsets(x.s, x.t, ctx.centre, at, ctx.inv_tau, ctx.mix), x.live & (cols != ctx.y), x.t
+    return at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix), x.live & (cols != ctx.y), x.t
+
+
+@jit
+def upstream_of(upstream_ptr, row):
+    """Returns the row's upstream gradient, 1 if none is given."""
+    if upstream_ptr is None:
+        return 1.0
+    else:
+        return tl.load(upstream_ptr + row)
+
+
+@jit
+def label_of(label_ptr, row):
+    """Returns (label, whether the row counts): (−1, True) without labels."""
+    if label_ptr is None:
+        return -1, True
+    else:
+        y = tl.load(label_ptr + row).to(tl.int32)
+        return y, y >= 0

@@ -1,25 +1,19 @@
-"""A row by several programs, one tile each: for few rows, which alone leave a GPU empty, and for reading rows once.
+"""A row by several programs, one tile each: for few rows, which alone leave a GPU empty.
 
-What a program finds in its tile it leaves in memory for the others of its row:
+A row has `num_splits` splits, a tile each. What a program finds in its tile it stores for the others of its row:
 
-    deposit      the statistics of the tile
+    statistics   those of the tile
     sums         Σ f, Σ phi of the tile, for divergences without a one-sweep form
-    conclude     loss, statistics and row scalars from all parts of a row: one program per row
+    finalize     loss, statistics and row scalars from all splits of a row: one program per row
     gradient     the tile's gradient from the row scalars
 
-    value        deposit (sums) conclude
+    value        statistics (sums) finalize
     gradient     gradient
     value_and_gradient     all of them
-    one_read     all of them in one launch: the tile stays in registers, so that a logit is read once
 
-Parts merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary, so
-the order in which programs run changes no bit. The last program to finish a row's gradient writes the entry of the
-likeliest token, which is minus the sum of all others (rows.py).
-
-In `one_read` programs wait for the others of their row. They take tiles in the order of tickets, so every row before
-the last one begun has all its programs running or done, and these need no more programs to end: nothing waits for ever
-as long as one row's programs fit on the device together. The interpreter runs programs one after the other, so there
-the phases are launches of their own.
+Splits merge as running sums follow a raised maximum (moments.py), all in one step and in the order of the vocabulary,
+so the order in which programs run changes no bit. NUM_SPLITS is num_splits rounded up to a power of two. The last
+program to finish a row's gradient writes the entry of the dominant token: minus the sum of all others (backward.py).
 
 No path here has been timed on a GPU ("not measured").
 """
@@ -28,29 +22,25 @@ from typing import Any
 
 import torch
 
-from ..language import interpreted, jit, tl, triton
+from ..language import jit, tl, triton
 from ..maths.centering import at_offsets
-from ..maths.decomposition import meet, or_infinite
+from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
 from .args import (
     CARRY,
     DOMINANT,
-    MEETINGS,
     SAVED,
     TERM_SUMS,
     Carry,
     Dominant,
-    RowsArg,
     RowSums,
     SharedRow,
     Target,
     TermSums,
     Totals,
-    ValueArg,
     WeightsArg,
     WorkspaceArg,
-    arrived_at,
     carry_at,
     dominant_at,
     empty_carry,
@@ -61,37 +51,18 @@ from .args import (
     store_saved,
     sums_at,
 )
-from .loads import as_numbers, finite, load_pair, row_ptrs, row_values
-from .rows import (
-    Problem,
-    Side,
-    accumulate_tile,
-    add_terms,
-    arguments,
-    finish_row,
-    grad_of,
-    gradient_tile,
-    ignore,
-    label_of,
-    line,
-    merge,
-    merge_dominant,
-    no_dominant,
-    no_exponentials,
-    no_sums,
-    store_dominant,
-    store_zero_tile,
-    sweep_of,
-    upstream_of,
-)
+from .backward import gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
+from .forward import accumulate_tile, add_terms, finish_row, merge, no_exponentials, no_sums, store_ignored
+from .loads import as_numbers, finite, label_of, load_pair, row_ptrs, row_values, upstream_of
+from .rows import Logits, Problem, arguments, grad_arg, sweep_of, tile_key
 from .tiles import FUSION, Tile
 from .vocab_chunks import online_of
 
 _PROGRAMS = 256  # two for every multiprocessor of the largest GPUs; smaller tiles for fewer rows, down to
 SMALLEST = 1024
-# The largest tiles, by class and bytes per logit as in tiles.py: one stays in registers through all phases, and all
-# programs of a row must be on a GPU together. Compiled without spilling; not measured.
-WHOLE = {
+# By class and bytes per logit as in tiles.py: a program has one tile, in registers, and no loop. Compiled without
+# spilling; not measured.
+LARGEST = {
     ("light", 2): Tile(4096, 16, 128),
     ("light", 4): Tile(4096, 16, 128),
     ("two", 2): Tile(2048, 8, 255),
@@ -102,62 +73,66 @@ WHOLE = {
 
 
 @jit
-def _tile_of(student, teacher, row, part, V, scales, BLOCK: tl.constexpr):
-    """LogitTile of the part's columns, in which the label's counts as compared too; the columns, (BLOCK,)."""
+def _load_tile(student, teacher, row, split, V, scales, BLOCK: tl.constexpr):
+    """Returns (LogitTile of the split's columns, the columns), (BLOCK,) each. The label's column is live too."""
     seen = V
     if scales.ce is not None:
         seen = scales.ce.width
-    cols = part * BLOCK + tl.arange(0, BLOCK)
+    cols = split * BLOCK + tl.arange(0, BLOCK)
     return load_pair(student, teacher, row_ptrs(student, teacher, row), cols, cols < V, cols < seen), cols
 
 
 @jit
-def _only(x, there):
-    """The one number of x that is there, −inf if none is: a maximum would drop NaN."""
-    return tl.where(tl.max(tl.where(there, 1, 0)) > 0, tl.sum(tl.where(there, x, 0.0)), float("-inf"))
+def _only(x, mask):
+    """Returns the one number of x, (BLOCK,), where `mask` is true, −inf if it is nowhere: a maximum would drop NaN."""
+    return tl.where(tl.max(tl.where(mask, 1, 0)) > 0, tl.sum(tl.where(mask, x, 0.0)), float("-inf"))
 
 
 @jit
-def _leave_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE):
-    """Stores Carry and the online state of a LogitTile."""
+def _store_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, ADVANCE):
+    """Store Carry and the online state of a LogitTile, (BLOCK,) each."""
     cross = no_exponentials()
     if scales.ce is not None:
         cross = cross_entropy_advance(cross, x.s, cols < scales.ce.width)
     none, live = no_sums(INIT), x.live & (cols != label)
     acc = accumulate_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
-    mine = cols == label
-    label_logits = (_only(x.s, mine), _only(x.t, mine & x.live))
+    is_label = cols == label
+    label_logits = (_only(x.s, is_label), _only(x.t, is_label & x.live))
     store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)
 
 
 @jit
-def _load_parts(at, there, COUNT: tl.constexpr, other):
-    """COUNT numbers of each part of a row, (PARTS,) each, with `other` where there is no part. With .cg, past the L1
-    cache, which knows nothing of other programs' stores."""
+def _load_splits(at, mask, COUNT: tl.constexpr, other):
+    """Returns COUNT numbers of a row's splits, (NUM_SPLITS,) each, `other` where there is no split.
+
+    Loaded with .cg: the L1 cache knows nothing of other programs' stores.
+    """
     out = ()
     for i in tl.static_range(COUNT):
-        out = out + (tl.load(at + i, mask=there, other=other, cache_modifier=".cg"),)
+        out = out + (tl.load(at + i, mask=mask, other=other, cache_modifier=".cg"),)
     return out
 
 
 @jit
-def _carries(at, there):
-    """Carry of each part of a row, (PARTS,) each, likewise."""
+def _load_carries(at, mask):
+    """Returns Carry of a row's splits, (NUM_SPLITS,) each, loaded as by `_load_splits`."""
     empty = empty_carry()
     out = ()
     for i in tl.static_range(len(empty)):
-        out = out + (tl.load(at + i, mask=there, other=empty[i], cache_modifier=".cg"),)
+        out = out + (tl.load(at + i, mask=mask, other=empty[i], cache_modifier=".cg"),)
     return Carry(*out)
 
 
 @jit
-def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, PARTS: tl.constexpr):
-    """RowSums and LogSumExp of a row, and the label's two logits, −inf where it has none."""
-    index = tl.arange(0, PARTS)
-    there = index < parts
-    at = carry_at(partial_ptr, row * parts + index, COUNT)  # (PARTS,)
-    carry = _carries(at, there)
-    state = _load_parts(at + len(carry), there, COUNT, 0.0)
+def _merge_splits(
+    partial_ptr, row, num_splits, inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr
+):
+    """Returns a row's RowSums and LogSumExp, and the label's logits, −inf where there is no label: all scalars."""
+    index = tl.arange(0, NUM_SPLITS)  # (NUM_SPLITS,)
+    mask = index < num_splits
+    at = carry_at(partial_ptr, row * num_splits + index, COUNT)  # (NUM_SPLITS,)
+    carry = _load_carries(at, mask)
+    state = _load_splits(at + len(carry), mask, COUNT, 0.0)
     maxima = Maxima(carry.top_s, carry.top_t, carry.top_mixed)
     entropies = EntropySums(carry.entropy_s, carry.entropy_t, carry.sum_t)
     cross = LogSumExp(carry.ce_top, carry.ce_total)
@@ -167,26 +142,28 @@ def _merged(partial_ptr, row, parts, inv_tau, mix, stats_ptr, theta, ADVANCE, CO
 
 
 @jit
-def _met(
-    partial_ptr, row, parts, label, scales, mix, stats_ptr, theta,
-    ADVANCE, RATIO, GATHER, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
+def _finalize_normalizers(
+    partial_ptr, row, num_splits, label, scales, mix, stats_ptr, theta,
+    ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """SharedRow: what `_concluded` needs of a row all of whose parts have left their statistics."""
-    acc, cross, s_y, t_y = _merged(
-        partial_ptr, row, parts, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, PARTS
+    """Returns SharedRow: what `_finish` needs of a row all of whose splits have stored their statistics."""
+    acc, cross, s_y, t_y = _merge_splits(
+        partial_ptr, row, num_splits, scales.inv_tau, mix, stats_ptr, theta, ADVANCE, COUNT, NUM_SPLITS
     )
-    present = t_y != float("-inf")
-    target = Target(finite(s_y), finite(t_y), present, label >= 0)
-    norms = meet(acc.maxima, acc.state, target.s, target.t, target.present, scales.inv_tau, mix, RATIO, DECOUPLED)
+    in_support = t_y != float("-inf")
+    target = Target(finite(s_y), finite(t_y), in_support, label >= 0)
+    norms = finalize_normalizers(
+        acc.maxima, acc.state, target.s, target.t, target.in_support, scales.inv_tau, mix, RATIO, DECOUPLED
+    )
     extras = ()
-    if GATHER is not None:  # of those that look at the online state alone
-        extras, _ = GATHER(None, None, None, acc.state, norms.log_norms, None, theta, 0)
+    if ROW_PARAMETERS is not None:  # of those that look at the online state alone
+        extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0)
     return SharedRow(norms, acc, cross, target, extras)
 
 
 @jit
-def _leave_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
-    """Stores TermSums of a LogitTile."""
+def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
+    """Store TermSums of a LogitTile, (BLOCK,) each."""
     terms = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
     f, phi = TERM(terms.q, terms.p, terms.logq, terms.logp, terms.delta, theta)
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
@@ -194,18 +171,18 @@ def _leave_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
 
 
 @jit
-def _concluded(
-    sums_ptr, row, parts, scales, loss_ptr, stats_ptr, shared, theta, weights,
-    TERM, SUMS, DECOUPLED: tl.constexpr, PARTS: tl.constexpr,
+def _finish(
+    sums_ptr, row, num_splits, scales, loss_ptr, stats_ptr, shared, theta, weights,
+    TERM, SUMS, DECOUPLED: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Stores loss and statistics where there is room for them; returns RowScalars."""
+    """Store loss and statistics, each where it has a pointer. Returns RowScalars."""
     acc, target = shared.acc, shared.target
     if SUMS is None:
-        index = tl.arange(0, PARTS)
+        index = tl.arange(0, NUM_SPLITS)
         none = TermSums(0.0, 0.0, 0.0)
         swept = TermSums(
-            *_load_parts(sums_at(sums_ptr, row * parts + index), index < parts, len(none), 0.0)
-        )  # (PARTS,)
+            *_load_splits(sums_at(sums_ptr, row * num_splits + index), index < num_splits, len(none), 0.0)
+        )  # (NUM_SPLITS,)
         total = or_infinite(tl.sum(swept.total), tl.max(swept.widest))
         mass = tl.sum(swept.mass)
     else:
@@ -218,42 +195,42 @@ def _concluded(
 
 
 @jit
-def _write(
-    x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr, arrived_ptr,
-    TERM, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+def _write_gradient(
+    x, cols, student, row, split, num_splits, label, scales, mix, grad, scalars, upstream, theta, dominant_ptr,
+    arrived_ptr, TERM, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient; whoever is last of the row also writes the dominant token's entry."""
-    mine = gradient_tile(
+    """Store a tile of the gradient. The last program of the row also stores the entry of the dominant token."""
+    dominant = gradient_tile(
         x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, no_dominant(1), TERM
     )
-    mine = merge_dominant(mine, student)
-    slope = tl.where(mine.token >= 0, mine.slope, 0.0)
-    at = dominant_at(dominant_ptr, row * parts + part)
-    store_numbers(at, Dominant(mine.token + 0.0, mine.rest, mine.logit, slope))
+    dominant = merge_dominant(dominant, student)
+    slope = tl.where(dominant.token >= 0, dominant.slope, 0.0)
+    at = dominant_at(dominant_ptr, row * num_splits + split)
+    store_numbers(at, Dominant(dominant.token + 0.0, dominant.rest, dominant.logit, slope))
     tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1:
-        index = tl.arange(0, PARTS)
-        each_at = dominant_at(dominant_ptr, row * parts + index)  # (PARTS,)
-        there = index < parts
-        each = Dominant(*_load_parts(each_at, there, len(mine), 0.0))  # (PARTS,)
-        token = tl.max(tl.where(there, each.token, -1.0)).to(tl.int32)
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        index = tl.arange(0, NUM_SPLITS)
+        each_at = dominant_at(dominant_ptr, row * num_splits + index)  # (NUM_SPLITS,)
+        mask = index < num_splits
+        each = Dominant(*_load_splits(each_at, mask, len(dominant), 0.0))  # (NUM_SPLITS,)
+        token = tl.max(tl.where(mask, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
         store_dominant(row, label, scales, grad, whole, scalars.ce_lse, upstream)
 
 
 @jit
-def _deposit(
+def _statistics(
     student, teacher, label_ptr, stats_ptr, workspace, V, scales, numbers,
     INIT: tl.constexpr, ADVANCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = workspace.parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    num_splits = workspace.num_splits
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
     label, counted = label_of(label_ptr, row)
     if counted:
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
-        _leave_statistics(
+        x, cols = _load_tile(student, teacher, row, split, V, scales, BLOCK)
+        at = carry_at(workspace.partial_ptr, row * num_splits + split, COUNT)
+        _store_statistics(
             x, cols, label, scales, row_values(numbers.mix, row), stats_ptr, row_values(numbers.theta, row), at,
             INIT, ADVANCE,
         )  # fmt: skip
@@ -262,177 +239,107 @@ def _deposit(
 @jit
 def _sums(
     student, teacher, label_ptr, workspace, V, scales, numbers,
-    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, GATHER: tl.constexpr, DECOUPLED: tl.constexpr,
-    COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, ROW_PARAMETERS: tl.constexpr,
+    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = workspace.parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    num_splits = workspace.num_splits
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers.theta, row)
         mix = row_values(numbers.mix, row)
-        shared = _met(
-            workspace.partial_ptr, row, parts, label, scales, mix, None, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
+        shared = _finalize_normalizers(
+            workspace.partial_ptr, row, num_splits, label, scales, mix, None, theta,
+            ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED, COUNT, NUM_SPLITS,
         )  # fmt: skip
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        at = sums_at(workspace.sums_ptr, row * parts + part)
-        _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta + shared.extras, at, TERM)
+        x, cols = _load_tile(student, teacher, row, split, V, scales, BLOCK)
+        at = sums_at(workspace.sums_ptr, row * num_splits + split)
+        _store_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta + shared.extras, at, TERM)
 
 
 @jit
-def _conclude(
+def _finalize(
     label_ptr, loss_ptr, saved_ptr, stats_ptr, workspace, scales, numbers,
-    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, GATHER: tl.constexpr,
-    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr,
+    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr,
+    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         theta = row_values(numbers.theta, row)
-        shared = _met(
-            workspace.partial_ptr, row, workspace.parts, label, scales, row_values(numbers.mix, row), stats_ptr, theta,
-            ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
+        shared = _finalize_normalizers(
+            workspace.partial_ptr, row, workspace.num_splits, label, scales, row_values(numbers.mix, row), stats_ptr,
+            theta, ADVANCE, RATIO, ROW_PARAMETERS, DECOUPLED, COUNT, NUM_SPLITS,
         )  # fmt: skip
         weights = WeightsArg(*row_values(numbers.weights, row))
-        scalars = _concluded(
-            workspace.sums_ptr, row, workspace.parts, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
-            weights, TERM, SUMS, DECOUPLED, PARTS,
+        scalars = _finish(
+            workspace.sums_ptr, row, workspace.num_splits, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
+            weights, TERM, SUMS, DECOUPLED, NUM_SPLITS,
         )  # fmt: skip
         store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
-        ignore(row, loss_ptr, stats_ptr)
+        store_ignored(row, loss_ptr, stats_ptr)
         store_nothing_saved(saved_ptr, row)
 
 
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, workspace, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, EXTRAS: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    parts = workspace.parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    num_splits = workspace.num_splits
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
     label, counted = label_of(label_ptr, row)
     upstream = upstream_of(upstream_ptr, row)
     if counted & (upstream != 0):
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
+        x, cols = _load_tile(student, teacher, row, split, V, scales, BLOCK)
         theta = row_values(numbers.theta, row)
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
-        _write(
-            x, cols, student, row, part, parts, label, scales, row_values(numbers.mix, row), grad,
+        _write_gradient(
+            x, cols, student, row, split, num_splits, label, scales, row_values(numbers.mix, row), grad,
             load_scalars(saved_ptr, row), upstream, theta, workspace.dominant_ptr,
-            arrived_at(workspace.meeting_ptr, row), TERM, PARTS, BLOCK,
+            workspace.arrived_ptr + row, TERM, NUM_SPLITS, BLOCK,
         )  # fmt: skip
     else:
-        store_zero_tile(grad, row, part * BLOCK, BLOCK)
-
-
-@jit
-def _wait(arrived_ptr, parts):
-    """Until all programs of the row have been here."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < parts:
-        pass
-
-
-@jit
-def _one_read(
-    student, teacher, about_rows, out, grad, workspace, V, scales, numbers,
-    TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    GATHER: tl.constexpr, DECOUPLED: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    COUNT: tl.constexpr = len(INIT())
-    parts = workspace.parts
-    if PHASE == 0:
-        ticket = tl.atomic_add(workspace.meeting_ptr, 1, scope="gpu")
-    else:
-        ticket = tl.program_id(0)
-    row = (ticket // parts).to(tl.int64)
-    part = ticket % parts
-    arrived_ptr = arrived_at(workspace.meeting_ptr, row)  # of the statistics; the sums' comes next, then the gradient's
-    label, counted = label_of(about_rows.label_ptr, row)
-    if counted:
-        theta = row_values(numbers.theta, row)
-        mix = row_values(numbers.mix, row)
-        x, cols = _tile_of(student, teacher, row, part, V, scales, BLOCK)
-        if PHASE == 0 or PHASE == 1:
-            at = carry_at(workspace.partial_ptr, row * parts + part, COUNT)
-            _leave_statistics(x, cols, label, scales, mix, out.stats_ptr, theta, at, INIT, ADVANCE)
-        if PHASE == 0:
-            _wait(arrived_ptr, parts)
-        if PHASE != 1:
-            shared = _met(
-                workspace.partial_ptr, row, parts, label, scales, mix, out.stats_ptr, theta,
-                ADVANCE, RATIO, GATHER, DECOUPLED, COUNT, PARTS,
-            )  # fmt: skip
-            theta = theta + shared.extras
-            if SUMS is None:
-                if PHASE == 0 or PHASE == 2:
-                    at = sums_at(workspace.sums_ptr, row * parts + part)
-                    _leave_sums(x, cols, label, scales.inv_tau, mix, shared.norms, theta, at, TERM)
-                if PHASE == 0:
-                    _wait(arrived_ptr + 1, parts)
-            if PHASE == 0 or PHASE == 3:
-                # Every program of the row concludes; all store the same bits.
-                weights = WeightsArg(*row_values(numbers.weights, row))
-                scalars = _concluded(
-                    workspace.sums_ptr, row, parts, scales, out.loss_ptr, out.stats_ptr, shared, theta, weights,
-                    TERM, SUMS, DECOUPLED, PARTS,
-                )  # fmt: skip
-                upstream = upstream_of(about_rows.upstream_ptr, row)
-                if upstream != 0:
-                    _write(
-                        x, cols, student, row, part, parts, label, scales, mix, grad, scalars, upstream, theta,
-                        workspace.dominant_ptr, arrived_ptr + 2, TERM, PARTS, BLOCK,
-                    )  # fmt: skip
-    elif PHASE == 0 or PHASE == 3:
-        ignore(row, out.loss_ptr, out.stats_ptr)
-    if PHASE == 0 or PHASE == 3:
-        if not (counted & (upstream_of(about_rows.upstream_ptr, row) != 0)):
-            store_zero_tile(grad, row, part * BLOCK, BLOCK)
+        store_zero_tile(grad, row, split * BLOCK, BLOCK)
 
 
 class _Layout:
     """Tile, programs per row and room for what they leave each other."""
 
-    def __init__(self, problem: Problem, student: Side, rows: int, best: Tile) -> None:
+    def __init__(self, problem: Problem, student: Logits, rows: int, best: Tile) -> None:
         self.rows = rows
         self.width = student.x.shape[2]
         self.tile = best
-        self.parts = triton.cdiv(self.width, best.block)
+        self.num_splits = triton.cdiv(self.width, best.block)
         self.sweep = sweep_of(problem)
         self.counts = {
             "COUNT": len(online_of(problem).init.torch()),
-            "PARTS": triton.next_power_of_2(self.parts),
+            "NUM_SPLITS": triton.next_power_of_2(self.num_splits),
         }
         self.device = student.x.device
 
     def workspace(self) -> WorkspaceArg:
-        """Memory for what programs leave each other: nobody has come to any meeting yet."""
+        """Memory for what programs store for each other; none has written its gradient yet."""
         partial, sums, dominant = (
-            torch.empty(self.rows * self.parts * n, device=self.device, dtype=torch.float32)
+            torch.empty(self.rows * self.num_splits * n, device=self.device, dtype=torch.float32)
             for n in (CARRY + self.counts["COUNT"], TERM_SUMS, DOMINANT)
         )
-        meeting = torch.zeros(1 + MEETINGS * self.rows, device=self.device, dtype=torch.int32)
-        return WorkspaceArg(partial, sums, dominant, meeting, self.parts)
+        arrived = torch.zeros(self.rows, device=self.device, dtype=torch.int32)
+        return WorkspaceArg(partial, sums, dominant, arrived, self.num_splits)
 
-    def chosen(self, *names: str) -> dict[str, Any]:
+    def constants(self, *names: str) -> dict[str, Any]:
         """Some of the compile-time arguments."""
         every = self.sweep | self.counts
         return {name: every[name] for name in names}
 
 
-def _whole(problem: Problem, student: Side, teacher: Side) -> Tile:
-    _, kind, width = line(problem, student, teacher)
-    return WHOLE[kind, width]
-
-
-def _tile(problem: Problem, student: Side, teacher: Side, rows: int) -> Tile:
+def _tile(problem: Problem, student: Logits, teacher: Logits, rows: int) -> Tile:
     """A tile small enough for the rows to give programs enough."""
-    best = _whole(problem, student, teacher)
+    key = tile_key(problem, student, teacher)
+    best = LARGEST[key.tile_class, key.logit_bytes]
     block, warps = best.block, best.num_warps
     while block > SMALLEST and rows * triton.cdiv(student.x.shape[2], block) < _PROGRAMS:
         block, warps = block // 2, max(warps // 2, min(warps, 4))
@@ -451,8 +358,8 @@ def _check(problem: Problem) -> None:
 
 def value(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     loss: torch.Tensor,
     saved: torch.Tensor | None,
@@ -471,13 +378,16 @@ def value(
             "numbers": given["numbers"],
         }
         options = {"BLOCK": plan.tile.block, **plan.tile.options()}
-        grid = (plan.rows * plan.parts,)
-        _deposit[grid](**sides, **common, stats_ptr=stats, **plan.chosen("INIT", "ADVANCE", "COUNT"), **options)
-        shared = {"TERM": given["TERM"], **plan.chosen("ADVANCE", "RATIO", "GATHER", "DECOUPLED", "COUNT", "PARTS")}
+        grid = (plan.rows * plan.num_splits,)
+        _statistics[grid](**sides, **common, stats_ptr=stats, **plan.constants("INIT", "ADVANCE", "COUNT"), **options)
+        shared = {
+            "TERM": given["TERM"],
+            **plan.constants("ADVANCE", "RATIO", "ROW_PARAMETERS", "DECOUPLED", "COUNT", "NUM_SPLITS"),
+        }
         if plan.sweep["SUMS"] is None:
             _sums[grid](**sides, **common, **shared, **options)
         kept = loss.new_empty((plan.rows, SAVED)) if saved is None else saved
-        _conclude[(plan.rows,)](
+        _finalize[(plan.rows,)](
             **common,
             loss_ptr=loss,
             saved_ptr=kept,
@@ -491,8 +401,8 @@ def value(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor | None,
@@ -504,17 +414,17 @@ def gradient(
         plan = _Layout(problem, student, len(out), _tile(problem, student, teacher, len(out)))
         given = arguments(problem, student, teacher)
         del given["ARGMAX"]
-        _gradient[(plan.rows * plan.parts,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_of(out),
-            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, PARTS=plan.counts["PARTS"],
+        _gradient[(plan.rows * plan.num_splits,)](
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
+            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, NUM_SPLITS=plan.counts["NUM_SPLITS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
 
 
 def value_and_gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     upstream: torch.Tensor | None,
     out: torch.Tensor,
@@ -525,38 +435,3 @@ def value_and_gradient(
     saved = loss.new_empty((len(out), SAVED))
     value(problem, student, teacher, labels, loss, saved, stats)
     gradient(problem, student, teacher, labels, saved, upstream, out)
-
-
-def one_read(
-    problem: Problem,
-    student: Side,
-    teacher: Side,
-    labels: torch.Tensor | None,
-    upstream: torch.Tensor | None,
-    out: torch.Tensor,
-    loss: torch.Tensor,
-    stats: torch.Tensor | None,
-) -> None:
-    """As rows.value_and_gradient, each logit read once. ValueError where a row's programs do not fit on the device."""
-    _check(problem)
-    if not len(out):
-        return
-    plan = _Layout(problem, student, len(out), _whole(problem, student, teacher))
-    phases = (0,)
-    if interpreted():
-        phases = (1, 2, 3) if plan.sweep["SUMS"] is None else (1, 3)
-    else:
-        places = torch.cuda.get_device_properties(plan.device).multi_processor_count
-        if plan.parts > places:
-            raise ValueError(
-                f"one_read needs {plan.parts} programs at once for {plan.width} columns, and the device has {places} "
-                "multiprocessors: use value_and_gradient"
-            )
-    given, workspace = arguments(problem, student, teacher), plan.workspace()
-    del given["ARGMAX"]
-    for phase in phases:
-        _one_read[(plan.rows * plan.parts,)](
-            about_rows=RowsArg(labels, upstream), out=ValueArg(loss, stats), grad=grad_of(out), workspace=workspace,
-            **given, **plan.sweep, PARTS=plan.counts["PARTS"],
-            PHASE=phase, BLOCK=plan.tile.block, **plan.tile.options(),
-        )  # fmt: skip

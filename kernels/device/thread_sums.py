@@ -1,7 +1,7 @@
 """A row's sums kept by each thread for itself: reductions that need no other thread until the row ends.
 
 A thread has maxima, online state and sums of its own over the columns that it loads of a row, in all tiles; at the end
-they are merged as those of parts of a row are (rows.py, `merge`). A tile then costs no reduction over the block, and
+they are merged as those of a row's splits are (forward.py, `merge`). A tile then costs no reduction over the block, and
 its sums follow higher maxima once for all columns of a thread. An `advance` (moments.py) therefore uses `thread_sum`.
 
 In the shape of a tile, (R, T, V), T are the threads, not a warp's 32 lanes, and V the columns of one vector load.
@@ -25,7 +25,7 @@ def tile_columns(ptr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
 
 @jit
 def scatter_to_thread0(values, nothing, thread):
-    """A tuple of numbers of a row as (T,): thread 0 has them, the others `nothing`, so that a sum counts them once."""
+    """Returns a tuple of (T,): thread 0 has the row's scalars, the others `nothing`, so that a sum counts them once."""
     out = ()
     for i in tl.static_range(len(values)):
         out = out + (tl.where(thread == 0, values[i], nothing),)

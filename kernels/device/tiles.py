@@ -2,14 +2,14 @@
 
 Every line that an architecture uses is compiled, for aligned rows, without spilling on sm_80, sm_90, sm_100 and gfx942,
 by the tests in one dtype per architecture and by `make compile-all` in all.
-A line for one architecture goes beside the "any" line of its class and wins there: `FUSEDKD_TUNE=1` prints such lines
-(fusedkd/backends/tuning.py). The vocabulary is not in the key: a short one gets a smaller tile (`fitting`), and a row
-of many tiles is the same loop whatever their number.
+A line for one architecture goes beside the "any" line of its class and wins there; `python -m fusedkd bench tune`
+prints such lines. The vocabulary is not in the key: a short one gets a smaller tile (`tile_for`), and a row of many
+tiles is the same loop whatever their number.
 """
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,15 @@ import torch
 FUSION = {"enable_fp_fusion": True}
 
 ANY = "any"
-Line = tuple[str, str, int]  # architecture, class, bytes per logit
+REGISTER_FILE = 65_536  # registers that a block may have
+
+
+class TileKey(NamedTuple):
+    """What decides which tile of the table a launch takes."""
+
+    architecture: str  # "sm_90", "gfx942" ..., or ANY
+    tile_class: str  # of the divergence: "light", "heavy", "two" or "many"
+    logit_bytes: int  # of the wider side
 
 
 @dataclass(frozen=True)
@@ -50,29 +58,21 @@ class Tile:
         return chosen
 
 
-# "light" and "heavy": one-sweep statistics with few or many sums; "two": normalisers, then sums; "gathered": further
+# "light" and "heavy": one-sweep statistics with few or many sums; "two": normalisers, then sums; "many": further
 # sweeps with a heavy term.
-TABLE: dict[Line, Tile] = {
-    (ANY, "light", 2): Tile(4096, 8),
-    ("sm_80", "light", 2): Tile(4096, 8, 128),  # else 8 bytes are spilled for a third block
-    (ANY, "light", 4): Tile(2048, 8, 128),
-    (ANY, "heavy", 2): Tile(1024, 4, 168),
-    (ANY, "heavy", 4): Tile(1024, 8, 128),
-    (ANY, "two", 2): Tile(1024, 4, 168),
-    (ANY, "two", 4): Tile(1024, 4, 168),
-    (ANY, "gathered", 2): Tile(2048, 8, 255),
-    (ANY, "gathered", 4): Tile(1024, 8, 255),
+TABLE: dict[TileKey, Tile] = {
+    TileKey(ANY, "light", 2): Tile(4096, 8),
+    TileKey("sm_80", "light", 2): Tile(4096, 8, 128),  # else 8 bytes are spilled for a third block
+    TileKey(ANY, "light", 4): Tile(2048, 8, 128),
+    TileKey(ANY, "heavy", 2): Tile(1024, 4, 168),
+    TileKey(ANY, "heavy", 4): Tile(1024, 8, 128),
+    TileKey(ANY, "two", 2): Tile(1024, 4, 168),
+    TileKey(ANY, "two", 4): Tile(1024, 4, 168),
+    TileKey(ANY, "many", 2): Tile(2048, 8, 255),
+    TileKey(ANY, "many", 4): Tile(1024, 8, 255),
 }
 
 SMALLEST = 128  # a vocabulary below one tile gets the next power of two, not less than this
-
-# What a search tries. A thread loads 16 bytes at a time, so it has at least as many; a block's registers are bounded.
-BLOCKS = (1024, 2048, 4096, 8192)
-WARPS = (4, 8, 16)
-REGISTERS = (None, 128, 255)
-LOAD = 16  # bytes
-MOST_COLUMNS = 32  # per thread: with more, a tile's numbers do not fit into registers
-REGISTER_FILE = 65_536  # per block
 
 
 @functools.cache
@@ -86,30 +86,15 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def chosen(line: Line) -> Tile:
+def table_tile(key: TileKey) -> Tile:
     """The table's tile: the architecture's own, or else that for any."""
-    return TABLE.get(line) or TABLE[ANY, line[1], line[2]]
+    return TABLE.get(key) or TABLE[key._replace(architecture=ANY)]
 
 
-def fitting(line: Line, vocabulary: int) -> Tile:
+def tile_for(key: TileKey, vocabulary: int) -> Tile:
     """The table's tile, cut down for a vocabulary that one smaller tile covers."""
-    best = chosen(line)
+    best = table_tile(key)
     covering = max(SMALLEST, 1 << (max(vocabulary, 1) - 1).bit_length())
     if covering >= best.block:
         return best
     return Tile(covering, min(best.num_warps, max(1, covering // 256)), best.registers)
-
-
-def candidates(line: Line) -> list[Tile]:
-    """The tiles worth timing for a line, the table's own first."""
-    amd = line[0].startswith("gfx")
-    warp = 64 if amd else 32
-    found = [
-        Tile(block, warps, registers)
-        for block in BLOCKS
-        for warps in WARPS
-        for registers in (REGISTERS[:1] if amd else REGISTERS)
-        for columns in [block // (warp * warps)]
-        if columns * line[2] >= LOAD and columns <= MOST_COLUMNS and warp * warps * (registers or 0) <= REGISTER_FILE
-    ]
-    return list(dict.fromkeys([chosen(line), *found]))

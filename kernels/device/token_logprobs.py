@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from ..language import jit, tl
-from ..maths.decomposition import about_side
+from ..maths.decomposition import side_stats
 from ..maths.moments import log_sum
 from .args import TOKEN_SAVED as SAVED
 from .args import TokenScalars, load_token_scalars, store_token_scalars
-from .loads import load_side, row_start, spread
-from .rows import Side, grad_of, pack, store_zeros
-from .tiles import Line, architecture, fitting
+from .backward import store_gradient, store_zeros
+from .loads import load_logits, row_start
+from .rows import Logits, grad_arg, logits_arg
+from .tiles import TileKey, architecture, tile_for
 
 __all__ = ["SAVED", "gradient", "value"]
 
@@ -26,7 +27,7 @@ __all__ = ["SAVED", "gradient", "value"]
 @jit
 def _finite(side, row, cols, mask):
     """Logits with −inf made finite, and their derivative by the stored number, in the shape of `cols`."""
-    s, slope = load_side(side, row_start(side, row), cols, mask)
+    s, slope = load_logits(side, row_start(side, row), cols, mask)
     return tl.where(s < -1e30, -1e30, s), slope
 
 
@@ -34,7 +35,7 @@ def _finite(side, row, cols, mask):
 def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ptr + row).to(tl.int32)
-    top, total, warmth = -1e20, 0.0, 0.0
+    top, total, entropy_sum = -1e20, 0.0, 0.0
     for start in range(0, tl.where(y >= 0, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
         s, slope = _finite(side, row, cols, cols < V)
@@ -44,14 +45,16 @@ def _value(side, token_ptr, saved_ptr, V, inv_tau, BLOCK: tl.constexpr):
         scale = tl.exp(move)
         z = (s - raised) * inv_tau
         e = tl.where(live, tl.exp(z), 0.0)
-        warmth = tl.where(scale > 0, scale * (warmth + move * total), 0.0) + tl.sum(tl.where(live, e * z, 0.0))
+        entropy_sum = tl.where(scale > 0, scale * (entropy_sum + move * total), 0.0) + tl.sum(
+            tl.where(live, e * z, 0.0)
+        )
         total = scale * total + tl.sum(e)
         top = raised
     s_y, slope_y = _finite(side, row, y, y >= 0)
-    alone = total == 0
-    top = tl.where(alone, s_y, top)
-    rest = tl.where(alone, -1e30, log_sum(total))
-    stats = about_side(rest, warmth, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
+    only_target = total == 0
+    top = tl.where(only_target, s_y, top)
+    rest = tl.where(only_target, -1e30, log_sum(total))
+    stats = side_stats(rest, entropy_sum, (s_y - top) * inv_tau, 0.0, 0.0, s_y != -1e30, y < 0)
     counted = y >= 0
     entropy = tl.where(stats.entropy < 0, 0.0, stats.entropy)  # a maximum would drop NaN
     centre, logprob = tl.where(counted, top, 0.0), tl.where(counted, stats.logprob, 0.0)
@@ -77,33 +80,31 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
             g = tl.where((cols < V) & (cols != y), g, 0.0)
             at_y -= tl.sum(g)  # a row's gradient sums to 0: at the token nothing cancels this way
             slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s <= -1e30, 0.0, 1.0), 0.0))
-            out = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
-            tl.store(out, (g * inv_tau * slope).to(grad.ptr.dtype.element_ty), mask=cols < V)
+            store_gradient(grad, row, cols, g * inv_tau, slope, V)
         tl.debug_barrier()  # the 0 that a tile wrote there may be another warp's, and still on its way
-        out = grad.ptr + row * grad.stride_n + spread(y, grad.stride_v)
-        tl.store(out, (at_y * inv_tau * slope_y).to(grad.ptr.dtype.element_ty))
+        store_gradient(grad, row, y, at_y * inv_tau, slope_y, None)
     else:
         store_zeros(grad, row, BLOCK)
 
 
-def line(side: Side) -> Line:
-    """The line of the table that logits run with."""
-    return architecture(side.x.device), "light", side.x.element_size()
+def tile_key(side: Logits) -> TileKey:
+    """The key of the table that logits run with."""
+    return TileKey(architecture(side.x.device), "light", side.x.element_size())
 
 
-def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> Any:
+def value(side: Logits, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> Any:
     """Fills `saved` (N, SAVED): centre, log-sum-exp above it, log q of the token, entropy; zeros where token < 0."""
     if len(saved):
         vocabulary = side.x.shape[2]
-        best = fitting(line(side), vocabulary)
+        best = tile_for(tile_key(side), vocabulary)
         return _value[(len(saved),)](
-            pack(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
+            logits_arg(side), tokens, saved, vocabulary, 1.0 / temperature, BLOCK=best.block, **best.options()
         )
     return None
 
 
 def gradient(
-    side: Side,
+    side: Logits,
     tokens: torch.Tensor,
     saved: torch.Tensor,
     upstream: torch.Tensor,
@@ -113,9 +114,9 @@ def gradient(
     """Writes upstream (N, 2) · d(log q_y, H)/dx into `out` (N, V), which may lie over the logits."""
     if len(out):
         vocabulary = side.x.shape[2]
-        best = fitting(line(side), vocabulary)
+        best = tile_for(tile_key(side), vocabulary)
         return _gradient[(len(out),)](
-            pack(side), tokens, saved, upstream, grad_of(out, vocabulary), vocabulary, 1.0 / temperature,
+            logits_arg(side), tokens, saved, upstream, grad_arg(out, vocabulary), vocabulary, 1.0 / temperature,
             BLOCK=best.block, **best.options(),
         )  # fmt: skip
     return None

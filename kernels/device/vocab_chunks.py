@@ -5,8 +5,8 @@
     gradient    dZ of a chunk, from the row scalars
 
 What lies between the sweeps is a few numbers per row and is computed in torch (fusedkd/schedules/vocab_chunks.py). The
-token that holds most of a row's mass is left out of dZ: its entry is minus the sum of all others (rows.py), known at
-the end.
+token that holds most of a row's mass is left out of dZ: its entry is minus the sum of all others (backward.py), known
+at the end.
 """
 
 from typing import Any
@@ -18,12 +18,12 @@ from ..maths.definition import OnlineForm
 from ..maths.quantities import Centre, EntropySums, LogNorms, LogSumExp, Maxima
 from .args import (
     CARRY,
+    DOMINANT,
     EMPTY,
-    FOUND,
     RowContext,
     RowSums,
     carry_at,
-    found_at,
+    dominant_at,
     load_carried_state,
     load_carry,
     load_extras,
@@ -32,14 +32,16 @@ from .args import (
     load_sums,
     store_carried,
     store_carried_label,
-    store_found,
+    store_chunk_dominant,
     store_sums,
 )
-from .loads import load_pair, row_ptrs, row_values
-from .rows import Problem, Side, arguments, grad_of, gradient_sweep, label_of, statistics, store_zeros, term_sums, tile
+from .backward import gradient_sweep, store_zeros
+from .forward import statistics_sweep, term_sweep
+from .loads import label_of, load_pair, row_ptrs, row_values
+from .rows import Logits, Problem, arguments, grad_arg, tile
 from .tiles import Tile
 
-__all__ = ["CARRY", "EMPTY", "FOUND", "absorb", "add_sums", "gradient", "online_of"]
+__all__ = ["CARRY", "DOMINANT", "EMPTY", "absorb", "add_sums", "gradient", "online_of"]
 
 
 def online_of(problem: Problem) -> OnlineForm:
@@ -66,7 +68,7 @@ def _absorb(
         )
         y = label - first
         ptrs = row_ptrs(student, teacher, row)
-        _, acc, cross = statistics(
+        _, acc, cross = statistics_sweep(
             student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, LogSumExp(carry.ce_top, carry.ce_total),
             ADVANCE, False, BLOCK, THREADS,
         )  # fmt: skip
@@ -94,13 +96,13 @@ def _add_sums(
         ctx = RowContext(ptrs, y, V, scales.inv_tau, mix, centre)
         log_norms = LogNorms(scalars.l_s, scalars.l_t, scalars.r)
         sums = load_sums(sums_ptr, row)
-        sums = term_sums(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK, THREADS)
+        sums = term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK, THREADS)
         store_sums(sums_ptr, row, sums)
 
 
 @jit
 def _gradient(
-    student, teacher, label_ptr, saved_ptr, upstream_ptr, found_ptr, grad, V, first, scales, numbers,
+    student, teacher, label_ptr, saved_ptr, upstream_ptr, dominant_ptr, grad, V, first, scales, numbers,
     TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -115,22 +117,22 @@ def _gradient(
             student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, upstream, theta, TERM,
             BLOCK, THREADS,
         )  # fmt: skip
-        at = found_at(found_ptr, row)
+        at = dominant_at(dominant_ptr, row)
         rest = dominant.rest + load_rest(at)
         tl.debug_barrier()  # every warp reads the sum, one writes it
-        store_found(at, rest, dominant, first)
+        store_chunk_dominant(at, rest, dominant, first)
     else:
         store_zeros(grad, row, BLOCK)
 
 
-def _tile(problem: Problem, student: Side, teacher: Side, width: int) -> Tile:
+def _tile(problem: Problem, student: Logits, teacher: Logits, width: int) -> Tile:
     return tile(problem._replace(vocab_size=max(width, 1)), student, teacher)
 
 
 def absorb(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     carry: torch.Tensor,
     first: int,
@@ -149,8 +151,8 @@ def absorb(
 
 def add_sums(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     sums: torch.Tensor,
@@ -168,20 +170,20 @@ def add_sums(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor,
-    found: torch.Tensor,
+    dominant: torch.Tensor,
     out: torch.Tensor,
     first: int,
 ) -> Any:
-    """Writes a chunk's dZ into `out` (N, chunk); the likeliest token is left out and noted in `found` (N, FOUND)."""
+    """Writes a chunk's dZ into `out` (N, chunk), 0 for the dominant token, which goes into `dominant` (N, DOMINANT)."""
     best = _tile(problem, student, teacher, out.shape[1])
     common = arguments(problem, student, teacher)
     return _gradient[(len(out),)](
-        common["student"], common["teacher"], labels, saved, upstream, found, grad_of(out),
+        common["student"], common["teacher"], labels, saved, upstream, dominant, grad_arg(out),
         problem.vocab_size, first, common["scales"], common["numbers"], TERM=problem.definition.term,
         EXTRAS=problem.definition.extras, **best.launch(),
     )  # fmt: skip

@@ -2,14 +2,14 @@
 
     AKL = s₁/(s₁+s₂)·KL(p‖q) + s₂/(s₁+s₂)·KL(q‖p),  s₁ = Σ_head |p−q|, s₂ = Σ_tail |p−q|
 
-The head is what the teacher holds likeliest: its favourite, always, and every token k whose inclusive cumulative
+The head is what the teacher holds likeliest: its argmax, always, and every token k whose inclusive cumulative
 probability F(u_k) = Σ_{u_j ≥ u_k} p_j is at most μ. Equal logits have equal F: they are in the head together or not at
-all (the author's sort splits them by chance); of several favourites the first is in.
+all (the author's sort splits them by chance); of several that are largest the first is in.
 Gradient: that of frkl.py at w = s₂/(s₁+s₂); the weights are constants, as the author detaches them.
 The cut is found without sorting: F falls as the logit rises, so bisection on the logit's order-preserving integer image
 finds it exactly, two bits a sweep: 16 sweeps over the teacher's row alone, which stays in cache. One sweep of both then
 adds s₁ and s₂; F and Φ come from frkl's one-sweep form.
-Edge cases: p = q has no disagreement to weigh: w = ½. μ = 0 leaves the favourite in the head, μ = 1 is forward KL.
+Edge cases: p = q has no disagreement to weigh: w = ½. μ = 0 leaves the argmax in the head, μ = 1 is forward KL.
 A sum over tokens only at given weights, so no target/non-target weights of its own; the statistics split frkl(w).
 Source: Wu et al., Rethinking KL divergence in knowledge distillation for LLMs, COLING 2025 (arXiv 2404.02657), eq. 11
 to 13, and the author's code (μ = 0.5).
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..device.loads import columns, load_pair
+from ..device.loads import load_normalized, load_pair
 from ..language import formula, jit, tl
-from ..maths.definition import Definition, Derived, Form, Gather, Parameter
+from ..maths.definition import Definition, Derived, Form, Parameter, RowParameters
 from ..maths.elementary import expm1_product
 from .fkl import sums as forward_sums
 from .fkl import term as forward_term
@@ -58,7 +58,7 @@ def _image(x):
 
 
 @jit
-def gather(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
+def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
     """The weights of both KLs."""
     mu = theta[0]
     low = tl.full((), -2147483648, tl.int64)  # F > μ here, unless everything is in the head
@@ -70,7 +70,7 @@ def gather(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
             cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
             x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < 0)
             u = ((x.t - ctx.centre.c_t) - ctx.centre.k) * ctx.inv_tau
-            p = tl.where(x.live, tl.exp(u - at.l_t), 0.0)
+            p = tl.where(x.live, tl.exp(u - log_norms.l_t), 0.0)
             image = _image(x.t)
             first += tl.sum(tl.where(image >= low + part, p, 0.0))
             second += tl.sum(tl.where(image >= low + 2 * part, p, 0.0))
@@ -83,29 +83,29 @@ def gather(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
     high = tl.where(mu >= 1, -2147483648, high)
 
     gap_y = tl.abs(expm1_product(tl.exp(label.logq), tl.exp(label.logp), label.delta))
-    head, tail, favourite = 0.0, 0.0, 0.0
+    head, tail, gap_argmax = 0.0, 0.0, 0.0
     top = tl.full((), -2147483649, tl.int64)
     for start in range(0, ctx.V, BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        x, live, t = columns(student, teacher, ctx, at, cols)
+        x, live, t = load_normalized(student, teacher, ctx, log_norms, cols)
         gap = tl.where(live, tl.abs(expm1_product(x.q, x.p, x.delta)), 0.0)
-        is_label = (cols == ctx.y) & label.present
+        is_label = (cols == ctx.y) & label.in_support
         gap = tl.where(is_label, gap_y, gap)
         image = tl.where(live | is_label, _image(t), -2147483649)
         head += tl.sum(tl.where(image >= high, gap, 0.0))
         tail += tl.sum(tl.where(image >= high, 0.0, gap))
         best = tl.max(image)
         where = tl.min(tl.where(image == best, cols, 2147483647))
-        favourite = tl.where(best > top, tl.sum(tl.where(cols == where, gap, 0.0)), favourite)
+        gap_argmax = tl.where(best > top, tl.sum(tl.where(cols == where, gap, 0.0)), gap_argmax)
         top = tl.maximum(top, best)
     both = head + tail
-    head = tl.where(top < high, favourite, head)  # a head of nothing gets the favourite
-    tail = tl.where(top < high, tl.maximum(both - favourite, 0.0), tail)
+    head = tl.where(top < high, gap_argmax, head)  # a head of nothing gets the argmax
+    tail = tl.where(top < high, tl.maximum(both - gap_argmax, 0.0), tail)
     sure = tl.where(both > 0, both, 1.0)
     return (tl.where(both > 0, head / sure, 0.5), tl.where(both > 0, tail / sure, 0.5)), ()
 
 
-def _gather_whole(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
+def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
     """The weights on whole rows, by the same bisection."""
     q, p, _, _, delta = whole.columns()
     mu = theta[0] + torch.zeros_like(p[:, :1])
@@ -132,10 +132,10 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float) -> torch.Tensor
     """The author's rule by sorting, weights detached."""
     p, q = logp.exp(), logq.detach().exp()
     order = torch.sort(p, dim=-1, descending=True, stable=True).indices
-    inside = (p.gather(-1, order).cumsum(-1) <= mu) | (mu >= 1)  # a sum of all may round above 1
-    inside[..., 0] = True
+    in_head = (p.gather(-1, order).cumsum(-1) <= mu) | (mu >= 1)  # a sum of all may round above 1
+    in_head[..., 0] = True
     gap = (p - q).abs().gather(-1, order)
-    head, tail = torch.where(inside, gap, 0.0).sum(-1), torch.where(inside, 0.0, gap).sum(-1)
+    head, tail = torch.where(in_head, gap, 0.0).sum(-1), torch.where(in_head, 0.0, gap).sum(-1)
     both = head + tail
     w = torch.where(both > 0, tail / both, 0.5)
     forward, reverse = FRKL.reference(logp, logq, 0.0), FRKL.reference(logp, logq, 1.0)
@@ -150,7 +150,7 @@ ADAPTIVE = Definition(
     parameters=(HEAD,),
     online=FRKL.online._replace(sums=sums),
     reads_logs=False,
-    gather=Gather(gather, _gather_whole, 2),
+    row_parameters=RowParameters(row_parameters, _row_parameters_torch, 2),
     separable=False,
 )
 

@@ -9,8 +9,8 @@ With a = log(m(cδ)/q^c)/c and b = a − δ (mixture.py; a = λδ at c = 0), log
 w_k = ∂(log q + a)/∂log q_k = (1−λ) e^{−ca}. The base is evaluated between r (in the student's place) and o = p or q (in
 the teacher's), for the orders rp and rq with its arguments exchanged, which for α-β is (α, β) → (β, α).
 Gradient: with φ = ∂f/∂log r and Φ = Σ φ, phi = w (φ − r Φ), plus ∂f/∂log q at fixed r where o = q; then
-dL/dz_k = phi_k − q_k Σ phi. R and Φ belong to the row: two sweeps of their own find them (`Gather`), the second one
-the sums too. Four reads of the logits for value and gradient, and one write.
+dL/dz_k = phi_k − q_k Σ phi. R and Φ belong to the row: two sweeps of their own find them (`RowParameters`), the second
+one the sums too. Four reads of the logits for value and gradient, and one write.
 The mixture's normaliser depends on q, so D is no sum over tokens with nothing but p and q in it: no target/non-target
 split, no decoupled form; these statistics are NaN.
 Edge cases: λ = 0 is r = q, λ = 1 is r = p. Base, one of the α-β family: fkl, rkl, ab, alpha.
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from ..device.loads import columns
+from ..device.loads import load_normalized
 from ..language import formula, jit, tl
 from ..maths.decomposition import or_infinite
-from ..maths.definition import TWO_SWEEPS, Definition, Derived, Form, Gather, Parameter
+from ..maths.definition import TWO_SWEEPS, Definition, Derived, Form, Parameter, RowParameters
 from ..maths.elementary import expm1_product, log1p
 from ..maths.mixture import log_mixture
 from ..maths.moments import log_sum
@@ -100,27 +100,27 @@ def log_total(near, far):
 
 
 @jit
-def _gather(student, teacher, ctx, at, label, theta, PARTS, BLOCK: tl.constexpr):
+def _row_parameters(student, teacher, ctx, log_norms, label, theta, PARTS, BLOCK: tl.constexpr):
     """(log R, Φ), (F, Σ phi): two sweeps over the columns, the label's added by hand."""
-    logq_y, logp_y, delta_y, present = label.logq, label.logp, label.delta, label.present
+    logq_y, logp_y, delta_y, in_support = label.logq, label.logp, label.delta, label.in_support
     q_y = tl.exp(logq_y)
     near, far = growth(q_y, logq_y, logp_y, delta_y, theta)
-    near = tl.where(present, near, 0.0)
-    far = tl.where(present, far, 0.0)
+    near = tl.where(in_support, near, 0.0)
+    far = tl.where(in_support, far, 0.0)
     for start in range(0, ctx.V, BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        x, live, t = columns(student, teacher, ctx, at, cols)
+        x, live, t = load_normalized(student, teacher, ctx, log_norms, cols)
         more, r = growth(x.q, x.logq, x.logp, x.delta, theta)
         near += tl.sum(tl.where(live, more, 0.0))
         far += tl.sum(tl.where(live, r, 0.0))
     log_r_sum = log_total(near, far)
     known = theta + (log_r_sum, 0.0)
     f_y, phi_y, share_y, r_y, direct_y = PARTS(q_y, tl.exp(logp_y), logq_y, logp_y, delta_y, known)
-    mass = tl.where(present, phi_y, 0.0)
+    mass = tl.where(in_support, phi_y, 0.0)
     total, shared, weight, direct, widest = 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, ctx.V, BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        x, live, t = columns(student, teacher, ctx, at, cols)
+        x, live, t = load_normalized(student, teacher, ctx, log_norms, cols)
         f, phi, share, r, past = PARTS(x.q, x.p, x.logq, x.logp, x.delta, known)
         total += tl.sum(tl.where(live, f, 0.0))
         mass += tl.sum(tl.where(live, phi, 0.0))
@@ -132,26 +132,26 @@ def _gather(student, teacher, ctx, at, label, theta, PARTS, BLOCK: tl.constexpr)
 
 
 @jit
-def gather_teacher(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
+def row_parameters_teacher(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
     """For orders pr and rp."""
-    return _gather(student, teacher, ctx, at, label, theta, parts_teacher, BLOCK)
+    return _row_parameters(student, teacher, ctx, log_norms, label, theta, parts_teacher, BLOCK)
 
 
 @jit
-def gather_student(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
+def row_parameters_student(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
     """For orders qr and rq."""
-    return _gather(student, teacher, ctx, at, label, theta, parts_student, BLOCK)
+    return _row_parameters(student, teacher, ctx, log_norms, label, theta, parts_student, BLOCK)
 
 
 def _whole_rows(parts: Any) -> Any:
-    def gather(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
+    def row_parameters(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
         columns = whole.columns()
         near, far = growth.torch(columns[0], *columns[2:], theta)
         log_r_sum = log_total.torch(near.sum(-1, keepdim=True), far.sum(-1, keepdim=True))
         _, phi, _, _, _ = parts.torch(*columns, (*theta, log_r_sum, 0.0 * log_r_sum))
         return log_r_sum.squeeze(-1), phi.sum(-1)
 
-    return gather
+    return row_parameters
 
 
 def reference_teacher(
@@ -182,21 +182,21 @@ LAM = Parameter("lam", 0.5, "0: the mixture is the student, 1: the teacher", low
 BASE = (Parameter("base_alpha", 1.0, "alpha of ab"), Parameter("base_beta", 0.0, "beta of ab"))
 
 
-def _definition(name: str, term: Any, reference: Any, gather: Any, parts: Any) -> Definition:
+def _definition(name: str, term: Any, reference: Any, row_parameters: Any, parts: Any) -> Definition:
     return Definition(
         name,
         term,
         reference,
         parameters=(ALPHA, LAM, *BASE),
-        online=TWO_SWEEPS._replace(tile="gathered"),
-        gather=Gather(gather, _whole_rows(parts), 2),
+        online=TWO_SWEEPS._replace(tile="many"),
+        row_parameters=RowParameters(row_parameters, _whole_rows(parts), 2),
         separable=False,
         splits=False,
     )
 
 
-TEACHER = _definition("amid_teacher", term_teacher, reference_teacher, gather_teacher, parts_teacher)
-STUDENT = _definition("amid_student", term_student, reference_student, gather_student, parts_student)
+TEACHER = _definition("amid_teacher", term_teacher, reference_teacher, row_parameters_teacher, parts_teacher)
+STUDENT = _definition("amid_student", term_student, reference_student, row_parameters_student, parts_student)
 _FAMILY = {"fkl": lambda: (1.0, 0.0), "rkl": lambda: (0.0, 1.0), "ab": lambda alpha, beta: (alpha, beta)}
 
 

@@ -28,4 +28,4 @@ def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((logp / 2).exp() - (logq / 2).exp()).square().sum(-1)
 
 
-HELLINGER = Definition("hellinger", term, reference, reads_logs=False, gather=SATURATING)
+HELLINGER = Definition("hellinger", term, reference, reads_logs=False, row_parameters=SATURATING)

@@ -48,5 +48,5 @@ JSD = Definition(
     reference,
     parameters=(Parameter("beta", 0.5, "0: forward KL, 1: reverse KL", low=0.0, high=1.0),),
     reads_logs=False,
-    gather=SATURATING,
+    row_parameters=SATURATING,
 )

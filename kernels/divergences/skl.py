@@ -36,4 +36,4 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float) -> torch.Tenso
 
 
 LAM = Parameter("lam", 0.1, "weight in the mixture; 0: the plain KL, 1: zero", low=0.0, high=1.0)
-SKL = Definition("skl", term, reference, parameters=(LAM,), reads_logs=False, gather=SATURATING)
+SKL = Definition("skl", term, reference, parameters=(LAM,), reads_logs=False, row_parameters=SATURATING)

@@ -43,5 +43,5 @@ SRKL = Definition(
     reference,
     parameters=(LAM, Parameter("detach_mixture", False, "no gradient flows through the mixture")),
     reads_logs=False,
-    gather=SATURATING,
+    row_parameters=SATURATING,
 )

@@ -29,4 +29,4 @@ def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     return 0.5 * torch.nn.functional.l1_loss(logq.exp(), logp.exp(), reduction="none").sum(-1)
 
 
-TVD = Definition("tvd", term, reference, reads_logs=False, gather=SATURATING)
+TVD = Definition("tvd", term, reference, reads_logs=False, row_parameters=SATURATING)

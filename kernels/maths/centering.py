@@ -89,19 +89,19 @@ def beside_columns(centre, mix):
 
 
 @formula
-def target_terms(s_y, t_y, present, centre, inv_tau, mix, r):
+def target_terms(s_y, t_y, in_support, centre, inv_tau, mix, r):
     """TargetTerms; ABSENT, and r for d, where there is no target in the support."""
     c_s, c_t, k, m = centre
     zy, uy, dy = centred(s_y, t_y, centre, inv_tau, ())
     # An unlikely target stands far from both centres: without a large offset its plain difference is the exact one.
     dy = tl.where(tl.abs(c_t - c_s) < 8.0, (((t_y - s_y) - (c_t - c_s)) - k) * inv_tau, dy)
-    zy = tl.where(present, zy, -1e30)
-    own_uy = tl.where(present, uy, -1e30)
+    zy = tl.where(in_support, zy, -1e30)
+    own_uy = tl.where(in_support, uy, -1e30)
     uy = own_uy
     if len(mix) == 1:
-        uy = tl.where(present, mixed(zy, uy, dy, mix) - m, -1e30)
+        uy = tl.where(in_support, mixed(zy, uy, dy, mix) - m, -1e30)
         dy = mix[0] * dy - m
-    return TargetTerms(zy, uy, tl.where(present, dy, r), own_uy)
+    return TargetTerms(zy, uy, tl.where(in_support, dy, r), own_uy)
 
 
 @formula
@@ -145,20 +145,20 @@ def raise_maxima(maxima, s, t, live, inv_tau, mix):
 
 @formula
 def merge_maxima(maxima, inv_tau, mix):
-    """Raised: the maximum of Maxima (T,) of threads or of parts of a row, and the Move (T,) of each."""
-    part_s, part_t, part_mixed = maxima
-    top_s = tl.max(part_s)
-    top_t = tl.max(part_t)
-    top_mixed = tl.max(part_mixed)
+    """Raised: the maximum of Maxima (T,) of a row's threads or splits, and the Move (T,) of each."""
+    split_s, split_t, split_mixed = maxima
+    top_s = tl.max(split_s)
+    top_t = tl.max(split_t)
+    top_mixed = tl.max(split_mixed)
     centre, by = _move(maxima, top_s, top_t)
     if len(mix) == 1:
-        top_mixed = tl.max(part_mixed + by.log_s - mix[0] * by.d)
+        top_mixed = tl.max(split_mixed + by.log_s - mix[0] * by.d)
     return _moves(maxima, Maxima(top_s, top_t, top_mixed), centre, by, inv_tau, mix)
 
 
 @formula
-def at_offsets(s, t, centre, at, inv_tau, mix):
+def at_offsets(s, t, centre, log_norms, inv_tau, mix):
     """NormalizedTile of logits at a row's LogNorms."""
-    l_s, l_t, r = at
+    l_s, l_t, r = log_norms
     z, u, d = centred(s, t, centre, inv_tau, mix)
     return NormalizedTile(tl.exp(z - l_s), tl.exp(u - l_t), z - l_s, u - l_t, d - r, d)

@@ -63,20 +63,20 @@ def offsets(log_zs, log_zt, r, log_rest_q, log_rest_p, delta_rest, DECOUPLED: tl
 
 
 @formula
-def meet(maxima, state, s_y, t_y, present, inv_tau, mix, RATIO, DECOUPLED: tl.constexpr):
+def finalize_normalizers(maxima, state, s_y, t_y, in_support, inv_tau, mix, RATIO, DECOUPLED: tl.constexpr):
     """RowNorms of a row whose Maxima and online state are those of all its columns."""
     centre = centre_of(maxima, inv_tau, mix)
     log_zs = log_sum(state[0])
     log_zt = log_sum(state[1])
     r = RATIO(state)
-    zy, uy, dy, own_uy = target_terms(s_y, t_y, present, centre, inv_tau, mix, r)
+    zy, uy, dy, own_uy = target_terms(s_y, t_y, in_support, centre, inv_tau, mix, r)
     pair = binary(log_zs, log_zt, r, zy, uy, dy)
-    at = offsets(log_zs, log_zt, r, pair.log_rest_q, pair.log_rest_p, pair.delta_rest, DECOUPLED)
-    return RowNorms(centre, at, pair, OwnTerms(log_zs, zy, own_uy))
+    log_norms = offsets(log_zs, log_zt, r, pair.log_rest_q, pair.log_rest_p, pair.delta_rest, DECOUPLED)
+    return RowNorms(centre, log_norms, pair, OwnTerms(log_zs, zy, own_uy))
 
 
 @formula
-def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
+def combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
     """Decomposition: loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient's a, b, T, from F = total and Φ = mass.
 
     A loss of NaN makes b and T NaN, and with them the whole row of the gradient: a phi may compare and see no NaN.
@@ -107,14 +107,14 @@ def assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targ
 
 
 @formula
-def settle(total, mass, pair, present, theta, target, nontarget, TERM, DECOUPLED: tl.constexpr):
-    """Decomposition from F, Φ and Binary: `assemble` with the terms of the target and of the rest evaluated."""
+def decompose(total, mass, pair, in_support, theta, target, nontarget, TERM, DECOUPLED: tl.constexpr):
+    """Decomposition from F, Φ and Binary: `combine` with the terms of the target and of the rest evaluated."""
     logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     f_y, phi_y = TERM(tl.exp(logq_y), tl.exp(logp_y), logq_y, logp_y, delta_y, theta)
-    f_y = tl.where(present, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
-    phi_y = tl.where(present, phi_y, 0.0)
+    f_y = tl.where(in_support, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
+    phi_y = tl.where(in_support, phi_y, 0.0)
     f_rest, phi_rest = TERM(tl.exp(log_rest_q), tl.exp(log_rest_p), log_rest_q, log_rest_p, delta_rest, theta)
-    return assemble(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
+    return combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
 
 
 @formula
@@ -124,15 +124,15 @@ def or_infinite(total, widest):
 
 
 @formula
-def about_side(log_z, warmth, x_y, shift, alone, present, empty):
+def side_stats(log_z, entropy_sum, x_y, shift, target_logit, in_support, no_columns):
     """SideStats: entropy, log-probability of the target and log-sum-exp of one side.
 
-    log_z and warmth = Σ e^x x are of the other columns, x_y is the target's, all above `shift`; `alone` is the target's
-    logit where there are no others.
+    log_z and entropy_sum = Σ e^x x are of the other columns, x_y is the target's, all above `shift`; where there are no
+    other columns the log-sum-exp is target_logit.
     """
     logprob = -softplus(log_z - x_y)
     lse = log_z + softplus(x_y - log_z)
-    about_target = tl.where(present, tl.exp(logprob) * x_y, 0.0)
-    entropy = tl.where(empty, 0.0, lse - warmth * tl.exp(-lse) - about_target)
-    logprob = tl.where(present, tl.where(logprob <= -1e29, float("-inf"), logprob), float("-inf"))
-    return SideStats(entropy, logprob, tl.where(empty, alone, lse + shift))
+    about_target = tl.where(in_support, tl.exp(logprob) * x_y, 0.0)
+    entropy = tl.where(no_columns, 0.0, lse - entropy_sum * tl.exp(-lse) - about_target)
+    logprob = tl.where(in_support, tl.where(logprob <= -1e29, float("-inf"), logprob), float("-inf"))
+    return SideStats(entropy, logprob, tl.where(no_columns, target_logit, lse + shift))

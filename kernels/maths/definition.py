@@ -25,11 +25,11 @@ class OnlineForm(NamedTuple):
 TWO_SWEEPS = OnlineForm(tile="two")
 
 
-class Gather(NamedTuple):
+class RowParameters(NamedTuple):
     """How the last `extras` parameters of a definition are found on each row, on both backends.
 
-    kernel(student, teacher, ctx, state, at, label, theta, BLOCK) -> (extras, sums): from the online state or further
-        sweeps (device/loads.py); sums is (F, Φ) without the label's column if these sweeps found them too, else ().
+    kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK) -> (extras, sums): from the online state or
+        further sweeps (device/loads.py); sums is (F, Φ) without the label's column if these sweeps found them, else ().
     torch(whole, theta) -> extras: the same from whole rows (backends/torch_rows.py, `Whole`).
     """
 
@@ -91,7 +91,7 @@ class Definition:
         another way than `term`; tests differentiate it in float64.
     parameters: theta, in its order.
     reads_logs: whether `term` uses logq and logp; the CPU path makes them only then (else they are None).
-    gather: for parameters that the row itself decides (amid.py, akl.py): sweeps that append them to theta.
+    row_parameters: those that each row finds for itself (amid.py, akl.py), and how; they follow the others in theta.
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
     online: the one-sweep form where there is one, accurate where every parameter is at least its `one_sweep_from`. Its
@@ -104,7 +104,7 @@ class Definition:
     parameters: tuple[Parameter, ...] = ()
     online: OnlineForm = TWO_SWEEPS
     reads_logs: bool = True
-    gather: "Gather | None" = None
+    row_parameters: "RowParameters | None" = None
     separable: bool = True
     splits: bool = True
 
@@ -112,7 +112,7 @@ class Definition:
         if reduction := reduction_over_threads(self.online.advance):
             raise ValueError(
                 f"the one-sweep form of {self.name!r} reduces a tile by {reduction}; a row's sums are kept per thread, "
-                "so `advance` must use fusedkd.kernels.device.thread_sums.thread_sum and thread_max instead"
+                "so `advance` must use fusedkd.kernels.maths.reductions.thread_sum and thread_max instead"
             )
 
     @property
@@ -123,7 +123,7 @@ class Definition:
     @property
     def extras(self) -> int:
         """How many numbers each row adds to theta."""
-        return 0 if self.gather is None else self.gather.extras
+        return 0 if self.row_parameters is None else self.row_parameters.extras
 
     @property
     def sweeps(self) -> tuple[OnlineForm, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..language import formula, jit, tl
-from .definition import Gather
+from .definition import RowParameters
 from .elementary import expm1_ratio, log1p
 
 NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
@@ -51,7 +51,7 @@ def log_mixture(weight, delta, far):
 
 
 @jit
-def _far_kernel(student, teacher, ctx, state, at, label, theta, BLOCK: tl.constexpr):
+def _far_kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
     return (tl.where(state[3] < 0.5 * state[0], 0.0, 1.0),), ()
 
 
@@ -59,4 +59,4 @@ def _far_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     return (torch.where(whole.near, 0.0, 1.0).to(whole.dtype),)
 
 
-SATURATING = Gather(_far_kernel, _far_torch, 1)
+SATURATING = RowParameters(_far_kernel, _far_torch, 1)

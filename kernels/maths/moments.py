@@ -37,17 +37,17 @@ def log_sum(z):
 
 
 @formula
-def entropies_advance(warmth, zeroth, log_s, log_t, z, u, live):
+def entropies_advance(entropy_sums, zeroth, log_s, log_t, z, u, live):
     """EntropySums with a tile; zeroth is Z_s before it, and log_s, log_t say how z and u move."""
-    warm_s, warm_t, sum_t = warmth
+    entropy_s, entropy_t, sum_t = entropy_sums
     to_s = tl.exp(log_s)
     to_t = tl.exp(log_t)
-    warm_s = to_s * warm_s + tl.where(to_s > 0, to_s * log_s, 0.0) * zeroth
-    warm_t = to_t * warm_t + tl.where(to_t > 0, to_t * log_t, 0.0) * sum_t
-    warm_s += thread_sum(tl.where(live, tl.exp(z) * z, 0.0))
-    warm_t += thread_sum(tl.where(live, tl.exp(u) * u, 0.0))
+    entropy_s = to_s * entropy_s + tl.where(to_s > 0, to_s * log_s, 0.0) * zeroth
+    entropy_t = to_t * entropy_t + tl.where(to_t > 0, to_t * log_t, 0.0) * sum_t
+    entropy_s += thread_sum(tl.where(live, tl.exp(z) * z, 0.0))
+    entropy_t += thread_sum(tl.where(live, tl.exp(u) * u, 0.0))
     sum_t = to_t * sum_t + thread_sum(tl.where(live, tl.exp(u), 0.0))
-    return EntropySums(warm_s, warm_t, sum_t)
+    return EntropySums(entropy_s, entropy_t, sum_t)
 
 
 @formula

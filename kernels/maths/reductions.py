@@ -41,7 +41,7 @@ def thread_max(x):
 
 @formula(torch=lambda x: x)
 def broadcast_per_thread(x):
-    """Broadcast a number of each thread, (T,), to a tile's shape, (1, T, 1); a number of the row passes through."""
+    """Broadcast a per-thread value (T,) to the shape of a tile (R, T, V), as (1, T, 1); scalars pass through."""
     if len(x.shape) == 1:
         return x[None, :, None]  # (1, T, 1)
     else:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .head import Head
-from .kernels.device.rows import Side as KernelSide
+from .kernels.device.rows import Logits
 
 Side = torch.Tensor | Head
 _PARTS = ("hidden", "weight", "bias")
@@ -30,10 +30,10 @@ class Source(NamedTuple):
         """N."""
         return self.x.shape[0] * self.x.shape[1] if self.weight is None else self.x.shape[0]
 
-    def side(self, products: torch.Tensor, bias: torch.Tensor | None) -> KernelSide:
+    def side(self, products: torch.Tensor, bias: torch.Tensor | None) -> Logits:
         """Products (n, v) of hidden states with rows of the weight, and these rows' bias, as kernels take them."""
         scale = None if self.scale == 1.0 else self.scale
-        return KernelSide(products.unsqueeze(0), bias, scale, self.softcap or None)
+        return Logits(products.unsqueeze(0), bias, scale, self.softcap or None)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -223,7 +223,3 @@ def install(
     from fusedkd import backends
 
     backends.interpreted = lambda: True  # CPU tensors may ask for Triton
-    # split_rows.one_read asks how many of a row's programs fit on the device
-    of_gpu, major = torch.cuda.get_device_properties, capability // 10
-    here = types.SimpleNamespace(multi_processor_count=PLACES, major=major, minor=capability % 10)
-    torch.cuda.get_device_properties = lambda device=None: here if str(device) == "cpu" else of_gpu(device)

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 
 from ..kernels.device import rows as triton_rows
-from ..kernels.device import split_rows as triton_parts
+from ..kernels.device import split_rows as triton_split_rows
 from ..kernels.device.rows import Problem
 from ..kernels.language import HAS_TRITON, interpreted
 from . import torch_compiled, torch_rows
-from .tuning import check, tuned
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured"
@@ -18,21 +17,21 @@ FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured
 def row_functions(backend: str) -> Any:
     """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
     if backend == "triton":
-        return tuned(triton_rows)
+        return triton_rows
     return torch_compiled if backend == "compiled" else torch_rows
 
 
 def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> Any:
     """The module whose value, gradient and value_and_gradient serve logits (outer, inner, V) of one call."""
-    if backend == "triton" and splits_rows(problem, x):
-        return triton_parts
+    if backend == "triton" and shares_rows(problem, x):
+        return triton_split_rows
     return row_functions(backend)
 
 
-def splits_rows(problem: Problem, x: torch.Tensor) -> bool:
+def shares_rows(problem: Problem, x: torch.Tensor) -> bool:
     """Whether several programs share a row: where one program per row would leave most of a GPU idle."""
     few = x.is_cuda and x.shape[0] * x.shape[1] <= FEW_ROWS
-    return few and triton_parts.serves(problem)
+    return few and triton_split_rows.serves(problem)
 
 
 def choose_backend(asked: str, device: torch.device) -> str:
@@ -42,7 +41,6 @@ def choose_backend(asked: str, device: torch.device) -> str:
     """
     if asked not in ("auto", "triton", "torch", "compiled"):
         raise ValueError(f'backend must be "auto", "triton", "torch" or "compiled", got {asked!r}')
-    check(device)
     if asked == "compiled":
         if device.type != "cpu":
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.device.rows import Problem, Side
+from ..kernels.device.rows import Logits, Problem
 from ..kernels.device.vocab_chunks import CARRY, online_of
 from ..kernels.maths.centering import centred, raise_maxima
 from ..kernels.maths.decomposition import ABSENT
@@ -19,8 +19,8 @@ from .torch_rows import columnwise, logits, or_unknown, row_blocks
 
 def absorb(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     carry: torch.Tensor,
     first: int,
@@ -30,7 +30,7 @@ def absorb(
     advance = online_of(problem).advance.torch
     for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, carry):
         own = list(carry[rows].unsqueeze(-1).unbind(1))
-        maxima, warmth, ce, state = tuple(own[:3]), own[3:6], own[6:8], tuple(own[CARRY:])
+        maxima, entropy_sums, ce, state = tuple(own[:3]), own[3:6], own[6:8], tuple(own[CARRY:])
         if problem.ce_weight:
             ce = cross_entropy_advance.torch(ce, s, torch.ones_like(s, dtype=torch.bool))
         s, t, live = s[:, : problem.vocab_size], t[:, : problem.vocab_size], live[:, : problem.vocab_size]
@@ -51,15 +51,15 @@ def absorb(
             z, u, d = centred.torch(s, t, centre, inv_tau, mix)
             if with_stats:
                 _, plain, _ = centred.torch(s, t, centre, inv_tau, ())
-                warmth = entropies_advance.torch(warmth, state[0], move[0], own_log_t, z, plain, live)
+                entropy_sums = entropies_advance.torch(entropy_sums, state[0], move[0], own_log_t, z, plain, live)
             state = advance(state, move, z, u, d, exp.torch(z), exp.torch(u), live, _theta(problem, rows, carry))
-        carry[rows] = torch.cat((*maxima, *warmth, *ce, *picked, *state), -1)
+        carry[rows] = torch.cat((*maxima, *entropy_sums, *ce, *picked, *state), -1)
 
 
 def add_sums(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     sums: torch.Tensor,
@@ -77,12 +77,12 @@ def add_sums(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor,
-    found: torch.Tensor,
+    dominant: torch.Tensor,
     out: torch.Tensor,
     first: int,
 ) -> None:
@@ -94,7 +94,7 @@ def gradient(
         idle = up == 0  # its gradient is 0, whatever the row holds
         label = _local(labels, rows, first)
         g = torch.zeros_like(s)
-        likeliest = torch.zeros_like(s, dtype=torch.bool)
+        dominates = torch.zeros_like(s, dtype=torch.bool)
         if V:
             q, _, _, phi = _terms(problem, rows, s[:, :V], t[:, :V], saved)
             live = live[:, :V]
@@ -103,8 +103,8 @@ def gradient(
             if label is not None:
                 at = (torch.arange(V, device=s.device) == label) & live
                 inner, hot = torch.where(at, grad_y, inner), hot & ~at
-            g[:, :V], likeliest[:, :V] = inner.masked_fill(s[:, :V] <= ABSENT, 0.0), hot
-            found[rows, 0] += torch.where(hot, 0.0, inner).sum(-1)
+            g[:, :V], dominates[:, :V] = inner.masked_fill(s[:, :V] <= ABSENT, 0.0), hot
+            dominant[rows, 1] += torch.where(hot, 0.0, inner).sum(-1)
         g *= up * (problem.factor / problem.temperature)
         if problem.ce_weight:
             one = torch.zeros_like(s)
@@ -112,17 +112,17 @@ def gradient(
                 one = (torch.arange(s.shape[1], device=s.device) == label).to(s.dtype)
             g += up * problem.ce_weight * (exp.torch(s - ce_lse) - one)
         slope = slope if isinstance(slope, torch.Tensor) else torch.full_like(s, slope)
-        has = likeliest.any(-1)
-        top = likeliest.to(torch.int8).argmax(-1, keepdim=True)
-        numbers = torch.cat((top + float(first), s.gather(1, top), slope.gather(1, top)), -1)
-        found[rows, 1:] = torch.where(has.unsqueeze(-1), numbers, found[rows, 1:])
-        out[rows] = (g * slope).masked_fill_(likeliest, 0.0).masked_fill_(idle, 0.0).to(out.dtype)
+        has = dominates.any(-1)
+        top = dominates.to(torch.int8).argmax(-1, keepdim=True)
+        numbers = torch.cat((top + float(first), dominant[rows, 1:2], s.gather(1, top), slope.gather(1, top)), -1)
+        dominant[rows] = torch.where(has.unsqueeze(-1), numbers, dominant[rows])
+        out[rows] = (g * slope).masked_fill_(dominates, 0.0).masked_fill_(idle, 0.0).to(out.dtype)
 
 
 def _blocks(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     like: torch.Tensor,
     out: torch.Tensor | None = None,

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.device.rows import Problem, Side
+from ..kernels.device.rows import Logits, Problem
 from ..kernels.maths.centering import above_centre, at_offsets, centre_of, centred, mixed, no_maxima
-from ..kernels.maths.decomposition import ABSENT, about_side, meet, or_infinite, settle
+from ..kernels.maths.decomposition import ABSENT, decompose, finalize_normalizers, or_infinite, side_stats
 from ..kernels.maths.definition import Definition, OnlineForm
 from ..kernels.maths.elementary import exp
 from ..kernels.maths.moments import entropies_advance, log_sum
@@ -29,7 +29,7 @@ from .torch_rows import columnwise, floor_rows, row_blocks, shaped, stored
 
 __all__ = ["check", "check_rows", "floor_rows", "gradient", "value", "value_and_gradient"]
 
-_SCALARS = 11  # per row, before those that the row itself decides (Gather)
+_SCALARS = 11  # per row, before those that the row itself decides (RowParameters)
 # Never keep a number per column that can be calculated again: memory is slower.
 _OPTIONS: Any = dict.fromkeys(
     ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 1 << 20
@@ -141,10 +141,10 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
     inv_tau, mix, theta, online = numbers.inv_tau, numbers.mix, numbers.theta, kind.online
     zero = torch.zeros_like(s[:, :1])
     s_y = t_y = zero + ABSENT
-    present = zero > 0
+    in_support = zero > 0
     if y is not None and held is not None:
         s_y, t_y = (torch_rows.or_unknown(x.gather(1, y)) for x in (s, t))
-        present = live.gather(1, y)
+        in_support = live.gather(1, y)
         live = live & ~held
     # What does not count has e^z = e^u = 0, and may then be called live (moments.py).
     s, t = torch.where(live, s, ABSENT), torch.where(live, t, ABSENT)
@@ -152,14 +152,16 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
     z, u, d = centred.torch(s, t, centre, inv_tau, mix)
     # All columns at once: nothing came before them, and nothing moves.
     state = online.advance.torch(online.init.torch(), (0.0, 0.0, 0.0), z, u, d, exp.torch(z), exp.torch(u), True, theta)
-    met = meet.torch(maxima, state, s_y, t_y, present, inv_tau, mix, online.ratio.torch, kind.decoupled)
-    centre, at, target, own = met
+    row_norms = finalize_normalizers.torch(
+        maxima, state, s_y, t_y, in_support, inv_tau, mix, online.ratio.torch, kind.decoupled
+    )
+    centre, at, target, own = row_norms
     q, p, logq, logp, delta, d = at_offsets.torch(s, t, centre, at, inv_tau, mix)
     extras: tuple[torch.Tensor, ...] = ()
-    if kind.definition.gather is not None:
+    if kind.definition.row_parameters is not None:
         near = (state[3] < 0.5 * state[0]).squeeze(-1)
         columns, of_target = torch_rows.Columns(q, p, (logq, logp), delta), tuple(x.squeeze(-1) for x in target[:3])
-        found = kind.definition.gather.torch(torch_rows.Whole(near, s.dtype, t, y, columns, of_target), theta)
+        found = kind.definition.row_parameters.torch(torch_rows.Whole(near, s.dtype, t, y, columns, of_target), theta)
         extras = tuple(x.unsqueeze(-1) for x in found)
         theta = (*theta, *extras)
     if online.sums is not None:
@@ -168,46 +170,54 @@ def _value(pair: _Pair, numbers: _Numbers, kind: _Kind) -> tuple[torch.Tensor, t
         f, phi = kind.definition.term.torch(q, p, logq, logp, delta, theta)
         total, mass = (thread_sum.torch(torch.where(live, x, 0.0)) for x in (f, phi))
         total = or_infinite.torch(total, torch.where(live, d, 0.0).amax(-1, keepdim=True))
-    settled = settle.torch(
-        total, mass, target, present, theta, *numbers.weights, kind.definition.term.torch, kind.decoupled
+    settled = decompose.torch(
+        total, mass, target, in_support, theta, *numbers.weights, kind.definition.term.torch, kind.decoupled
     )
     *split, a, b, grad_y = settled
-    empty = (state[1] == 0) & ~(s_y + t_y).isnan()
-    loss, ce_lse = torch.where(empty, 0.0, split[0] * numbers.factor), zero
+    no_columns = (state[1] == 0) & ~(s_y + t_y).isnan()
+    loss, ce_lse = torch.where(no_columns, 0.0, split[0] * numbers.factor), zero
     if numbers.ce is not None and pair.label is not None:
         ce_lse = torch_rows.or_unknown(full.logsumexp(-1, keepdim=True))
         loss = loss + numbers.ce * (ce_lse - full.gather(1, pair.label))
     stats = zero
     if kind.with_stats:
         _, plain, _ = centred.torch(s, t, centre, inv_tau, ())
-        warmth = entropies_advance.torch((0.0, 0.0, 0.0), 0.0, 0.0, 0.0, z, plain, live)
-        sides = _about_sides(warmth, own, centre, inv_tau, (s_y, t_y), present, empty)
-        terms = [torch.where(empty, 0.0, x) for x in split]
+        entropy_sums = entropies_advance.torch((0.0, 0.0, 0.0), 0.0, 0.0, 0.0, z, plain, live)
+        sides = _about_sides(entropy_sums, own, centre, inv_tau, (s_y, t_y), in_support, no_columns)
+        terms = [torch.where(no_columns, 0.0, x) for x in split]
         if y is None:
             unknown = zero + torch.nan
             terms = [terms[0], unknown, unknown, unknown, unknown]
             sides = [(entropy, unknown, lse) for entropy, _, lse in sides]
         stats = torch.cat([*terms, *(x for both in zip(*sides, strict=True) for x in both)], -1)
-    scalars = (*centre, *at, *(torch.where(empty, 0.0, x) for x in (a, b, grad_y)), ce_lse, *extras)
+    scalars = (*centre, *at, *(torch.where(no_columns, 0.0, x) for x in (a, b, grad_y)), ce_lse, *extras)
     return loss, stats, torch.cat([x + zero for x in scalars], -1)
 
 
 def _about_sides(
-    warmth: tuple[torch.Tensor, ...],
+    entropy_sums: tuple[torch.Tensor, ...],
     own: tuple[torch.Tensor, ...],
     centre: tuple[Any, ...],
     inv_tau: torch.Tensor,
     at_target: tuple[torch.Tensor, torch.Tensor],
-    present: torch.Tensor,
-    empty: torch.Tensor,
+    in_support: torch.Tensor,
+    no_columns: torch.Tensor,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Entropy, log-probability of the target and log-sum-exp of the student and of the unmixed teacher."""
     log_zs, zy, own_uy = own
     c_s, c_t, k, _ = centre
     s_alone, t_alone = (x * inv_tau for x in at_target)
     return [
-        about_side.torch(log_zs, warmth[0], zy, c_s * inv_tau, s_alone, present, empty),
-        about_side.torch(log_sum.torch(warmth[2]), warmth[1], own_uy, (c_t + k) * inv_tau, t_alone, present, empty),
+        side_stats.torch(log_zs, entropy_sums[0], zy, c_s * inv_tau, s_alone, in_support, no_columns),
+        side_stats.torch(
+            log_sum.torch(entropy_sums[2]),
+            entropy_sums[1],
+            own_uy,
+            (c_t + k) * inv_tau,
+            t_alone,
+            in_support,
+            no_columns,
+        ),
     ]
 
 
@@ -230,14 +240,14 @@ def _gradient(
     q, p, logq, logp, delta, _ = at_offsets.torch(s, t, tuple(centre), offsets, numbers.inv_tau, numbers.mix)
     _, phi = kind.definition.term.torch(q, p, logq, logp, delta, (*numbers.theta, *extras))
     counts = live & ~(s <= ABSENT)
-    likeliest = counts & (q > 0.5)
+    dominates = counts & (q > 0.5)
     g = a * phi + b * q
     if held is not None:
-        likeliest = likeliest & ~held
+        dominates = dominates & ~held
         g = torch.where(held, grad_y, g)
-    g = torch.where(counts & ~likeliest, g, 0.0) * (upstream * numbers.factor * numbers.inv_tau)
+    g = torch.where(counts & ~dominates, g, 0.0) * (upstream * numbers.factor * numbers.inv_tau)
     entry = -thread_sum.torch(g)
-    top = torch.where(likeliest, _numbered(t), -1).amax(-1, keepdim=True)
+    top = torch.where(dominates, _numbered(t), -1).amax(-1, keepdim=True)
     at = top.clamp(min=0).long()
     to, V = pair.student[0] if out is None else out, t.shape[1]
     ce = None
@@ -245,7 +255,7 @@ def _gradient(
         is_label = torch.where(_numbered(full) == pair.label.int(), 1.0, 0.0)
         ce = upstream * numbers.ce * ((full - ce_lse).exp() - is_label)
         entry = entry + ce.gather(1, at)
-        g = torch.where(likeliest, 0.0, g + ce[:, :V])
+        g = torch.where(dominates, 0.0, g + ce[:, :V])
     if isinstance(slope, torch.Tensor):
         slope = slope.expand_as(full)
         g, entry = g * slope[:, :V], entry * slope.gather(1, at)
@@ -285,14 +295,19 @@ class _Block(NamedTuple):
 
 
 def _blocks(
-    problem: Problem, student: Side, teacher: Side, labels: torch.Tensor | None, n: int, out: torch.Tensor | None = None
+    problem: Problem,
+    student: Logits,
+    teacher: Logits,
+    labels: torch.Tensor | None,
+    n: int,
+    out: torch.Tensor | None = None,
 ) -> Iterator[_Block]:
     """The counted rows, a block at a time; other rows of `out` are zeroed."""
     V, device = problem.vocab_size, student.x.device
     width = student.x.shape[2] if problem.ce_weight else V
     zero = torch.zeros((), device=device)
 
-    def logits(side: Side, rows: torch.Tensor | slice, width: int) -> tuple[Any, ...]:
+    def logits(side: Logits, rows: torch.Tensor | slice, width: int) -> tuple[Any, ...]:
         bias = None if side.bias is None else side.bias[:width].detach()
         return (
             stored(side, rows, width).detach(),
@@ -356,8 +371,8 @@ def _write(
 
 def value(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     loss: torch.Tensor,
     saved: torch.Tensor | None,
@@ -374,8 +389,8 @@ def value(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor,
@@ -389,8 +404,8 @@ def gradient(
 
 def value_and_gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     upstream: torch.Tensor | None,
     out: torch.Tensor,

@@ -2,13 +2,13 @@
 
 import torch
 
-from ..kernels.device.rows import Side
-from ..kernels.maths.decomposition import about_side
+from ..kernels.device.rows import Logits
+from ..kernels.maths.decomposition import side_stats
 from ..kernels.maths.elementary import exp
 from .torch_rows import logits, or_unknown, row_blocks
 
 
-def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> None:
+def value(side: Logits, tokens: torch.Tensor, saved: torch.Tensor, temperature: float) -> None:
     """Fills `saved` (N, SAVED), as device.token_logprobs.value."""
     tiny = torch.finfo(saved.dtype).tiny
     saved.zero_()
@@ -19,20 +19,20 @@ def value(side: Side, tokens: torch.Tensor, saved: torch.Tensor, temperature: fl
         s_y = or_unknown(s.gather(1, y))
         s = s.scatter(1, y, -1e30)
         top = s.amax(-1, keepdim=True)
-        alone = top <= -1e30
-        top = torch.where(alone, s_y, top)
+        only_target = top <= -1e30
+        top = torch.where(only_target, s_y, top)
         z = (s - top).div_(temperature)
         e = exp.torch(z).masked_fill_(s <= -1e30, 0.0)
         total = e.sum(-1, keepdim=True)
-        rest = torch.where(alone, -1e30, total.clamp(min=tiny).log())
-        warmth = e.mul_(z).sum(-1, keepdim=True)
-        zy, never = (s_y - top) / temperature, torch.zeros_like(alone)
-        entropy, logprob, lse = about_side.torch(rest, warmth, zy, 0.0, zy, ~(s_y <= -1e30), never)
+        rest = torch.where(only_target, -1e30, total.clamp(min=tiny).log())
+        entropy_sum = e.mul_(z).sum(-1, keepdim=True)
+        zy, never = (s_y - top) / temperature, torch.zeros_like(only_target)
+        entropy, logprob, lse = side_stats.torch(rest, entropy_sum, zy, 0.0, zy, ~(s_y <= -1e30), never)
         saved[rows] = torch.cat((top, lse, logprob, entropy.clamp(min=0.0)), -1)
 
 
 def gradient(
-    side: Side,
+    side: Logits,
     tokens: torch.Tensor,
     saved: torch.Tensor,
     upstream: torch.Tensor,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.device.rows import Problem, Side
-from ..kernels.maths.decomposition import ABSENT, binary, offsets, or_infinite, settle
+from ..kernels.device.rows import Logits, Problem
+from ..kernels.maths.decomposition import ABSENT, binary, decompose, offsets, or_infinite
 from ..kernels.maths.elementary import Summand, exp, row_dots, softplus, tanh
 
 BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
@@ -39,22 +39,22 @@ class _Block(NamedTuple):
     lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of the student's and the teacher's logits
     y: torch.Tensor | None  # (n, 1) targets
     label: torch.Tensor | None  # (n, 1) labels
-    present: torch.Tensor  # (n,) the target is in the support
+    in_support: torch.Tensor  # (n,) the target is in the support
     at_target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) z − lse, u − lse, and d of the target
     raw: tuple[torch.Tensor, torch.Tensor]  # (n,) z and u of the target
     own: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # p̂, lse, u − lse of a teacher that p mixes
     teacher: torch.Tensor  # (n, V) its logits
     dead: torch.Tensor | None  # (n, V) columns outside the support
     holes: torch.Tensor | None  # (n, V) columns with q = 0 < p
-    empty: torch.Tensor | None  # (n,) nothing to compare but the label
+    no_columns: torch.Tensor | None  # (n,) nothing to compare but the label
     confident: torch.Tensor  # (n,) some q̂ exceeds one half
     near: torch.Tensor  # (n,) KL(q̂‖p̂) is small
 
 
 def value(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     loss: torch.Tensor,
     saved: torch.Tensor | None,
@@ -62,9 +62,9 @@ def value(
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as device.rows.value."""
     clear(loss, stats, saved)
-    room = _room(problem, loss)
+    workspace = _workspace(problem, loss)
     for rows in row_blocks(problem.vocab_size, labels, loss.shape[0], loss.device):
-        block = _open(problem, student, teacher, labels, rows, room)
+        block = _open(problem, student, teacher, labels, rows, workspace)
         _, _, scalars = _evaluate(problem, student, block, loss, stats)
         if saved is not None:
             saved[rows, : len(scalars)] = torch.stack(scalars, -1)
@@ -72,18 +72,18 @@ def value(
 
 def gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     saved: torch.Tensor,
     upstream: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), as device.rows.gradient."""
-    room = _room(problem, saved)
+    workspace = _workspace(problem, saved)
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
         scalars = saved[rows].unbind(-1)
-        block = _open(problem, student, teacher, labels, rows, room)
+        block = _open(problem, student, teacher, labels, rows, workspace)
         columns = _place(problem, block, *scalars[:3])
         extras = scalars[7 : 7 + problem.definition.extras]
         _, phi = _term(problem, block, columns, (*values_at(problem.parameters, rows, saved), *extras))
@@ -92,8 +92,8 @@ def gradient(
 
 def value_and_gradient(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     upstream: torch.Tensor | None,
     out: torch.Tensor,
@@ -102,14 +102,14 @@ def value_and_gradient(
 ) -> None:
     """Fills `loss`, `stats` and `out`, as device.rows.value_and_gradient."""
     clear(loss, stats)
-    room = _room(problem, loss)
+    workspace = _workspace(problem, loss)
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
-        block = _open(problem, student, teacher, labels, rows, room)
+        block = _open(problem, student, teacher, labels, rows, workspace)
         q, phi, scalars = _evaluate(problem, student, block, loss, stats)
         _write(problem, student, block, q, phi, scalars, upstream, out)
 
 
-def floor_rows(problem: Problem, teacher: Side, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
+def floor_rows(problem: Problem, teacher: Logits, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp, as device.rows.floor_rows."""
     out.zero_()
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device):
@@ -124,7 +124,7 @@ def clear(*tensors: torch.Tensor | None) -> None:
             tensor.zero_()
 
 
-def _room(problem: Problem, like: torch.Tensor) -> torch.Tensor:
+def _workspace(problem: Problem, like: torch.Tensor) -> torch.Tensor:
     """What the blocks of a call use in turn: q, p, d, z, u. New memory for each would cost page faults.
 
     The last two lie over the first two where the term does not read them. One piece, because glibc keeps what is freed
@@ -164,14 +164,14 @@ def row_blocks(
 
 
 def logits(
-    side: Side, rows: torch.Tensor | slice, width: int, dtype: torch.dtype
+    side: Logits, rows: torch.Tensor | slice, width: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """A side's first `width` logits at some rows, maybe a view, and their derivative by the stored numbers."""
     bias = None if side.bias is None else side.bias[:width]
     return shaped(stored(side, rows, width).to(dtype), bias, side.scale, side.softcap)
 
 
-def stored(side: Side, rows: torch.Tensor | slice, width: int) -> torch.Tensor:
+def stored(side: Logits, rows: torch.Tensor | slice, width: int) -> torch.Tensor:
     """What lies in memory of a side's first `width` columns at some rows, a view where they are neighbours."""
     inner = side.x.shape[1]
     if not isinstance(rows, slice):
@@ -198,7 +198,7 @@ def shaped(x: torch.Tensor, bias: Any, scale: Any, softcap: Any) -> tuple[torch.
 
 
 def _bounded(
-    s: torch.Tensor, t: torch.Tensor, teacher: Side, rows: torch.Tensor | slice
+    s: torch.Tensor, t: torch.Tensor, teacher: Logits, rows: torch.Tensor | slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """s and t not below ABSENT, the columns outside the support, and the others that the student excludes.
 
@@ -214,15 +214,15 @@ def _bounded(
 
 def _open(
     problem: Problem,
-    student: Side,
-    teacher: Side,
+    student: Logits,
+    teacher: Logits,
     labels: torch.Tensor | None,
     rows: torch.Tensor | slice,
-    room: torch.Tensor,
+    workspace: torch.Tensor,
 ) -> _Block:
-    """A block's distributions, in `room`; with care where a logit is a mask."""
+    """A block's distributions, in `workspace`; with care where a logit is a mask."""
     V, tau = problem.vocab_size, problem.temperature
-    like = room[0]
+    like = workspace[0]
     s, _ = logits(student, rows, V, like.dtype)
     t, _ = logits(teacher, rows, V, like.dtype)
     dead = holes = None
@@ -232,19 +232,19 @@ def _open(
         s, t, dead, holes = _bounded(s, t, teacher, rows)
     n = len(s)
     nothing = like.new_full((n, 1), ABSENT)
-    s_y, t_y, present = nothing, nothing, torch.zeros(n, dtype=torch.bool, device=like.device)
-    empty = None if dead is None else (t <= ABSENT).all(-1)
+    s_y, t_y, in_support = nothing, nothing, torch.zeros(n, dtype=torch.bool, device=like.device)
+    no_columns = None if dead is None else (t <= ABSENT).all(-1)
     label = None if labels is None else labels[rows].unsqueeze(-1)
     y = t.argmax(-1, keepdim=True) if problem.argmax else label
     if y is not None:
         s_y, t_y = (or_unknown(x.gather(1, y)) for x in (s, t))
-        present = ~present if dead is None else ~dead.gather(1, y).squeeze(-1)
+        in_support = ~in_support if dead is None else ~dead.gather(1, y).squeeze(-1)
         if dead is not None or V == 1:
-            empty = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1) & ~(s_y + t_y).isnan().squeeze(-1)
+            no_columns = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1) & ~(s_y + t_y).isnan().squeeze(-1)
     tops = (_tops(s, y, s_y), _tops(t, y, t_y))
     if special:
         tops = (tops[0].clamp(min=_NOTHING), tops[1].clamp(min=_NOTHING))
-    into_q, into_p, d, z, u = (room[i % len(room), :n] for i in range(5))
+    into_q, into_p, d, z, u = (workspace[i % len(workspace), :n] for i in range(5))
     for to, x, top in ((z, s, tops[0]), (u, t, tops[1])):
         torch.sub(x, top, out=to)
         if tau != 1.0:
@@ -312,14 +312,14 @@ def _open(
         lse=(tops[0].squeeze(-1) / tau + log_zs, lse_t + log_zt),
         y=y,
         label=label,
-        present=present,
+        in_support=in_support,
         at_target=((z_y.squeeze(-1) - log_zs), (u_y.squeeze(-1) - log_zt), d_y.squeeze(-1)),
         raw=(s_y.squeeze(-1) / tau, t_y.squeeze(-1) / tau),
         own=own,
         teacher=t,
         dead=dead,
         holes=holes,
-        empty=empty,
+        no_columns=no_columns,
         confident=(z_s > 0.5) & (z_s < 2),  # a maximum counts 1, nothing at all counts less
         near=near,
     )
@@ -399,7 +399,7 @@ def _total(block: _Block, f: torch.Tensor | Summand) -> torch.Tensor:
 
 
 class Whole(NamedTuple):
-    """A block as `Gather.torch` sees it."""
+    """A block as `RowParameters.torch` sees it."""
 
     near: torch.Tensor  # (n,) q̂ and p̂ are close
     dtype: torch.dtype
@@ -418,20 +418,20 @@ class Whole(NamedTuple):
         return [None if x is None else x.scatter(1, self.y, entry) for x, entry in zip(whole, entries, strict=True)]
 
 
-def _gather(
+def _row_parameters(
     problem: Problem, block: _Block, columns: Columns, theta: tuple[torch.Tensor, ...], target: tuple[Any, ...]
 ) -> tuple[torch.Tensor, ...]:
     """The parameters that the rows decide; `target` are log q, log p and δ of the target."""
-    gather = problem.definition.gather
-    if gather is None:
+    row_parameters = problem.definition.row_parameters
+    if row_parameters is None:
         return ()
     whole = Whole(block.near, block.r.dtype, block.teacher, block.y, columns, target)
     per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
-    return gather.torch(whole, per_row)
+    return row_parameters.torch(whole, per_row)
 
 
 def _evaluate(
-    problem: Problem, student: Side, block: _Block, loss: torch.Tensor, stats: torch.Tensor | None
+    problem: Problem, student: Logits, block: _Block, loss: torch.Tensor, stats: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """Loss and statistics of a block; q, phi and the row scalars of its gradient."""
     zero = torch.zeros_like(block.r)
@@ -439,7 +439,7 @@ def _evaluate(
     logq_y = logp_y = torch.full_like(zero, ABSENT)
     if block.y is not None:
         zy, uy, dy = (
-            torch.where(block.present, x, absent)
+            torch.where(block.in_support, x, absent)
             for x, absent in zip(block.at_target, (logq_y, logp_y, block.r), strict=True)
         )
         pair = by_row(binary, (zero, zero, block.r, zy, uy, dy))
@@ -448,15 +448,17 @@ def _evaluate(
     at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
     columns = _place(problem, block, *at)
     theta = values_at(problem.parameters, block.rows, loss)
-    extras = _gather(problem, block, columns, theta, (logq_y, logp_y, delta_y))
+    extras = _row_parameters(problem, block, columns, theta, (logq_y, logp_y, delta_y))
     theta = (*theta, *extras)
     f, phi = _term(problem, block, columns, theta)
     total, mass = _total(block, f), phi.sum(-1)
     if block.holes is not None:
         total = or_infinite.torch(total, columns.delta.amax(-1))
     pair = (logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
-    empty = torch.zeros_like(block.present) if block.empty is None else block.empty
-    result, split, (a, b, grad_y) = conclude(problem, block.rows, pair, block.present, empty, theta, total, mass)
+    no_columns = torch.zeros_like(block.in_support) if block.no_columns is None else block.no_columns
+    result, split, (a, b, grad_y) = finish_rows(
+        problem, block.rows, pair, block.in_support, no_columns, theta, total, mass
+    )
     out, ce_lse = result * problem.factor, zero
     if problem.ce_weight:
         assert block.label is not None
@@ -465,22 +467,22 @@ def _evaluate(
         out = out + problem.ce_weight * (ce_lse - whole.gather(1, block.label).squeeze(-1))
     loss[block.rows] = out
     if stats is not None and about is not None:
-        terms = [torch.where(empty, 0.0, x) for x in split]
+        terms = [torch.where(no_columns, 0.0, x) for x in split]
         if block.y is None:
             terms = [torch.full_like(result, torch.nan)] * 4
         entropies, logprobs, lses = about
-        lses = [torch.where(empty, x, lse) for x, lse in zip(block.raw, lses, strict=True)]
-        columns_of_stats = [result, *terms, *(torch.where(empty, 0.0, x) for x in entropies), *logprobs, *lses]
+        lses = [torch.where(no_columns, x, lse) for x, lse in zip(block.raw, lses, strict=True)]
+        columns_of_stats = [result, *terms, *(torch.where(no_columns, 0.0, x) for x in entropies), *logprobs, *lses]
         stats[block.rows] = torch.stack(columns_of_stats, -1)
     return columns.q, phi, (*at, a, b, grad_y, ce_lse, *extras)
 
 
-def conclude(
+def finish_rows(
     problem: Problem,
     rows: torch.Tensor | slice,
     pair: tuple[torch.Tensor, ...],
-    present: torch.Tensor,
-    empty: torch.Tensor,
+    in_support: torch.Tensor,
+    no_columns: torch.Tensor,
     theta: tuple[torch.Tensor, ...],
     total: torch.Tensor,
     mass: torch.Tensor,
@@ -490,9 +492,9 @@ def conclude(
     Loss, a, b and T are 0 where a row is empty.
     """
     weights = values_at(problem.weights, rows, total)
-    numbers = (total, mass, pair, present, theta, *weights)
-    result, *split, a, b, grad_y = by_row(settle, numbers, problem.definition.term, problem.decoupled)
-    result, a, b, grad_y = (torch.where(empty, 0.0, x) for x in (result, a, b, grad_y))
+    numbers = (total, mass, pair, in_support, theta, *weights)
+    result, *split, a, b, grad_y = by_row(decompose, numbers, problem.definition.term, problem.decoupled)
+    result, a, b, grad_y = (torch.where(no_columns, 0.0, x) for x in (result, a, b, grad_y))
     return result, split, (a, b, grad_y)
 
 
@@ -525,11 +527,11 @@ def _statistics(
     if block.own is not None:
         p, lse_t, odds = block.own
         if block.y is not None:
-            odds = torch.where(block.present, odds, ABSENT)
+            odds = torch.where(block.in_support, odds, ABSENT)
             logp_y, log_rest_p = -softplus.torch(-odds), -softplus.torch(odds)
     logs = [logq_y, logp_y]
     entropies = [_entropy(q, logq_y, log_rest_q), _entropy(p, logp_y, log_rest_p)]
-    logprobs = [torch.where(block.present & ~(x <= ABSENT / 10), x, -torch.inf) for x in logs]
+    logprobs = [torch.where(block.in_support & ~(x <= ABSENT / 10), x, -torch.inf) for x in logs]
     if block.y is None:
         logprobs = [torch.full_like(logq_y, torch.nan)] * 2
     return entropies, logprobs, [block.lse[0] - log_rest_q, lse_t - log_rest_p]
@@ -543,7 +545,7 @@ def _entropy(hat: torch.Tensor, log_y: torch.Tensor, log_rest: torch.Tensor) -> 
 
 def _write(
     problem: Problem,
-    student: Side,
+    student: Logits,
     block: _Block,
     q: torch.Tensor,
     phi: torch.Tensor,
@@ -561,7 +563,7 @@ def _write(
     direct = isinstance(block.rows, slice) and out.dtype == phi.dtype and not bent
     g = torch.addcmul(g, q, b * scale, out=out[block.rows, :V] if direct else g)
     if block.y is not None:
-        g.scatter_(1, block.y, torch.where(block.present.unsqueeze(-1), grad_y * scale, 0.0))
+        g.scatter_(1, block.y, torch.where(block.in_support.unsqueeze(-1), grad_y * scale, 0.0))
     rows = block.confident.nonzero().flatten()
     if len(rows):
         # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
@@ -570,8 +572,8 @@ def _write(
         g[rows, tops] = -_at_rows(_sums, g, rows)
     if block.holes is not None:
         g.masked_fill_(block.holes, 0.0)
-    if block.empty is not None:
-        g.masked_fill_(block.empty.unsqueeze(-1), 0.0)
+    if block.no_columns is not None:
+        g.masked_fill_(block.no_columns.unsqueeze(-1), 0.0)
     if bent:
         s, slope = logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
         if problem.ce_weight:

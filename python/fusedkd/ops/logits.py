@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import logit_functions, row_functions
 from ..call import LossCall, empty_rows, problem_of
-from ..kernels.device.rows import SAVED, Problem, Side
+from ..kernels.device.rows import SAVED, Logits, Problem
 from ..schedules.token_chunks import FLOOR_DEPTH
 from .operator import no_gradients, operator
 
@@ -45,9 +45,9 @@ def _empty_floors(call: LossCall, loss: Tensor) -> Tensor:
     return loss.new_empty(loss.shape[0] if call.support == "floor" else 0)
 
 
-def _raise_floors(call: LossCall, problem: Problem, floors: Tensor) -> Side:
+def _raise_floors(call: LossCall, problem: Problem, floors: Tensor) -> Logits:
     """The teacher's side, its floors filled in if there are any."""
-    teacher = Side(call.teacher)
+    teacher = Logits(call.teacher)
     if not floors.numel():
         return teacher
     row_functions(call.backend).floor_rows(problem, teacher, call.labels, floors, FLOOR_DEPTH)
@@ -59,7 +59,7 @@ def rows(call: LossCall) -> Rows:
     """Token weights and the wish for gradients are ignored."""
     problem, made = problem_of(call), _empty_rows(call)
     logit_functions(call.backend, problem, call.student).value(
-        problem, Side(call.student), _raise_floors(call, problem, made.floors), call.labels, made.loss, made.saved,
+        problem, Logits(call.student), _raise_floors(call, problem, made.floors), call.labels, made.loss, made.saved,
         made.stats if call.return_stats else None,
     )  # fmt: skip
     return made
@@ -70,8 +70,8 @@ def rows_gradient(call: LossCall, saved: Tensor, floors: Tensor, upstream: Tenso
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
     problem, gradient = problem_of(call), _empty_gradient(call)
     logit_functions(call.backend, problem, call.student).gradient(
-        problem, Side(call.student), Side(call.teacher, floor=floors if floors.numel() else None), call.labels, saved,
-        upstream, gradient.view(-1, gradient.shape[2]),
+        problem, Logits(call.student), Logits(call.teacher, floor=floors if floors.numel() else None), call.labels,
+        saved, upstream, gradient.view(-1, gradient.shape[2]),
     )  # fmt: skip
     return gradient
 
@@ -82,7 +82,7 @@ def rows_both(call: LossCall) -> RowsBoth:
     problem, (loss, stats), gradient = problem_of(call), empty_rows(call), _empty_gradient(call)
     floors = _empty_floors(call, loss)
     logit_functions(call.backend, problem, call.student).value_and_gradient(
-        problem, Side(call.student), _raise_floors(call, problem, floors), call.labels,
+        problem, Logits(call.student), _raise_floors(call, problem, floors), call.labels,
         call.token_weights, gradient.view(-1, gradient.shape[2]), loss, stats if call.return_stats else None,
     )  # fmt: skip
     return RowsBoth(loss, stats, gradient)

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor
 
 from ..backends import torch_logprobs
-from ..backends.tuning import tuned
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from ..kernels.device import token_logprobs as triton_logprobs
-from ..kernels.device.rows import Side
+from ..kernels.device.rows import Logits
 from ..kernels.device.token_logprobs import SAVED
 from ..schedules import gemm, token_chunks
 from ..sides import Source
@@ -42,14 +41,14 @@ class TokenNumbers(NamedTuple):
 
 def functions_of(backend: str) -> Any:
     """The module whose value and gradient serve a resolved backend."""
-    return tuned(triton_logprobs) if backend == "triton" else torch_logprobs
+    return triton_logprobs if backend == "triton" else torch_logprobs
 
 
 class _Chunk(NamedTuple):
     """Some rows and their logits."""
 
     rows: slice
-    side: Side
+    side: Logits
 
 
 class _Pass(NamedTuple):

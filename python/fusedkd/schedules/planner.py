@@ -28,7 +28,7 @@ _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU wit
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
 _STREAM_LEAST = 512  # columns of a chunk: fewer, and a product re-reads all hidden states too often
 _STREAM_NARROW = 128  # one tile of a product: what is given up for memory ends here
-LIKELIEST_ROWS = 1024  # rows at a time that get the streamed gradient of their likeliest token
+DOMINANT_ROWS = 1024  # rows at a time that get the streamed gradient of their dominant token
 _CPU_STREAM, _GPU_STREAM = 1 << 22, 1 << 24  # logits of a chunk: what feeds a product on few cores, four waves on many
 _GENEROUS = 1 << 30  # dZ may take as much as dW, or this
 
@@ -120,12 +120,12 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     if shape.student_width and shape.needs_gradient and shape.logit_bytes != shape.dz_bytes:
         total += shape.rows * width * shape.dz_bytes
     if shape.needs_hidden and shape.student_dim:
-        total += 3 * min(shape.rows, LIKELIEST_ROWS) * shape.student_dim * shape.accumulator_bytes
+        total += 3 * min(shape.rows, DOMINANT_ROWS) * shape.student_dim * shape.accumulator_bytes
         if shape.hidden_bytes < shape.accumulator_bytes:
             total += shape.rows * shape.student_dim * shape.accumulator_bytes
     if shape.needs_weight and shape.student_dim:
         total += width * (shape.student_dim + 1) * shape.accumulator_bytes
-        total += 2 * shape.rows * shape.student_dim * shape.accumulator_bytes  # rows whose likeliest token is put back
+        total += 2 * shape.rows * shape.student_dim * shape.accumulator_bytes  # rows whose dominant token is put back
         total += shape.rows * shape.student_dim * shape.hidden_bytes * shape.masked
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes

@@ -18,7 +18,7 @@ import torch
 from ..backends import row_functions
 from ..call import LossCall, at_rows, problem_of, row_count, sources_of, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype
-from ..kernels.device.rows import STATS, Problem, Side
+from ..kernels.device.rows import STATS, Logits, Problem
 from ..sides import Source
 from . import gemm
 
@@ -186,15 +186,15 @@ def buffer(
     return source.x.new_empty((rows, width), dtype=logit_dtype(source.x.dtype, asked))
 
 
-def side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torch.Tensor | None, width: int) -> Side:
+def side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torch.Tensor | None, width: int) -> Logits:
     """Rows i to j as the row kernels take them."""
     if source.weight is None:
         if kept is None:
-            return Side(source.x, first=i)
+            return Logits(source.x, first=i)
         assert buffer is not None
         at = kept[i:j]
         buffer[: j - i] = source.x[at // source.x.shape[1], at % source.x.shape[1], :width]
-        return Side(buffer[: j - i].unsqueeze(0))
+        return Logits(buffer[: j - i].unsqueeze(0))
     assert buffer is not None
     gemm.project(source.x[i:j], source.weight[:width], buffer[: j - i])
     return source.side(buffer[: j - i], source.bias)

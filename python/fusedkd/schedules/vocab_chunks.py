@@ -17,48 +17,47 @@ import torch
 from torch import Tensor
 
 from ..backends import torch_chunks
-from ..backends.torch_rows import conclude, values_at
-from ..backends.tuning import tuned
+from ..backends.torch_rows import finish_rows, values_at
 from ..call import LossCall, problem_of, sources_of, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
 from ..kernels.device import vocab_chunks as triton_streaming
-from ..kernels.device.rows import SAVED, STATS, Problem, Side
-from ..kernels.device.vocab_chunks import CARRY, EMPTY, FOUND, online_of
-from ..kernels.maths.decomposition import ABSENT, about_side, meet, or_infinite
+from ..kernels.device.rows import SAVED, STATS, Logits, Problem
+from ..kernels.device.vocab_chunks import CARRY, DOMINANT, EMPTY, online_of
+from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infinite, side_stats
 from ..kernels.maths.moments import log_sum
 from ..sides import Source
 from . import gemm, token_chunks
-from .planner import LIKELIEST_ROWS
+from .planner import DOMINANT_ROWS
 
 
 def functions_of(backend: str) -> Any:
     """The module whose absorb, add_sums and gradient serve a resolved backend."""
-    return tuned(triton_streaming) if backend == "triton" else torch_chunks
+    return triton_streaming if backend == "triton" else torch_chunks
 
 
 class _Row(NamedTuple):
-    """What `Gather.torch` may ask of rows that were never whole."""
+    """What `RowParameters.torch` may ask of rows that were never whole."""
 
     near: Tensor
     dtype: torch.dtype
 
 
-class _Met(NamedTuple):
+class _RowNorms(NamedTuple):
     """Everything about the rows that does not need the sums: (n,) each."""
 
     saved: Tensor  # (n, SAVED), the gradient's a, b, T still missing
     pair: tuple[Tensor, ...]  # decomposition.binary
     extras: tuple[Tensor, ...]
-    present: Tensor
-    empty: Tensor
+    in_support: Tensor
+    no_columns: Tensor
     state: tuple[Tensor, ...]
     stats: tuple[Tensor, ...] | None
 
 
-def _chunks(source: Source, start: int, stop: int, buffer: Tensor | None) -> Side:
+def _chunks(source: Source, start: int, stop: int, buffer: Tensor | None) -> Logits:
     """All rows' logits of some vocabulary columns."""
     if source.weight is None:
-        return Side(source.x[..., start:stop])
+        return Logits(source.x[..., start:stop])
     assert buffer is not None
     bias = None if source.bias is None else source.bias[start:stop]
     # Addressed as a matrix of its own: a narrower last chunk fills the front of the buffer.
@@ -77,7 +76,7 @@ class _Pass(NamedTuple):
     student_buffer: Tensor | None  # (N, width) products, of a Head
     teacher_buffer: Tensor | None
 
-    def __iter__(self) -> Iterator[tuple[int, int, Problem, Side, Side]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int, Problem, Logits, Logits]]:  # type: ignore[override]
         """(first column, last, the problem on these columns, student, teacher)."""
         total = self.student.width if self.problem.ce_weight else self.problem.vocab_size
         for start in range(0, total, self.width):
@@ -117,36 +116,36 @@ def forward(call: LossCall) -> Rows:
         carry[:, i] = value
     for start, _, part, student, teacher in sweep:
         functions.absorb(part, student, teacher, labels, carry, start, call.return_stats)
-    met = _meet(problem, carry, labels, call.return_stats)
+    row_norms = _finalize_normalizers(problem, carry, labels, call.return_stats)
     sums_of = online_of(problem).sums
     if sums_of is None:
         sums = x.new_zeros((n, 3), dtype=wide)
         for start, _, part, student, teacher in sweep:
             if part.vocab_size:
-                functions.add_sums(part, student, teacher, labels, met.saved, sums, start)
+                functions.add_sums(part, student, teacher, labels, row_norms.saved, sums, start)
         total, mass, widest = sums.unbind(-1)
         total = or_infinite.torch(total, widest)
     else:
-        theta = (*values_at(problem.parameters, slice(None), carry), *met.extras)
-        total, mass = sums_of.torch(met.state, *met.saved[:, 4:7].unbind(-1), theta)
-    return _close(problem, carry, met, total, mass, labels)
+        theta = (*values_at(problem.parameters, slice(None), carry), *row_norms.extras)
+        total, mass = sums_of.torch(row_norms.state, *row_norms.saved[:, 4:7].unbind(-1), theta)
+    return _finish_rows(problem, carry, row_norms, total, mass, labels)
 
 
-def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bool) -> _Met:
-    """The rows' normalisers, as `_row_scalars` of kernels/device/rows.py has them."""
+def _finalize_normalizers(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
+    """The rows' normalisers, as `row_value` of kernels/device/forward.py has them."""
     maxima, state = carry[:, :3].unbind(-1), carry[:, CARRY:].unbind(-1)
     inv_tau = 1.0 / problem.temperature
     mix: tuple[Any, ...] = () if problem.mix is None else values_at((problem.mix,), slice(None), carry)
     s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
-    present = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~torch.isneginf(t_y)
+    in_support = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~torch.isneginf(t_y)
     t_y = t_y.clamp(min=ABSENT)
-    (c_s, c_t, k, m), at, pair, (log_zs, zy, own_uy) = meet.torch(
-        tuple(maxima), state, s_y, t_y, present, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
+    (c_s, c_t, k, m), at, pair, (log_zs, zy, own_uy) = finalize_normalizers.torch(
+        tuple(maxima), state, s_y, t_y, in_support, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
     )
     m = m if isinstance(m, Tensor) else torch.full_like(k, m)
-    gather = problem.definition.gather
+    row_parameters = problem.definition.row_parameters
     theta = values_at(problem.parameters, slice(None), carry)
-    extras = () if gather is None else gather.torch(_Row(state[3] < 0.5 * state[0], carry.dtype), theta)
+    extras = () if row_parameters is None else row_parameters.torch(_Row(state[3] < 0.5 * state[0], carry.dtype), theta)
     ce_lse = carry[:, 6] + log_sum.torch(carry[:, 7])
     saved = carry.new_zeros((len(carry), SAVED))
     for i, column in enumerate((c_s, c_t, k, m, *at)):
@@ -154,31 +153,35 @@ def _meet(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bo
     saved[:, 10] = ce_lse
     for i, column in enumerate(extras):
         saved[:, 12 + i] = column
-    empty = state[1] == 0
+    no_columns = state[1] == 0
     stats = None
     if with_stats:
         own_t = log_sum.torch(carry[:, 5])
         stats = (
-            *about_side.torch(log_zs, carry[:, 3], zy, c_s * inv_tau, s_y * inv_tau, present, empty),
-            *about_side.torch(own_t, carry[:, 4], own_uy, (c_t + k) * inv_tau, t_y * inv_tau, present, empty),
+            *side_stats.torch(log_zs, carry[:, 3], zy, c_s * inv_tau, s_y * inv_tau, in_support, no_columns),
+            *side_stats.torch(own_t, carry[:, 4], own_uy, (c_t + k) * inv_tau, t_y * inv_tau, in_support, no_columns),
         )
-    return _Met(saved, pair, tuple(extras), present, empty, tuple(state), stats)
+    return _RowNorms(saved, pair, tuple(extras), in_support, no_columns, tuple(state), stats)
 
 
-def _close(problem: Problem, carry: Tensor, met: _Met, total: Tensor, mass: Tensor, labels: Tensor | None) -> Rows:
+def _finish_rows(
+    problem: Problem, carry: Tensor, row_norms: _RowNorms, total: Tensor, mass: Tensor, labels: Tensor | None
+) -> Rows:
     """Loss, statistics and saved scalars from the sums; zeros in ignored rows."""
-    theta = (*values_at(problem.parameters, slice(None), carry), *met.extras)
-    result, split, slopes = conclude(problem, slice(None), met.pair, met.present, met.empty, theta, total, mass)
+    theta = (*values_at(problem.parameters, slice(None), carry), *row_norms.extras)
+    result, split, slopes = finish_rows(
+        problem, slice(None), row_norms.pair, row_norms.in_support, row_norms.no_columns, theta, total, mass
+    )
     out = result * problem.factor
     if problem.ce_weight:
-        out = out + problem.ce_weight * (met.saved[:, 10] - carry[:, 8])
+        out = out + problem.ce_weight * (row_norms.saved[:, 10] - carry[:, 8])
     for i, column in enumerate(slopes):
-        met.saved[:, 7 + i] = column
+        row_norms.saved[:, 7 + i] = column
     counted = None if labels is None else labels >= 0
     stats = out.new_empty((0, STATS))
-    if met.stats is not None:
-        terms = [torch.where(met.empty, 0.0, x) for x in split]
-        entropy_s, logprob_s, lse_s, entropy_t, logprob_t, lse_t = met.stats
+    if row_norms.stats is not None:
+        terms = [torch.where(row_norms.no_columns, 0.0, x) for x in split]
+        entropy_s, logprob_s, lse_s, entropy_t, logprob_t, lse_t = row_norms.stats
         columns = [result, *terms, entropy_s, entropy_t, logprob_s, logprob_t, lse_s, lse_t]
         if labels is None:
             unknown = torch.full_like(result, torch.nan)
@@ -187,8 +190,8 @@ def _close(problem: Problem, carry: Tensor, met: _Met, total: Tensor, mass: Tens
     if counted is not None:
         out = torch.where(counted, out, 0.0)
         stats = torch.where(counted.unsqueeze(-1), stats, 0.0) if len(stats) else stats
-        met.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
-    return Rows(out, stats, met.saved)
+        row_norms.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
+    return Rows(out, stats, row_norms.saved)
 
 
 def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gradients:
@@ -211,24 +214,24 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     sum_x = None
     if weight is not None and call.needs_student:
         sum_x = grad_x.zero_() if grad_x.dtype == wide else torch.zeros_like(grad_x, dtype=wide)
-    found = x.new_zeros((n, FOUND), dtype=wide)
-    found[:, 1] = -1
+    dominant = x.new_zeros((n, DOMINANT), dtype=wide)
+    dominant[:, 0] = -1
     dtype = x.dtype if weight is None else gradient_dtype(x)
     # A product that lands in the buffer leaves nothing to put back; only float16 has no range for a plain dZ.
     direct = weight_grad is not None and dtype != torch.float16
     size = upstream.new_ones(()) if direct else size_of(upstream)
     scaled = (upstream / size).contiguous()
-    room = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
-    if room is not None and room.dtype != dtype:
-        room = x.new_empty((n, sweep.width), dtype=dtype)
+    workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
+    if workspace is not None and workspace.dtype != dtype:
+        workspace = x.new_empty((n, sweep.width), dtype=dtype)
     for start, stop, part, s, t in sweep:
-        if room is None:
+        if workspace is None:
             dz = grad_x.view(n, student.width)[:, start:stop]
-            functions.gradient(part, s, t, labels, saved, upstream, found, dz, start)
+            functions.gradient(part, s, t, labels, saved, upstream, dominant, dz, start)
             continue
         assert weight is not None
-        dz = room.view(-1)[: n * (stop - start)].view(n, stop - start)
-        functions.gradient(part, s, t, labels, saved, scaled, found, dz, start)
+        dz = workspace.view(-1)[: n * (stop - start)].view(n, stop - start)
+        functions.gradient(part, s, t, labels, saved, scaled, dominant, dz, start)
         if sum_x is not None:
             gemm.hidden_gradient(dz, weight[start:stop], sum_x, accumulate=True)
         if weight_grad is not None:
@@ -240,7 +243,7 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     if sum_x is not None:
         sum_x *= size
     whole = made if weight_grad is None else made._replace(weight=weight_grad)
-    _likeliest(call, sweep, hidden, saved, upstream, found, whole, sum_x)
+    _add_dominant(call, sweep, hidden, saved, upstream, dominant, whole, sum_x)
     if sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return made
@@ -270,19 +273,19 @@ def _add_product(dz: Tensor, hidden: Tensor, size: Tensor, out: Tensor) -> None:
         out.copy_(whole)
 
 
-def _likeliest(
+def _add_dominant(
     call: LossCall,
     sweep: _Pass,
     hidden: Tensor,
     saved: Tensor,
     upstream: Tensor,
-    found: Tensor,
+    dominant: Tensor,
     grads: token_chunks.Gradients,
     sum_x: Tensor | None,
 ) -> None:
     """Adds the entry of the token that holds most of a row's mass: minus the sum of the row's others."""
     problem, labels, weight = sweep.problem, call.labels, call.student_weight
-    rest, top, s_top, slope = found.unbind(-1)
+    top, rest, s_top, slope = dominant.unbind(-1)
     has = top >= 0 if labels is None else (top >= 0) & (labels >= 0)
     at = top.clamp(min=0).long()
     g = -upstream * (problem.factor / problem.temperature) * rest
@@ -296,7 +299,7 @@ def _likeliest(
         flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
         return
     if sum_x is not None:
-        for sums, slopes, tokens in zip(*(x.split(LIKELIEST_ROWS) for x in (sum_x, g, at)), strict=True):
+        for sums, slopes, tokens in zip(*(x.split(DOMINANT_ROWS) for x in (sum_x, g, at)), strict=True):
             sums += slopes.unsqueeze(-1) * weight[tokens].to(sums.dtype)
     if not (call.needs_weight or call.needs_bias):
         return

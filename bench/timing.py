@@ -1,4 +1,4 @@
-"""Seconds of calls, several of them in turn: for the benchmark and for the search of tiles."""
+"""Seconds of calls, several of them in turn."""
 
 from __future__ import annotations
 

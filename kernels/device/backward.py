@@ -1,0 +1,169 @@
+"""The gradient of a row: dL/ds = a·phi + b·q in one sweep, from the scalars that its value left (args.RowScalars).
+
+Tiles come in reverse order, so that the sweep meets those still in cache. `store_gradient` is the one place that rounds
+dZ: everything before it is float32. A token that holds more than half of the row's mass is left out of the sweep; its
+entry is minus the sum of all others.
+"""
+
+from ..language import jit, tl
+from ..maths.centering import centred
+from ..maths.elementary import exp
+from ..maths.quantities import Centre
+from ..maths.reductions import thread_max, thread_sum
+from .args import Dominant
+from .loads import finite, load_pair, load_raw, row_ptrs, spread
+from .thread_sums import tile_columns
+from .tile_order import inner_tile, inner_tiles, other_tile
+
+
+@jit
+def no_dominant(THREADS: tl.constexpr):
+    """Dominant of no columns, (THREADS,) each."""
+    zeros = tl.zeros((THREADS,), tl.float32)
+    return Dominant(tl.full((THREADS,), -1, tl.int32), zeros, zeros, zeros)
+
+
+@jit
+def slopes(s, t, scalars, inv_tau, mix, theta, TERM):
+    """Returns q and phi of a tile of logits, in its shape."""
+    z, u, d = centred(s, t, Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m), inv_tau, mix)  # (R, T, V) each
+    q = exp(z - scalars.l_s)
+    f, phi = TERM(q, exp(u - scalars.l_t), z - scalars.l_s, u - scalars.l_t, d - scalars.r, theta)
+    return q, phi
+
+
+@jit
+def store_gradient(grad, row, cols, g, slope, width):
+    """Round dZ = g·slope at `cols` of a row, float32, to the dtype that it is stored in: no other place does.
+
+    Stores the columns below `width`, all if it is None.
+    """
+    at = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
+    dz = (g * slope).to(grad.ptr.dtype.element_ty)
+    if width is None:
+        tl.store(at, dz)
+    else:
+        tl.store(at, dz, mask=cols < width)
+
+
+@jit
+def inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM):
+    """Store the gradient of a full tile (R, T, V) in which no token is the target or may be likelier than 1/2."""
+    q, phi = slopes(x.s, finite(x.t), scalars, scales.inv_tau, mix, theta, TERM)
+    scale = upstream * scales.factor * scales.inv_tau
+    g = tl.where(x.live, (scalars.a * scale) * phi + (scalars.b * scale) * q, 0.0)
+    g = tl.where(x.s <= -1e30, 0.0, g)  # not `s > -1e30` the other way round: NaN has to pass
+    store_gradient(grad, row, cols, g, x.slope, None)
+
+
+@jit
+def gradient_tile(
+    x, cols, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, dominant, TERM
+):  # fmt: skip
+    """Store the gradient of a tile (R, T, V), 0 for the dominant token.
+
+    Returns Dominant, (T,) each, with the tile.
+    """
+    q, phi = slopes(x.s, x.t, scalars, scales.inv_tau, mix, theta, TERM)
+    dominates = tl.where(x.live & (cols != y), q, 0.0) > 0.5  # (R, T, V), true in at most one column of the row
+    g = tl.where(x.live, tl.where(cols == y, scalars.grad_y, scalars.a * phi + scalars.b * q), 0.0)
+    g = tl.where(dominates, 0.0, g)
+    rest = dominant.rest + thread_sum(g)  # (T,)
+    token = tl.maximum(dominant.token, thread_max(tl.where(dominates, cols, -1)))
+    # At most one is not 0; `grad` may lie over the logits, so it cannot be read later.
+    logit = dominant.logit + thread_sum(tl.where(dominates, x.s, 0.0))
+    slope = dominant.slope
+    if softcap is not None:
+        slope += thread_sum(tl.where(dominates, x.slope, 0.0))
+    # Multiplied after it is masked: a select moved behind the rounding to half precision would undo its packing.
+    g = tl.where(x.s <= -1e30, 0.0, g) * (upstream * scales.factor * scales.inv_tau)  # NaN has to pass
+    if scales.ce is not None:
+        g += upstream * scales.ce.weight * (tl.exp(x.s - scalars.ce_lse) - tl.where(cols == label, 1.0, 0.0))
+        g = tl.where(dominates, 0.0, g)
+    store_gradient(grad, row, cols, g, x.slope, grad.width)
+    return Dominant(token, rest, logit, slope)
+
+
+@jit
+def merge_dominant(dominant, student):
+    """Merge the Dominant of a row's T threads, (T,) each. Returns Dominant of scalars."""
+    if student.softcap is None:
+        slope = 1.0
+        if student.scale is not None:
+            slope = slope * student.scale
+    else:
+        slope = tl.sum(dominant.slope)
+    return Dominant(tl.max(dominant.token), tl.sum(dominant.rest), tl.sum(dominant.logit), slope)
+
+
+@jit
+def store_dominant(row, label, scales, grad, dominant, ce_lse, upstream):
+    """Store the gradient's entry of the dominant token, if there is one: minus the sum of all others."""
+    if dominant.token >= 0:
+        g = -upstream * scales.factor * scales.inv_tau * dominant.rest
+        if scales.ce is not None:
+            q = tl.exp(dominant.logit - ce_lse)
+            g += upstream * scales.ce.weight * (q - tl.where(dominant.token == label, 1.0, 0.0))
+        store_gradient(grad, row, dominant.token, g, dominant.slope, None)
+
+
+@jit
+def gradient_sweep(
+    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Last sweep, tiles in reverse: store upstream · dL/d(stored student number) over the student's width.
+
+    Returns Dominant of the row, scalars, whose entry is stored as 0: a·phi + b·q cancels there. The gradient of a row
+    sums to 0, and the sum of the others does not cancel.
+    """
+    seen = V
+    if scales.ce is not None:
+        seen = grad.width
+    ptrs = row_ptrs(student, teacher, row)
+    tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
+    dominant = no_dominant(tile.shape[1])  # (T,) each
+    INNER: tl.constexpr = scales.ce is None
+    # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (centering.py).
+    none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
+    num_full, skip_tile, num_masked = inner_tiles(y, V, grad.width, INNER & none_dominates, BLOCK)
+    if INNER:
+        for i in range(0, num_full):
+            cols = inner_tile(num_full - 1 - i, skip_tile, BLOCK) + tile  # (R, T, V)
+            x = load_raw(student, teacher, ptrs, cols, None, None)
+            inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM)
+    for i in range(0, num_masked):
+        cols = other_tile(i, num_full, skip_tile, BLOCK) + tile  # (R, T, V)
+        x = load_pair(student, teacher, ptrs, cols, cols < V, cols < seen)
+        dominant = gradient_tile(
+            x, cols, row, y, label, scales, mix, student.softcap, grad, scalars, upstream, theta, dominant, TERM
+        )
+    return merge_dominant(dominant, student)
+
+
+@jit
+def row_gradient(
+    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Last sweep over a whole row, the entry of the dominant token included."""
+    dominant = gradient_sweep(
+        student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
+    )
+    tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
+    store_dominant(row, label, scales, grad, dominant, scalars.ce_lse, upstream)
+
+
+@jit
+def store_zero_tile(grad, row, start, BLOCK: tl.constexpr):
+    """Store zeros as BLOCK columns of a row of the gradient."""
+    cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+    zeros = tl.zeros((BLOCK,), grad.ptr.dtype.element_ty)
+    tl.store(grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v), zeros, mask=cols < grad.width)
+
+
+@jit
+def store_zeros(grad, row, BLOCK: tl.constexpr):
+    """Store zeros as a row of the gradient."""
+    for start in range(0, grad.width, BLOCK):
+        store_zero_tile(grad, row, start, BLOCK)
