@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..divergence import divergence
-from ..sides import Side
+from ..head import Side
 from . import _shared
 
 Batch = Mapping[str, torch.Tensor]
