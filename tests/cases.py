@@ -380,6 +380,8 @@ def opcheck(name: str, call: tuple[Any, ...], differentiable: bool = False) -> N
     """torch's check of an operator, on copies of a call's arguments without their history."""
 
     def leaf(value: Any) -> Any:
+        if isinstance(value, list):
+            return [leaf(x) for x in value]
         if not isinstance(value, torch.Tensor):
             return value
         made = value.detach().clone()

@@ -112,10 +112,10 @@ def problem_of(case: Any, columns: int) -> Any:
 
 def share_rows(wanted: bool) -> None:
     """Whether several programs share a row, where they can: nothing but GPUs with few rows asks for it."""
-    from fusedkd import backends
+    from fusedkd.backends import triton
     from fusedkd.kernels.device import split_rows
 
-    backends.shares_rows = lambda problem, x: wanted and split_rows.serves(problem)
+    triton.shares_rows = lambda problem, x: wanted and split_rows.serves(problem)
 
 
 def _whole(way: Callable[..., None], case: Any, dtype: torch.dtype, layout: str, over: bool) -> None:

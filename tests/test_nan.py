@@ -12,7 +12,7 @@ from compare import assert_close
 from torch import Tensor
 
 import fusedkd
-from fusedkd import backends
+from fusedkd.backends import triton
 from fusedkd.kernels.device import split_rows
 
 VOCABULARY = 300
@@ -80,7 +80,7 @@ def test_options(case: Case, backend: str) -> None:
 
 def share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row by three programs."""
-    monkeypatch.setattr(backends, "shares_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(triton, "shares_rows", lambda problem, x: split_rows.serves(problem))
     monkeypatch.setattr(split_rows, "SMALLEST", 128)
 
 

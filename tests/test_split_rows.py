@@ -15,8 +15,7 @@ from cases import DISTINCT, Case, Rows, check_logits, each, unrelated
 from compare import relative
 
 import fusedkd
-from fusedkd import backends
-from fusedkd.backends import interpreted
+from fusedkd.backends import interpreted, triton
 from fusedkd.kernels.device import rows, split_rows
 
 if not interpreted():
@@ -31,7 +30,7 @@ ONE_SWEEP, TWO_SWEEPS, MIXED = ("rkl", {}), ("jsd", {}), ("taid", {"base": "fkl"
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every row is shared by five programs; which functions ran."""
     ran: list[str] = []
-    monkeypatch.setattr(backends, "shares_rows", lambda problem, x: split_rows.serves(problem))
+    monkeypatch.setattr(triton, "shares_rows", lambda problem, x: split_rows.serves(problem))
     monkeypatch.setattr(split_rows, "SMALLEST", 128)
     for name in ("value", "gradient", "value_and_gradient"):
         original = getattr(split_rows, name)
@@ -165,9 +164,9 @@ def test_few_rows_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(name: str, rows_: int, *, is_cuda: bool) -> Any:
         form = fusedkd.divergence(name).form
         problem = rows.Problem(form.definition, form.decoupled, form.theta, (1.0, 1.0), VOCABULARY)
-        return backends.logit_functions("triton", problem, Logits(rows_, is_cuda=is_cuda))  # type: ignore[arg-type]
+        return triton.kernels(problem, Logits(rows_, is_cuda=is_cuda))  # type: ignore[arg-type]
 
-    assert chosen("rkl", backends.FEW_ROWS, is_cuda=True) is split_rows
-    assert chosen("rkl", backends.FEW_ROWS + 1, is_cuda=True) is rows
+    assert chosen("rkl", triton.FEW_ROWS, is_cuda=True) is split_rows
+    assert chosen("rkl", triton.FEW_ROWS + 1, is_cuda=True) is rows
     assert chosen("rkl", 1, is_cuda=False) is rows
     assert chosen("akl", 1, is_cuda=True) is rows

@@ -16,7 +16,7 @@ from cases import ALL, IGNORE, Case, each
 from torch import Tensor
 
 import fusedkd
-from fusedkd import backends
+from fusedkd.backends import triton
 from fusedkd.kernels.device import split_rows
 from fusedkd.kernels.divergences import REGISTRY
 from fusedkd.kernels.language import formula, interpreted
@@ -166,7 +166,7 @@ def test_the_counter_counts() -> None:
 @each("case", [("rkl", {}), ("drkl", {}), ("jsd", {})])
 def test_shared_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs per row read and write what one does; beside that, a few numbers for each tile."""
-    monkeypatch.setattr(backends, "shares_rows", lambda problem, x: True)
+    monkeypatch.setattr(triton, "shares_rows", lambda problem, x: True)
     monkeypatch.setattr(split_rows, "SMALLEST", 128)
     name, params = case
     student, teacher, labels = problem()

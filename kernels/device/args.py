@@ -10,7 +10,9 @@ The functions of a divergence are arguments of their own, never members: Triton'
 Scalars of a row have no shape. While a thread keeps sums of its own (thread_sums.py) each is a (T,) tensor, T threads.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from ..language import constant, formula, jit, tl
 from ..maths.quantities import SideStats
@@ -210,16 +212,16 @@ class RowScalars(NamedTuple):
 class Carry(NamedTuple):
     """What a row has gathered of some of its columns (RowSums, LogSumExp, Target); its online state follows."""
 
-    top_s: float
-    top_t: float
-    top_mixed: float
-    entropy_s: float
-    entropy_t: float
-    sum_t: float
-    ce_top: float
-    ce_total: float
-    label_s: float  # −inf where the label is not among the columns
-    label_t: float  # likewise, or not in the support
+    top_s: Any
+    top_t: Any
+    top_mixed: Any
+    entropy_s: Any
+    entropy_t: Any
+    sum_t: Any
+    ce_top: Any
+    ce_total: Any
+    label_s: Any  # −inf where the label is not among the columns
+    label_t: Any  # likewise, or not in the support
 
 
 class TokenStats(NamedTuple):
@@ -262,6 +264,20 @@ STATS = len(TokenStats._fields)
 TOKEN_SAVED = len(TokenScalars._fields)
 DOMINANT = len(Dominant._fields)
 
+_Numbers = TypeVar("_Numbers", bound=NamedTuple)
+
+
+def columns_of(kind: type[_Numbers], memory: torch.Tensor) -> _Numbers:
+    """The numbers (N,) of a kind that each row of `memory` (N, its fields or more) begins with, as views."""
+    return kind._make(memory[:, i] for i in range(len(kind._fields)))
+
+
+def extras_of(saved: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """The parameters (N,) that rows found for themselves, as views of `saved` (N, SAVED)."""
+    first = len(RowScalars._fields) + 1
+    return tuple(saved[:, first + i] for i in range(count))
+
+
 # The same for kernels, which take constants of compile time only.
 _SAVED = constant(SAVED)
 _SCALARS = constant(len(RowScalars._fields))
@@ -292,11 +308,11 @@ def load_numbers(ptr, COUNT: tl.constexpr):
 
 
 @jit
-def store_numbers(ptr, numbers):
-    """All numbers, one behind the other."""
+def store_numbers(ptr, members):
+    """All members of a tuple, one behind the other."""
     tl.static_assert(_LAYOUTS != "")
-    for i in tl.static_range(len(numbers)):
-        tl.store(ptr + i, numbers[i])
+    for i in tl.static_range(len(members)):
+        tl.store(ptr + i, members[i])
 
 
 @jit
@@ -321,10 +337,10 @@ def load_extras(saved_ptr, row, EXTRAS: tl.constexpr):
 def store_saved(saved_ptr, row, scalars, y, extras):
     """RowScalars, target and extras of a row, zeros behind them."""
     tl.static_assert(_LAYOUTS != "")
-    numbers = scalars + (y + 0.0,) + extras
+    members = scalars + (y + 0.0,) + extras
     for i in tl.static_range(_SAVED):
-        if i < len(numbers):
-            tl.store(saved_ptr + row * _SAVED + i, numbers[i])
+        if i < len(members):
+            tl.store(saved_ptr + row * _SAVED + i, members[i])
         else:
             tl.store(saved_ptr + row * _SAVED + i, 0.0)
 

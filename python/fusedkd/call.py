@@ -9,21 +9,19 @@ from torch import Tensor
 from .dtypes import accumulation_dtype
 from .kernels.device.rows import STATS, Problem
 from .kernels.divergences import definitions
-from .sides import Source
 
 
 class LossCall(NamedTuple):
     """What the operators of the losses take: the fields, in this order, are their schema (ops/operator.py).
 
-    A student or teacher is hidden states (N, D) where its weight is given, else logits (outer, inner, V).
+    The student is hidden states (N, D) where its weight is given, else logits (outer, inner, V).
     """
 
     student: Tensor
     student_weight: Optional[Tensor]  # (V, D)
     student_bias: Optional[Tensor]  # (V,)
-    teacher: Tensor
-    teacher_weight: Optional[Tensor]  # (V, D)
-    teacher_bias: Optional[Tensor]  # (V,)
+    teacher: Sequence[Tensor]  # of its Operand (schedules/operands.py)
+    teacher_kind: str  # in schedules.operands.KINDS
     labels: Optional[Tensor]  # (N,) int64, negative in rows that do not count
     token_weights: Optional[Tensor]  # (N,) multiply the loss in a sum, and the gradient formed with it
     token_parameters: Optional[Tensor]  # (P, N): the parameters of the divergence that differ by token
@@ -56,20 +54,12 @@ class Numbers(NamedTuple):
     ce_weight: float
     student_scale: float
     student_softcap: float  # 0: none
-    teacher_scale: float
-    teacher_softcap: float
-    parameters: tuple[float, ...]  # target, nontarget, mix, *theta (kernels.divergence.Form); 0 where per token
-
-
-class Sources(NamedTuple):
-    """The two sides."""
-
-    student: Source
-    teacher: Source
+    parameters: tuple[float, ...]  # target, nontarget, mix, *theta (maths.definition.Form); 0 where per token
+    teacher: tuple[float, ...]  # of its Operand
 
 
 def packed(numbers: tuple[float | tuple[float, ...], ...]) -> Tensor:
-    """A NamedTuple of numbers as an operator takes it, maybe with a tuple at the end: (P,) float64 on the host.
+    """A NamedTuple of numbers, and of tuples of them, as an operator takes it: (P,) float64 on the host.
 
     While torch.compile traces, each is a product with a tensor: so a number that changes from step to step becomes an
     input of the graph. A float in the schema, or `torch.tensor`, would be compiled in: a graph for each value.
@@ -81,16 +71,21 @@ def packed(numbers: tuple[float | tuple[float, ...], ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
+def unpacked(numbers: Tensor) -> list[float]:
+    """What `packed` was given, without its nesting."""
+    return numbers.tolist()
+
+
 def numbers_of(call: LossCall) -> Numbers:
     """The numbers of a call, unpacked."""
-    values = call.numbers.tolist()
-    single = len(Numbers._fields) - 1
-    return Numbers._make((*values[:single], tuple(values[single:])))
+    values = unpacked(call.numbers)
+    single = len(Numbers._fields) - 2  # before the tuples
+    last = single + len(call.per_token)
+    return Numbers(*values[:single], parameters=tuple(values[single:last]), teacher=tuple(values[last:]))
 
 
-def problem_of(call: LossCall) -> Problem:
-    """What the row work computes."""
-    numbers = numbers_of(call)
+def problem_of(call: LossCall, numbers: Numbers) -> Problem:
+    """What the row work computes, with the call's numbers."""
     tensors = iter(() if call.token_parameters is None else call.token_parameters.unbind())
     target, nontarget, mix, *theta = (
         next(tensors) if per_token else number
@@ -107,15 +102,6 @@ def problem_of(call: LossCall) -> Problem:
         ce_weight=numbers.ce_weight,
         mix=mix if call.mixed else None,
         argmax=call.target_token == "teacher_argmax",
-    )
-
-
-def sources_of(call: LossCall) -> Sources:
-    """Both sides."""
-    numbers = numbers_of(call)
-    return Sources(
-        Source(call.student, call.student_weight, call.student_bias, numbers.student_scale, numbers.student_softcap),
-        Source(call.teacher, call.teacher_weight, call.teacher_bias, numbers.teacher_scale, numbers.teacher_softcap),
     )
 
 
@@ -141,18 +127,16 @@ def row_count(call: LossCall) -> int:
 
 def wide_dtype(call: LossCall) -> torch.dtype:
     """Of losses and statistics."""
-    return accumulation_dtype(call.student, call.teacher)
+    return accumulation_dtype(call.student, *call.teacher)
 
 
 def at_rows(call: LossCall, rows: Tensor) -> LossCall:
-    """The call on some rows of N; logits stay whole."""
+    """The call with what it has for each row at some rows of N; both sides stay as they are."""
 
     def cut(values: Optional[Tensor]) -> Optional[Tensor]:
         return None if values is None else values[rows]
 
     return call._replace(
-        student=call.student if call.student_weight is None else call.student[rows],
-        teacher=call.teacher if call.teacher_weight is None else call.teacher[rows],
         labels=cut(call.labels),
         token_weights=cut(call.token_weights),
         token_parameters=None if call.token_parameters is None else call.token_parameters[:, rows],

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from .divergence import Divergence
 from .dtypes import accumulation_dtype
-from .head import Head
-from .sides import autocast_dtype
+from .head import Head, Side, autocast_dtype
+from .schedules.operands import Operand, is_operand
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,23 +163,34 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def leading(side_value: torch.Tensor | Head) -> torch.Size:
-    """(...) of a side."""
-    x = side_value.hidden if isinstance(side_value, Head) else side_value
-    return x.shape[:-1]
+def teacher(value: Any) -> None:
+    """A teacher is a side, or an Operand as its class made it."""
+    if not is_operand(value):
+        side("teacher", value)
 
 
-def width(side_value: torch.Tensor | Head) -> int:
+def leading(side_value: Side | Operand) -> torch.Size:
+    """(...) of a side; an Operand's rows are flat."""
+    if isinstance(side_value, Head):
+        return side_value.hidden.shape[:-1]
+    return side_value.shape[:-1] if isinstance(side_value, torch.Tensor) else torch.Size((side_value.rows,))
+
+
+def width(side_value: Side | Operand) -> int:
     """V of a side."""
-    return side_value.weight.shape[0] if isinstance(side_value, Head) else side_value.shape[-1]
+    if isinstance(side_value, Head):
+        return side_value.weight.shape[0]
+    return side_value.shape[-1] if isinstance(side_value, torch.Tensor) else side_value.width
 
 
-def device(side_value: torch.Tensor | Head) -> torch.device:
+def device(side_value: Side | Operand) -> torch.device:
     """Where a side lives."""
-    return (side_value.hidden if isinstance(side_value, Head) else side_value).device
+    if isinstance(side_value, Head):
+        return side_value.hidden.device
+    return side_value.device if isinstance(side_value, torch.Tensor) else side_value.tensors[0].device
 
 
-def pair(student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> None:
+def pair(student: Side, teacher: Side | Operand) -> None:
     """Both sides describe the same tokens, in the same place."""
     if leading(student) != leading(teacher):
         raise ValueError(
@@ -188,7 +199,7 @@ def pair(student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> None:
     _together("student", device(student), "teacher", device(teacher))
 
 
-def vocab_size(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> int:
+def vocab_size(value: Any, student: Side, teacher: Side | Operand) -> int:
     """The number of compared columns."""
     common = min(width(student), width(teacher))
     if value is None:
@@ -242,7 +253,7 @@ def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> 
         )
 
 
-def weight_grad(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor | Head) -> None:
+def weight_grad(value: Any, student: Side, teacher: Side | Operand) -> None:
     """A buffer that can take the gradient of the student Head's weight, in memory that the call does not read."""
     if value is None:
         return
@@ -281,10 +292,18 @@ def weight_grad(value: Any, student: torch.Tensor | Head, teacher: torch.Tensor 
     if not has_data(value):
         return
     for name, given in (("student", student), ("teacher", teacher)):
-        operands = given._asdict() if isinstance(given, Head) else {"logits": given}
-        for part, operand in operands.items():
+        for part, operand in _parts(given).items():
             if isinstance(operand, torch.Tensor) and _overlap(value, operand):
                 raise ValueError(f"weight_grad shares memory with {part} of {name}: pass a buffer of its own")
+
+
+def _parts(side_value: Side | Operand) -> dict[str, Any]:
+    """What a side is made of, by name."""
+    if isinstance(side_value, Head):
+        return side_value._asdict()
+    if isinstance(side_value, torch.Tensor):
+        return {"logits": side_value}
+    return {f"tensors[{i}]": x for i, x in enumerate(side_value.tensors)}
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -9,13 +9,13 @@ from .backends import choose_backend, torch_compiled
 from .call import LossCall, Numbers, at_rows, packed
 from .divergence import Divergence, as_divergence
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
-from .head import Head
+from .head import Head, Side
 from .kernels.device.rows import STATS
 from .kernels.maths.definition import Form
 from .ops import heads, logits, streamed
 from .schedules import vocab_chunks
+from .schedules.operands import Operand, Operands, is_operand, operands_of
 from .schedules.planner import Shape, choose_schedule, sweeps_of, whole_rows
-from .sides import Side, both_autocast, flattened
 
 
 class KDStats(NamedTuple):
@@ -46,6 +46,7 @@ class _Checked(NamedTuple):
     """A checked call with what its operators need not know."""
 
     call: LossCall
+    operands: Operands
     numbers: Numbers
     form: Form
     shape: torch.Size  # the leading one
@@ -162,7 +163,7 @@ def kd_loss(
         ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
         logits_dtype=logits_dtype, backend=backend, return_stats=return_stats, weight_grad=weight_grad,
     )  # fmt: skip
-    if isinstance(student, Head) or isinstance(teacher, Head):
+    if not all(side.stored for side in checked.operands):
         loss, stats = _from_heads(checked, schedule, memory_budget, drop_ignored)
     else:
         _no_head_options(schedule, memory_budget, logits_dtype)
@@ -204,9 +205,11 @@ def kd_value_and_grad(
         own loss for reduction="none". With `return_stats`, (loss, grad, KDStats).
     """
     for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if isinstance(value, Head):
-            raise TypeError(f"{name} must be logits, got a Head: use kd_loss and backward for hidden states")
-        checks.side(name, value)
+        if isinstance(value, Head) or (is_operand(value) and not value.stored):
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be logits, got a {kind}: use kd_loss and backward for hidden states")
+        if not is_operand(value):
+            checks.side(name, value)
     _check_options(
         num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
         reduction=reduction, logits_dtype=logits_dtype, return_stats=return_stats,
@@ -271,7 +274,7 @@ def _no_head_options(schedule: str, memory_budget: int | None, logits_dtype: tor
 
 def _check(
     student: Side,
-    teacher: Side,
+    teacher: Side | Operand,
     labels: torch.Tensor | None,
     *,
     divergence: str | Divergence,
@@ -291,7 +294,7 @@ def _check(
 ) -> _Checked:
     """Checks what depends on the tensors, and flattens them to rows."""
     checks.side("student", student)
-    checks.side("teacher", teacher)
+    checks.teacher(teacher)
     checks.pair(student, teacher)
     checks.weight_grad(weight_grad, student, teacher)
     chosen = as_divergence(divergence)
@@ -308,9 +311,9 @@ def _check(
     if token_weights is not None:
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
-    student, teacher = both_autocast(student, teacher)
-    ours, theirs = flattened(student), flattened(teacher)
-    wide = accumulation_dtype(ours.x, theirs.x)
+    operands = operands_of(student, teacher)
+    ours, theirs = operands.student.parts, operands.teacher
+    wide = accumulation_dtype(ours.x, *theirs.tensors)
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
     if resolved == "compiled":
@@ -335,17 +338,15 @@ def _check(
         ce_weight=float(ce_weight),
         student_scale=ours.scale,
         student_softcap=ours.softcap,
-        teacher_scale=theirs.scale,
-        teacher_softcap=theirs.softcap,
         parameters=tuple(0.0 if isinstance(value, torch.Tensor) else float(value) for value in parameters),
+        teacher=theirs.numbers,
     )
     call = LossCall(
         student=ours.x,
         student_weight=ours.weight,
         student_bias=ours.bias,
-        teacher=theirs.x,
-        teacher_weight=theirs.weight,
-        teacher_bias=theirs.bias,
+        teacher=theirs.tensors,
+        teacher_kind=theirs.kind,
         labels=y,
         token_weights=weights,
         token_parameters=torch.stack(tensors) if tensors else None,
@@ -362,15 +363,15 @@ def _check(
         logits_dtype=logits_dtype,
         weight_grad=weight_grad,
     )
-    return _Checked(call, numbers, form, shape, counted, reduction, num_items)
+    return _Checked(call, operands, numbers, form, shape, counted, reduction, num_items)
 
 
 def _from_heads(
     checked: _Checked, schedule: str, memory_budget: int | None, drop_ignored: bool | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight·loss per row, or its sum where the reduction takes one, and the statistics."""
-    call, counted = checked.call, checked.counted
-    _check_logits_dtype(call)
+    call, counted, student, teacher = checked.call, checked.counted, *checked.operands
+    _check_logits_dtype(call.logits_dtype, checked.operands)
     live = torch.is_grad_enabled()
     drop = call.student.device.type == "cpu" if drop_ignored == "auto" else bool(drop_ignored)
     drop = drop and counted is not None
@@ -379,7 +380,7 @@ def _from_heads(
     needs_rows = whole_rows(checked.form, call.target_token == "teacher_argmax", call.support == "floor")
     if call.backend == "compiled":
         needs_rows = needs_rows or 'backend="compiled"'
-    beside_logits = drop and (call.student_weight is None or call.teacher_weight is None)
+    beside_logits = drop and (student.stored or teacher.stored)
     if beside_logits and drop_ignored is True:
         if schedule == "streaming":
             raise ValueError(
@@ -396,7 +397,7 @@ def _from_heads(
     shape, sweeps = _shape(call, checked), sweeps_of(checked.form)
     chosen = choose_schedule(shape, memory_budget, schedule, checked.reduction, needs_rows, sweeps)
     if chosen.chunks is None:
-        found = _streamed(call._replace(columns=chosen.width), counted)
+        found = _streamed(call._replace(columns=chosen.width), teacher, counted)
     else:
         call = call._replace(outer_rows=chosen.chunks.outer, inner_rows=chosen.chunks.inner)
         if checked.reduction != "none":
@@ -406,12 +407,12 @@ def _from_heads(
     return _weighted(found.loss, checked), found.stats
 
 
-def _streamed(call: LossCall, counted: torch.Tensor | None) -> vocab_chunks.Rows:
+def _streamed(call: LossCall, teacher: Operand, counted: torch.Tensor | None) -> vocab_chunks.Rows:
     """Loss of each row, and the statistics, by the streaming schedule."""
     kept = None
-    if call.drop_ignored and counted is not None and not (call.student_weight is None or call.teacher_weight is None):
+    if call.drop_ignored and counted is not None and call.student_weight is not None and not teacher.stored:
         kept = counted.nonzero().squeeze(-1)
-        call = at_rows(call, kept)
+        call = at_rows(call, kept)._replace(student=call.student[kept], teacher=teacher.at(kept).tensors)
     found = streamed.streamed(call._replace(token_weights=None, drop_ignored=False))
     if kept is None or counted is None:
         return found
@@ -423,38 +424,39 @@ def _streamed(call: LossCall, counted: torch.Tensor | None) -> vocab_chunks.Rows
 
 
 def _shape(call: LossCall, checked: _Checked) -> Shape:
-    x, weight, teacher, teacher_weight = call.student, call.student_weight, call.teacher, call.teacher_weight
-    operand = x if weight is not None else teacher
-    full = checked.numbers.ce_weight != 0
+    student, teacher = checked.operands
+    x, theirs = call.student, teacher.tensors[0]
+    made = theirs if student.stored else x
+    columns = student.width if checked.numbers.ce_weight else call.vocab_size
     return Shape(
-        rows=checked.shape.numel(),
-        student_width=0 if weight is None else (weight.shape[0] if full else call.vocab_size),
-        teacher_width=0 if teacher_weight is None else call.vocab_size,
-        student_dim=0 if weight is None else weight.shape[1],
-        teacher_dim=0 if teacher_weight is None else teacher_weight.shape[1],
-        weight_rows=0 if weight is None else weight.shape[0],
-        logit_bytes=logit_dtype(operand.dtype, call.logits_dtype).itemsize,
+        rows=student.rows,
+        student_width=0 if student.stored else columns,
+        teacher_width=0 if teacher.stored else call.vocab_size,
+        student_dim=student.dim,
+        teacher_dim=teacher.dim,
+        weight_rows=0 if student.stored else student.width,
+        logit_bytes=logit_dtype(made.dtype, call.logits_dtype).itemsize,
         dz_bytes=gradient_dtype(x).itemsize,
-        hidden_bytes=operand.element_size(),
-        accumulator_bytes=accumulation_dtype(x, teacher).itemsize,
+        hidden_bytes=made.element_size(),
+        accumulator_bytes=accumulation_dtype(x, *teacher.tensors).itemsize,
         on_cpu=x.device.type == "cpu",
         gather=call.drop_ignored,
         masked=call.token_weights is not None or (call.labels is not None and not call.drop_ignored),
-        student_logit_bytes=x.element_size() if weight is None else teacher.element_size(),
-        student_logits=x.shape[2] if weight is None else 0,
+        student_logit_bytes=x.element_size() if student.stored else theirs.element_size(),
+        student_logits=student.width if student.stored else 0,
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
     )
 
 
-def _check_logits_dtype(call: LossCall) -> None:
-    sides = (("student", call.student, call.student_weight), ("teacher", call.teacher, call.teacher_weight))
-    for name, x, weight in sides:
-        if call.logits_dtype is None or weight is None:
+def _check_logits_dtype(logits_dtype: torch.dtype | None, operands: Operands) -> None:
+    for name, operand in operands._asdict().items():
+        if logits_dtype is None or operand.stored:
             continue
-        if call.logits_dtype == torch.bfloat16 and x.dtype != torch.bfloat16:
-            raise ValueError(f"logits_dtype=torch.bfloat16 needs a bfloat16 {name} Head, got {x.dtype}")
-        if x.dtype == torch.float64:
+        dtype = operand.tensors[0].dtype
+        if logits_dtype == torch.bfloat16 and dtype != torch.bfloat16:
+            raise ValueError(f"logits_dtype=torch.bfloat16 needs a bfloat16 {name} Head, got {dtype}")
+        if dtype == torch.float64:
             raise ValueError(f"logits_dtype must be None for a float64 {name} Head")
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from .divergence import Divergence, as_divergence
+from .head import Side
 from .loss import kd_loss
-from .sides import Side
 
 
 class DistillationLoss(torch.nn.Module):

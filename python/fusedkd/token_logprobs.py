@@ -13,10 +13,11 @@ from . import checks
 from .backends import choose_backend
 from .call import packed
 from .dtypes import accumulation_dtype, gradient_dtype, logit_dtype
-from .head import Head
+from .head import Head, Side, autocast
+from .kernels.device.args import TokenScalars, columns_of
 from .ops.token_logprobs import TokenNumbers, TokensCall, logprob_rows
+from .schedules.operands import flattened
 from .schedules.planner import Shape, choose
-from .sides import Side, autocast, flattened
 
 
 def token_logprobs(
@@ -65,8 +66,7 @@ def token_logprobs(
     resolved = choose_backend(backend, where)
     if resolved == "compiled":
         raise ValueError('token_logprobs has no backend="compiled": leave it at "auto"')
-    side = autocast(side)
-    x, weight, bias, scale, softcap = flattened(side)
+    x, weight, bias, scale, softcap = flattened(autocast(side)).parts
     if x.dtype == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
     ids = token_ids.reshape(-1)
@@ -84,8 +84,8 @@ def token_logprobs(
         needs_weight=live and weight is not None and weight.requires_grad,
         needs_bias=live and bias is not None and bias.requires_grad,
     )
-    saved = logprob_rows(call)
-    logprob, entropy = saved[:, 2].view(shape), saved[:, 3].view(shape)
+    found = columns_of(TokenScalars, logprob_rows(call))
+    logprob, entropy = found.logprob.view(shape), found.entropy.view(shape)
     return (logprob, entropy) if return_entropy else logprob
 
 

@@ -1,37 +1,23 @@
-"""Which implementation does the row work."""
-
-from typing import Any
+"""Which implementation does the row work: `get` has it by name, `choose_backend` finds the name."""
 
 import torch
 
-from ..kernels.device import rows as triton_rows
-from ..kernels.device import split_rows as triton_split_rows
-from ..kernels.device.rows import Problem
+from ..kernels.device import rows, token_logprobs, vocab_chunks
 from ..kernels.language import HAS_TRITON, interpreted
-from . import torch_compiled, torch_rows
+from . import torch_chunks, torch_compiled, torch_logprobs, torch_rows, triton
+from .protocol import Backend
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
-FEW_ROWS = 64  # half the multiprocessors of a large GPU: a guess, "not measured"
+_BACKENDS = {
+    "triton": Backend(rows=rows, logits=triton, chunks=vocab_chunks, tokens=token_logprobs),
+    "torch": Backend(rows=torch_rows, logits=torch_rows, chunks=torch_chunks, tokens=torch_logprobs),
+    "compiled": Backend(rows=torch_compiled, logits=torch_compiled, chunks=torch_chunks, tokens=torch_logprobs),
+}
 
 
-def row_functions(backend: str) -> Any:
-    """The module whose value, gradient, value_and_gradient and floor_rows serve a resolved backend."""
-    if backend == "triton":
-        return triton_rows
-    return torch_compiled if backend == "compiled" else torch_rows
-
-
-def logit_functions(backend: str, problem: Problem, x: torch.Tensor) -> Any:
-    """The module whose value, gradient and value_and_gradient serve logits (outer, inner, V) of one call."""
-    if backend == "triton" and shares_rows(problem, x):
-        return triton_split_rows
-    return row_functions(backend)
-
-
-def shares_rows(problem: Problem, x: torch.Tensor) -> bool:
-    """Whether several programs share a row: where one program per row would leave most of a GPU idle."""
-    few = x.is_cuda and x.shape[0] * x.shape[1] <= FEW_ROWS
-    return few and triton_split_rows.serves(problem)
+def get(name: str) -> Backend:
+    """The backend of a name that `choose_backend` returned."""
+    return _BACKENDS[name]
 
 
 def choose_backend(asked: str, device: torch.device) -> str:

@@ -7,8 +7,8 @@ import torch
 
 from ..divergence import Divergence, divergence
 from ..dtypes import accumulation_dtype
+from ..head import Side
 from ..loss import kd_loss
-from ..sides import Side
 
 IGNORED = -100
 OPTIONS = (

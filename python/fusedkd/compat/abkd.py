@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..divergence import divergence
+from ..head import Side, detached
 from ..loss import kd_loss
-from ..sides import Side, detached
 from . import _shared, distillm
 from .distillm import Batch, forward_kl, reverse_kl, skewed_forward_kl, skewed_reverse_kl, tv_distance
 

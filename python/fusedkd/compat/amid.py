@@ -10,7 +10,7 @@ import torch
 
 from .. import checks
 from ..divergence import divergence
-from ..sides import Side
+from ..head import Side
 from . import _shared
 from .distillm import Batch
 

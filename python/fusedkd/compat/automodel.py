@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..head import Side
 from ..loss import kd_loss
-from ..sides import Side
 from ._shared import as_labels
 
 

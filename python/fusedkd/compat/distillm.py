@@ -28,7 +28,7 @@ import torch
 
 from .. import checks
 from ..divergence import divergence
-from ..sides import Side
+from ..head import Side
 from ._shared import batch_loss, jsd
 
 Batch = Mapping[str, torch.Tensor]

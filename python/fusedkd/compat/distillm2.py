@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from ..divergence import Divergence, divergence
-from ..head import Head
+from ..head import Head, Side, detached
 from ..loss import kd_loss
 from ..recipes.cald import adapted_skew
-from ..sides import Side, detached
 from ..token_logprobs import token_logprobs
 from . import _shared
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn.modules.loss import _Loss
 
 from .. import checks
+from ..head import Side
 from ..loss import kd_loss
-from ..sides import Side
 
 
 class LogitsDistillationLoss(_Loss):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..divergence import divergence
+from ..head import Side
 from ..loss import kd_loss
-from ..sides import Side
 
 ORIGINAL = "swift.rlhf_trainers.gkd_loss"
 

@@ -16,10 +16,9 @@ import torch
 
 from .. import checks
 from ..divergence import Divergence, divergence
-from ..head import Head
+from ..head import Head, Side
 from ..loss import kd_loss
 from ..recipes.taid import TAIDSchedule
-from ..sides import Side
 from ..token_logprobs import token_logprobs
 from . import _shared
 

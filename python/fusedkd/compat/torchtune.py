@@ -18,8 +18,8 @@ import torch
 
 from .. import checks
 from ..divergence import divergence
+from ..head import Side
 from ..loss import kd_loss
-from ..sides import Side
 from ._shared import as_labels, over
 
 

@@ -4,13 +4,14 @@ A row kernel's arithmetic is not counted, as that of torch's own elementwise ope
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils import flop_counter
 
-from ..call import LossCall, numbers_of, problem_of, row_count
+from ..call import LossCall, row_count
 from ..kernels.device.vocab_chunks import online_of
+from ..schedules.operands import comparison_of
 from .heads import heads, heads_rows
 from .operator import Operator
 from .streamed import streamed, streamed_gradient
@@ -22,24 +23,20 @@ def _formula(operator: Operator[..., Any]) -> Callable[[Callable[..., int]], Non
         def raw(*args: Any, **_: Any) -> int:
             return formula(*operator.nested(args))
 
-        register_flop_formula(operator.overload.overloadpacket, get_raw=True)(raw)
+        counter: Any = flop_counter  # without types for what it takes
+        counter.register_flop_formula(operator.overload.overloadpacket, get_raw=True)(raw)
 
     return register
-
-
-def _product(rows: int, columns: int, weight: Optional[Tensor]) -> int:
-    """One product of `rows` hidden states, or logit gradients, with `columns` rows of a weight."""
-    return 0 if weight is None else 2 * rows * columns * weight.shape[1]
 
 
 def _heads(call: LossCall, forwards: int, backwards: int) -> int:
     rows = row_count(call)
     if call.drop_ignored and call.labels is not None and not call.labels.is_meta:
         rows = int((call.labels >= 0).sum())
-    weight = call.student_weight
-    columns = weight.shape[0] if weight is not None and numbers_of(call).ce_weight else call.vocab_size
-    student, teacher = _product(rows, columns, weight), _product(rows, call.vocab_size, call.teacher_weight)
-    return forwards * (student + teacher) + backwards * student
+    problem, student, teacher = comparison_of(call)
+    of_student = 2 * rows * (student.width if problem.ce_weight else problem.vocab_size) * student.dim
+    of_teacher = 2 * rows * problem.vocab_size * teacher.dim
+    return forwards * (of_student + of_teacher) + backwards * of_student
 
 
 @_formula(heads)
@@ -54,7 +51,7 @@ def _(call: LossCall) -> int:
 
 @_formula(streamed)
 def _(call: LossCall) -> int:
-    two_sweeps = online_of(problem_of(call)).sums is None
+    two_sweeps = online_of(comparison_of(call).problem).sums is None
     return _heads(call, 1 + two_sweeps, 0)
 
 
@@ -64,7 +61,7 @@ def _(call: LossCall, *_: Tensor) -> int:
 
 
 def _tokens(call: TokensCall, products: int) -> int:
-    return 0 if call.weight is None else products * _product(call.x.shape[0], call.weight.shape[0], call.weight)
+    return 0 if call.weight is None else products * 2 * call.x.shape[0] * call.weight.numel()
 
 
 @_formula(logprob_rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..call import LossCall, Rows, empty_rows
 from ..dtypes import size_of
 from ..schedules import token_chunks
-from ..sides import Source
+from ..schedules.operands import Parts
 from .operator import no_gradients, operator
 from .scaled import delivered
 
@@ -36,7 +36,7 @@ def heads(call: LossCall) -> Sum:
 @heads.register_fake
 def _(call: LossCall) -> Sum:
     loss, stats = empty_rows(call)
-    student = Source(call.student, call.student_weight, call.student_bias)
+    student = Parts(call.student, call.student_weight, call.student_bias).operand()
     gradients = token_chunks.empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
     return Sum(loss.new_empty(()), loss, stats, *gradients)
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import logit_functions, row_functions
-from ..call import LossCall, empty_rows, problem_of
+from .. import backends
+from ..call import LossCall, empty_rows
 from ..kernels.device.rows import SAVED, Logits, Problem
+from ..schedules.operands import comparison_of
 from ..schedules.token_chunks import FLOOR_DEPTH
 from .operator import no_gradients, operator
 
@@ -45,46 +46,61 @@ def _empty_floors(call: LossCall, loss: Tensor) -> Tensor:
     return loss.new_empty(loss.shape[0] if call.support == "floor" else 0)
 
 
-def _raise_floors(call: LossCall, problem: Problem, floors: Tensor) -> Logits:
-    """The teacher's side, its floors filled in if there are any."""
-    teacher = Logits(call.teacher)
-    if not floors.numel():
-        return teacher
-    row_functions(call.backend).floor_rows(problem, teacher, call.labels, floors, FLOOR_DEPTH)
-    return teacher._replace(floor=floors)
+class _Whole(NamedTuple):
+    """All rows of both sides as kernels take them."""
+
+    problem: Problem
+    student: Logits
+    teacher: Logits
+
+    @classmethod
+    def of(cls, call: LossCall) -> "_Whole":
+        """Of logits that are there: an Operand that needs no buffer."""
+        problem, student, teacher = comparison_of(call)
+        rows = slice(0, student.rows)
+        sides = (x.logits(rows, slice(0, x.width), None) for x in (student, teacher))
+        return cls(problem, *sides)
+
+    def raised(self, call: LossCall, floors: Tensor) -> "_Whole":
+        """With the teacher raised to `floors`, which are filled in, if there are any."""
+        if not floors.numel():
+            return self
+        backends.get(call.backend).logits.floor_rows(self.problem, self.teacher, call.labels, floors, FLOOR_DEPTH)
+        return self.at_floors(floors)
+
+    def at_floors(self, floors: Tensor) -> "_Whole":
+        """With the teacher raised to `floors`, if there are any."""
+        return self._replace(teacher=self.teacher._replace(floor=floors)) if floors.numel() else self
 
 
 @operator("rows")
 def rows(call: LossCall) -> Rows:
     """Token weights and the wish for gradients are ignored."""
-    problem, made = problem_of(call), _empty_rows(call)
-    logit_functions(call.backend, problem, call.student).value(
-        problem, Logits(call.student), _raise_floors(call, problem, made.floors), call.labels, made.loss, made.saved,
-        made.stats if call.return_stats else None,
-    )  # fmt: skip
+    made = _empty_rows(call)
+    whole = _Whole.of(call).raised(call, made.floors)
+    stats = made.stats if call.return_stats else None
+    backends.get(call.backend).logits.value(*whole, call.labels, made.loss, made.saved, stats)
     return made
 
 
 @operator("rows_gradient")
 def rows_gradient(call: LossCall, saved: Tensor, floors: Tensor, upstream: Tensor) -> Tensor:
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
-    problem, gradient = problem_of(call), _empty_gradient(call)
-    logit_functions(call.backend, problem, call.student).gradient(
-        problem, Logits(call.student), Logits(call.teacher, floor=floors if floors.numel() else None), call.labels,
-        saved, upstream, gradient.view(-1, gradient.shape[2]),
-    )  # fmt: skip
+    whole, gradient = _Whole.of(call).at_floors(floors), _empty_gradient(call)
+    out = gradient.view(-1, gradient.shape[2])
+    backends.get(call.backend).logits.gradient(*whole, call.labels, saved, upstream, out)
     return gradient
 
 
 @operator("rows_both")
 def rows_both(call: LossCall) -> RowsBoth:
     """Value sweep and gradient sweep of a row run back to back."""
-    problem, (loss, stats), gradient = problem_of(call), empty_rows(call), _empty_gradient(call)
-    floors = _empty_floors(call, loss)
-    logit_functions(call.backend, problem, call.student).value_and_gradient(
-        problem, Logits(call.student), _raise_floors(call, problem, floors), call.labels,
-        call.token_weights, gradient.view(-1, gradient.shape[2]), loss, stats if call.return_stats else None,
-    )  # fmt: skip
+    (loss, stats), gradient = empty_rows(call), _empty_gradient(call)
+    whole = _Whole.of(call).raised(call, _empty_floors(call, loss))
+    out = gradient.view(-1, gradient.shape[2])
+    backends.get(call.backend).logits.value_and_gradient(
+        *whole, call.labels, call.token_weights, out, loss, stats if call.return_stats else None
+    )
     return RowsBoth(loss, stats, gradient)
 
 

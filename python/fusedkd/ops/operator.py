@@ -9,9 +9,9 @@ results = name(call, more)
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Generic, ParamSpec, TypeGuard, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Operator(Generic[P, R]):
         for parameter, kind in kinds.items():
             schema.update(get_type_hints(kind) if _is_named(kind) else {parameter: kind})
         self.parameters = list(schema)
+        self.lists = {name for name, kind in schema.items() if kind == Sequence[Tensor]}
         self.results = list(self.returns._fields) if _is_named(self.returns) else ["result"]
         work: Callable[..., Any] = implementation
 
@@ -53,8 +54,8 @@ class Operator(Generic[P, R]):
             return_annotation=None if returned is type(None) else returned,
         )
         self.implementation = run
-        self.definition = torch.library.custom_op(f"fusedkd::{name}", run, mutates_args=mutates_args)
-        self.overload = self.definition._opoverload
+        self.definition: Any = torch.library.custom_op(f"fusedkd::{name}", run, mutates_args=mutates_args)
+        self.overload = getattr(torch.ops.fusedkd, name).default
         OPERATORS[name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -69,7 +70,11 @@ class Operator(Generic[P, R]):
     def register_fake(self, fake: Callable[P, R]) -> None:
         """Shapes and dtypes of the results."""
         work: Callable[..., Any] = fake
-        self.definition.register_fake(lambda *args: _plain(work(*self.nested(args))))
+
+        def run(*args: Any) -> Any:
+            return _plain(work(*self.nested(args)))
+
+        self.definition.register_fake(run)
 
     def register_autograd(self, keep: Callable[[C, R], tuple[C, R]], backward: Callable[[C, R, Tensor], C]) -> None:
         """Make the first result differentiable: backward(*keep(call, results), upstream) has the gradients by name.
@@ -79,18 +84,23 @@ class Operator(Generic[P, R]):
         names, kinds = [*self.parameters, *self.results], [*self.kinds, self.returns]
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
+            outputs = _flat(output)
             ctx.mark_non_differentiable(*outputs[1:])
             ctx.set_materialize_grads(False)  # zeros for outputs without a gradient would be as large as they
+            # torch wants a list of gradients, of None here, for a list of tensors.
+            ctx.lists = {
+                name: [None] * len(x) for name, x in zip(self.parameters, inputs, strict=True) if name in self.lists
+            }
             kept: Any = keep
             save(ctx, names, _flat(*kept(*_nested(kinds, (*inputs, *outputs)))))
 
         def run(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
             refuse_double_backward(upstream)
-            if upstream is None:
-                return (None,) * len(self.parameters)
-            call, results = _nested(kinds, saved_of(ctx))
-            return tuple(backward(call, results, upstream))
+            gradients: Sequence[Any] = [None] * len(self.parameters)
+            if upstream is not None:
+                call, results = _nested(kinds, saved_of(ctx))
+                gradients = backward(call, results, upstream)
+            return tuple(ctx.lists.get(name, x) for name, x in zip(self.parameters, gradients, strict=True))
 
         self.definition.register_autograd(run, setup_context=setup)
 
@@ -104,13 +114,20 @@ def _is_named(kind: Any) -> bool:
     return hasattr(kind, "_fields")
 
 
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
 def _plain(found: Any) -> Any:
-    return tuple(found) if isinstance(found, tuple) else found
+    return _flat(found) if isinstance(found, tuple) else found
 
 
 def _flat(*values: Any) -> tuple[Any, ...]:
     """Values, NamedTuples among them as their fields."""
-    return tuple(x for value in values for x in (value if isinstance(value, tuple) else (value,)))
+    members: list[Any] = []
+    for value in values:
+        members += value if isinstance(value, tuple) else (value,)
+    return tuple(members)
 
 
 def _nested(kinds: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
@@ -125,22 +142,37 @@ def no_gradients(kind: type[C]) -> C:
 
 
 def save(ctx: Any, names: Sequence[str], values: Sequence[Any]) -> None:
-    """Keep values for the backward pass.
+    """Keep values, lists among them, for the backward pass.
 
     `ctx.save_for_backward` refuses tensors made under torch.inference_mode(), as a teacher often is: the context holds
     those itself. Nothing can have changed them in place: that, too, is refused outside of inference mode.
     """
-    saved = [
-        x if isinstance(x, Tensor) and not x.is_inference() and name != BESIDE else None
-        for name, x in zip(names, values, strict=True)
-    ]
-    ctx.beside = [x if kept is None else None for kept, x in zip(saved, values, strict=True)]
-    ctx.save_for_backward(*saved)
+    tensors: list[Tensor | None] = []
+    ctx.beside = [_set_apart(value, name != BESIDE, tensors) for name, value in zip(names, values, strict=True)]
+    ctx.save_for_backward(*tensors)
+
+
+def _set_apart(value: Any, saved: bool, tensors: list[Tensor | None]) -> Any:
+    """What is left of a value, None where its tensors went to `tensors`: a place there for each of its members."""
+    if _is_list(value):
+        return [_set_apart(x, saved, tensors) for x in value]
+    saved = saved and isinstance(value, Tensor) and not value.is_inference()
+    tensors.append(value if saved else None)
+    return None if saved else value
 
 
 def saved_of(ctx: Any) -> list[Any]:
     """What `save` was given."""
-    return [x if kept is None else kept for kept, x in zip(ctx.saved_tensors, ctx.beside, strict=True)]
+    tensors = iter(ctx.saved_tensors)
+    return [_put_together(rest, tensors) for rest in ctx.beside]
+
+
+def _put_together(rest: Any, tensors: Iterator[Tensor | None]) -> Any:
+    """The reverse of `_set_apart`."""
+    if _is_list(rest):
+        return [_put_together(x, tensors) for x in rest]
+    saved = next(tensors)
+    return rest if saved is None else saved
 
 
 def refuse_double_backward(upstream: Tensor | None) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._C._autograd import _get_current_graph_task_keep_graph  # pyright: ignore[reportPrivateUsage]
 
 from ..call import LossCall
 from ..schedules.token_chunks import Gradients
@@ -21,7 +21,7 @@ def scaled(grad: Tensor, by: Tensor, like: Tensor) -> Tensor:
     if out.dtype == grad.dtype or not out.is_cpu:
         torch.mul(grad, by, out=out)
     else:  # a CPU multiplies into a whole copy of the wider dtype first
-        for source, target in zip(grad.split(512), out.split(512), strict=True):
+        for source, target in zip(torch.split(grad, 512), torch.split(out, 512), strict=True):
             torch.mul(source, by, out=target)
     return out
 
@@ -35,7 +35,7 @@ def add_scaled(out: Tensor, grad: Tensor, by: Tensor) -> None:
     if out.dtype == grad.dtype or not out.is_cpu:
         out.addcmul_(grad, by)
     else:  # a CPU converts whole operands first
-        for target, source in zip(out.split(512), grad.split(512), strict=True):
+        for target, source in zip(torch.split(out, 512), torch.split(grad, 512), strict=True):
             target.addcmul_(source, by)
 
 

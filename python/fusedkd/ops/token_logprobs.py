@@ -1,23 +1,24 @@
 """Log-probability and entropy of given tokens, some rows of logits at a time."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
-from ..backends import torch_logprobs
+from .. import backends
+from ..call import unpacked
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
-from ..kernels.device import token_logprobs as triton_logprobs
+from ..kernels.device.args import TOKEN_SAVED, TokenScalars, columns_of
 from ..kernels.device.rows import Logits
-from ..kernels.device.token_logprobs import SAVED
 from ..schedules import gemm, token_chunks
-from ..sides import Source
+from ..schedules.operands import DenseLogits, HeadLogits, Parts
 from .operator import no_gradients, operator
 from .scaled import scaled
 
 
 class TokensCall(NamedTuple):
-    """What these operators take: the fields, in this order, are their schema. x, weight, bias as in `Source`."""
+    """What these operators take: the fields, in this order, are their schema. x, weight, bias as in `Parts`."""
 
     x: Tensor
     weight: Optional[Tensor]
@@ -39,52 +40,45 @@ class TokenNumbers(NamedTuple):
     softcap: float  # 0: none
 
 
-def functions_of(backend: str) -> Any:
-    """The module whose value and gradient serve a resolved backend."""
-    return triton_logprobs if backend == "triton" else torch_logprobs
-
-
 class _Chunk(NamedTuple):
     """Some rows and their logits."""
 
     rows: slice
-    side: Logits
+    logits: Logits
 
 
 class _Pass(NamedTuple):
     """All rows, a chunk at a time; logits that are there already come whole."""
 
-    functions: Any
-    source: Source
+    side: DenseLogits | HeadLogits
     temperature: float
     rows: int
 
     @classmethod
     def of(cls, call: TokensCall) -> "_Pass":
         """Over the rows of a call."""
-        temperature, scale, softcap = TokenNumbers(*call.numbers.tolist())
-        source = Source(call.x, call.weight, call.bias, scale, softcap)
-        return cls(functions_of(call.backend), source, temperature, call.rows)
+        temperature, scale, softcap = TokenNumbers(*unpacked(call.numbers))
+        return cls(Parts(call.x, call.weight, call.bias, scale, softcap).operand(), temperature, call.rows)
 
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks in turn, in one buffer."""
-        n, source = self.source.rows, self.source
-        buffer = token_chunks.buffer(source, min(self.rows, max(n, 1)), source.width, None, None)
+        n, side = self.side.rows, self.side
+        buffer = side.buffer(min(self.rows, max(n, 1)), side.width, None)
         for start in range(0, n, max(self.rows, 1)):
-            stop = min(start + self.rows, n)
-            yield _Chunk(slice(start, stop), token_chunks.side(source, None, start, stop, buffer, source.width))
+            rows = slice(start, min(start + self.rows, n))
+            yield _Chunk(rows, side.logits(rows, slice(0, side.width), buffer))
 
 
 def _empty_rows(call: TokensCall) -> Tensor:
-    return call.x.new_empty((call.token_ids.shape[0], SAVED), dtype=accumulation_dtype(call.x))
+    return call.x.new_empty((call.token_ids.shape[0], TOKEN_SAVED), dtype=accumulation_dtype(call.x))
 
 
 @operator("logprob_rows")
 def logprob_rows(call: TokensCall) -> Tensor:
-    """(N, SAVED): centre, log-sum-exp above it, log q of the token, entropy."""
-    saved, sweep = _empty_rows(call), _Pass.of(call)
-    for rows, side in sweep.chunks():
-        sweep.functions.value(side, call.token_ids[rows], saved[rows], sweep.temperature)
+    """`TokenScalars` (N, TOKEN_SAVED)."""
+    tokens, saved, sweep = backends.get(call.backend).tokens, _empty_rows(call), _Pass.of(call)
+    for rows, logits in sweep.chunks():
+        tokens.value(logits, call.token_ids[rows], saved[rows], sweep.temperature)
     return saved
 
 
@@ -93,8 +87,8 @@ logprob_rows.register_fake(_empty_rows)
 
 def _empty_gradients(call: TokensCall) -> token_chunks.Gradients:
     """As those of the chunked schedule, but of logits in their own shape."""
-    source = Source(call.x, call.weight, call.bias)
-    made = token_chunks.empty_gradients(source, call.needs_x, call.needs_weight, call.needs_bias)
+    side = Parts(call.x, call.weight, call.bias).operand()
+    made = token_chunks.empty_gradients(side, call.needs_x, call.needs_weight, call.needs_bias)
     return made if call.weight is not None else made._replace(x=made.x.view(call.x.shape))
 
 
@@ -102,13 +96,14 @@ def _empty_gradients(call: TokensCall) -> token_chunks.Gradients:
 def logprob_rows_gradient(call: TokensCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gradients:
     """Gradients of x, weight and bias for an upstream gradient (N, 2) of (log q, H); empty where not wanted."""
     x, weight, ids, sweep, made = call.x, call.weight, call.token_ids, _Pass.of(call), _empty_gradients(call)
+    tokens = backends.get(call.backend).tokens
     first, buffer = True, None
     if weight is not None and gradient_dtype(x) != logit_dtype(x.dtype, None):
         buffer = x.new_empty((min(call.rows, max(len(ids), 1)), len(weight)), dtype=gradient_dtype(x))
-    for rows, side in sweep.chunks():
-        out = made.x.view(len(ids), -1) if weight is None else side.x[0]
+    for rows, logits in sweep.chunks():
+        out = made.x.view(len(ids), -1) if weight is None else logits.x[0]
         out = out if buffer is None else buffer[: rows.stop - rows.start]
-        sweep.functions.gradient(side, ids[rows], saved[rows], upstream[rows], out, sweep.temperature)
+        tokens.gradient(logits, ids[rows], saved[rows], upstream[rows], out, sweep.temperature)
         if weight is None:
             continue
         if call.needs_x:
@@ -128,7 +123,8 @@ logprob_rows_gradient.register_fake(lambda call, saved, upstream: _empty_gradien
 
 
 def _backward(call: TokensCall, saved: Tensor, upstream: Tensor) -> TokensCall:
-    wanted = token_chunks.counted_upstream(upstream[:, 2:].to(saved.dtype), call.token_ids)
+    of_row = columns_of(TokenScalars, upstream.to(saved.dtype))
+    wanted = token_chunks.counted_upstream(torch.stack((of_row.logprob, of_row.entropy), -1), call.token_ids)
     size = wanted.new_ones(()) if call.weight is None else size_of(wanted)
     found = logprob_rows_gradient(call, saved, (wanted / size).contiguous())
     if call.weight is None:

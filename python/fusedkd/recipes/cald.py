@@ -6,8 +6,8 @@ import torch
 
 from .. import checks
 from ..divergence import divergence
+from ..head import Side
 from ..loss import kd_loss
-from ..sides import Side
 
 _LEAST = 1e-2  # the authors' lower end of an adapted λ
 

@@ -22,7 +22,7 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
     if _of_a_cpu(out):
         wide = hidden.float()
         for rows, block in _upcast(weight):
-            for tokens, to in zip(wide.split(BLOCK_TOKENS), out.split(BLOCK_TOKENS), strict=True):
+            for tokens, to in zip(torch.split(wide, BLOCK_TOKENS), torch.split(out, BLOCK_TOKENS), strict=True):
                 to[:, rows] = _product(tokens, block)
     elif hidden.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)

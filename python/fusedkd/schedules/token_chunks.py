@@ -11,16 +11,17 @@ scalar. Four GEMMs in all, fewer where something is frozen; buffers are made onc
 dtype the row kernel writes dZ over it.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
-from ..backends import row_functions
-from ..call import LossCall, at_rows, problem_of, row_count, sources_of, wide_dtype
+from .. import backends
+from ..call import LossCall, at_rows, row_count, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype
-from ..kernels.device.rows import STATS, Logits, Problem
-from ..sides import Source
+from ..kernels.device.rows import STATS, Problem
 from . import gemm
+from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 
@@ -41,89 +42,139 @@ class Result(NamedTuple):
     gradients: Gradients
 
 
+class _Sink:
+    """Where the row work writes dZ, and what becomes of it: nowhere and nothing, where no gradient is wanted."""
+
+    in_place = False  # whether dZ lies over the student's logits
+
+    def __init__(self, student: Student) -> None:
+        self.gradients = empty_gradients(student, False, False, False)
+
+    def out(self, chunk: slice, rows: slice) -> torch.Tensor | None:
+        """Room for dZ (n, width) of some rows of an outer chunk."""
+        return None
+
+    def take_rows(self, rows: slice) -> None:
+        """dZ of these rows is in `out`."""
+
+    def take_chunk(self, chunk: slice) -> None:
+        """dZ of all rows of an outer chunk is in `out`."""
+
+
+class _LogitsSink(_Sink):
+    """dZ is the gradient of the logits."""
+
+    def __init__(self, student: DenseLogits | PickedLogits, inner: int) -> None:
+        self.gradients = empty_gradients(student, True, False, False)
+        self.picked, self.copy = None, self.gradients.x
+        if isinstance(student, PickedLogits):
+            self.picked, self.copy = student.picked, student.x.new_empty((inner, student.width))
+            self.gradients.x.zero_()
+
+    def out(self, chunk: slice, rows: slice) -> torch.Tensor:
+        """Where it belongs, or room for a copy of the picked rows."""
+        return self.copy[rows] if self.picked is None else self.copy[: rows.stop - rows.start]
+
+    def take_rows(self, rows: slice) -> None:
+        """Put picked rows where they belong."""
+        if self.picked is not None:
+            self.gradients.x[self.picked[rows]] = self.copy[: rows.stop - rows.start]
+
+
+class _HeadSink(_Sink):
+    """dZ goes into the products that give the gradients of hidden states, weight and bias."""
+
+    def __init__(self, call: LossCall, student: HeadLogits, outer: int, width: int) -> None:
+        x, wide = student.hidden, accumulation_dtype(student.hidden)
+        self.call, self.student, self.width = call, student, width
+        self.gradients = empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
+        self.dz = x.new_empty((outer, width), dtype=gradient_dtype(x))  # of an outer chunk
+        self.in_place = self.dz.dtype == logit_dtype(x.dtype, call.logits_dtype)
+        self.bias_sums = x.new_empty(width, dtype=wide) if call.needs_bias else None
+        self.uncounted = uncounted_rows(call.labels, call.token_weights) if call.needs_weight else None
+        self.hidden = None if self.uncounted is None else x.new_empty((outer, student.dim))
+        if call.needs_weight:
+            self.gradients.weight[width if student.rows else 0 :] = 0
+
+    def out(self, chunk: slice, rows: slice) -> torch.Tensor:
+        """In a buffer of an outer chunk."""
+        return self.dz[rows.start - chunk.start : rows.stop - chunk.start]
+
+    def take_chunk(self, chunk: slice) -> None:
+        """The products."""
+        n, (grad_x, grad_weight, grad_bias) = chunk.stop - chunk.start, self.gradients
+        dz = self.dz[:n]
+        if self.call.needs_student:
+            gemm.hidden_gradient(dz, self.student.weight[: self.width], grad_x[chunk])
+        if self.call.needs_weight:
+            hidden = self.student.hidden[chunk]
+            if self.uncounted is not None and self.hidden is not None:
+                hidden = only_counted(hidden, self.uncounted[chunk], self.hidden[:n])
+            gemm.weight_gradient(dz, hidden, grad_weight[: self.width], accumulate=chunk.start > 0)
+        if self.bias_sums is not None:
+            torch.sum(dz, 0, dtype=self.bias_sums.dtype, out=self.bias_sums)
+            grad_bias[: self.width] += self.bias_sums
+
+
+def _sink_of(call: LossCall, student: Student, outer: int, inner: int, width: int) -> _Sink:
+    """What takes dZ of a student of `width` columns."""
+    if not (call.needs_student or call.needs_weight or call.needs_bias):
+        return _Sink(student)
+    if isinstance(student, HeadLogits):
+        return _HeadSink(call, student, outer, width)
+    return _LogitsSink(student, inner)
+
+
 def run(call: LossCall) -> Result:
     """Loss rows, statistics and the gradients that `call` needs, of the sum weighted by its token weights."""
-    functions = row_functions(call.backend)
-    total_rows, kept = row_count(call), _kept(call)
+    row_work, total_rows, kept = backends.get(call.backend).rows, row_count(call), _kept(call)
     if kept is not None:
         call = at_rows(call, kept)
-    problem, (student, teacher) = problem_of(call), sources_of(call)
-    n = total_rows if kept is None else kept.shape[0]
-    loss = student.x.new_empty(n, dtype=wide_dtype(call))
+    problem, whole, teacher = comparison_of(call)
+    student: Student = whole
+    if kept is not None:
+        student, teacher = whole.at(kept), teacher.at(kept)
+    n = student.rows
+    loss = call.student.new_empty(n, dtype=wide_dtype(call))
     stats = loss.new_empty((n, STATS)) if call.return_stats else None
     floors = torch.empty_like(loss) if call.support == "floor" else None
 
-    width = student.width if problem.ce_weight else problem.vocab_size
-    differentiate = call.needs_student or call.needs_weight or call.needs_bias
-    is_head = student.weight is not None
+    of_teacher = slice(0, problem.vocab_size)
+    of_student = slice(0, student.width) if problem.ce_weight else of_teacher
     inner, outer = min(call.inner_rows, max(n, 1)), min(call.outer_rows, max(n, 1))
-    teacher_buffer = buffer(teacher, inner, problem.vocab_size, kept, call.logits_dtype)
-    in_place, dz, student_buffer = False, None, None
-    if is_head and differentiate:
-        dz = student.x.new_empty((outer, width), dtype=gradient_dtype(student.x))
-        in_place = dz.dtype == logit_dtype(student.x.dtype, call.logits_dtype)
-    if not in_place:
-        student_buffer = buffer(student, inner, width, kept, call.logits_dtype)
-    own = accumulation_dtype(student.x)
-    grad_x, grad_weight, grad_bias = empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
-    picked = None
-    if differentiate and not is_head and kept is not None:
-        grad_x.zero_()
-        picked = grad_x.new_empty((inner, student.width))
-    bias_buffer = None if not (is_head and call.needs_bias) else student.x.new_empty(width, dtype=own)
-    uncounted = uncounted_rows(call.labels, call.token_weights) if is_head and call.needs_weight else None
-    hidden_buffer = None if uncounted is None else student.x.new_empty((outer, student.x.shape[1]))
+    sink = _sink_of(call, student, outer, inner, of_student.stop)
+    teacher_buffer = teacher.buffer(inner, of_teacher.stop, call.logits_dtype)
+    student_buffer = None if sink.in_place else student.buffer(inner, of_student.stop, call.logits_dtype)
 
-    for start in range(0, n, outer):
-        stop = min(start + outer, n)
-        for i in range(start, stop, inner):
-            j = min(i + inner, stop)
-            rows = slice(i, j)
-            out = None
-            if dz is not None:
-                out = dz[i - start : j - start]
-            elif differentiate:
-                out = grad_x[rows] if picked is None else picked[: j - i]
-            t = side(teacher, kept, i, j, teacher_buffer, problem.vocab_size)
-            s = side(student, kept, i, j, out if in_place else student_buffer, width)
+    for chunk in _slices(0, n, outer):
+        for rows in _slices(chunk.start, chunk.stop, inner):
+            out = sink.out(chunk, rows)
+            t = teacher.logits(rows, of_teacher, teacher_buffer)
+            s = student.logits(rows, of_student, out if sink.in_place else student_buffer)
             here = _at_rows(problem, rows)
             label = None if call.labels is None else call.labels[rows]
             if floors is not None:
-                functions.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
+                row_work.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
                 t = t._replace(floor=floors[rows])
             stat = None if stats is None else stats[rows]
             if out is None:
-                functions.value(here, s, t, label, loss[rows], None, stat)
+                row_work.value(here, s, t, label, loss[rows], None, stat)
             else:
                 weight = None if call.token_weights is None else call.token_weights[rows]
-                functions.value_and_gradient(here, s, t, label, weight, out, loss[rows], stat)
-                if picked is not None and kept is not None:
-                    grad_x[kept[rows]] = picked[: j - i]
-        if dz is None:
-            continue
-        assert student.weight is not None
-        chunk, rows = dz[: stop - start], slice(start, stop)
-        if call.needs_student:
-            gemm.hidden_gradient(chunk, student.weight[:width], grad_x[rows])
-        if call.needs_weight:
-            hidden = student.x[rows]
-            if uncounted is not None and hidden_buffer is not None:
-                hidden = only_counted(hidden, uncounted[rows], hidden_buffer[: stop - start])
-            gemm.weight_gradient(chunk, hidden, grad_weight[:width], accumulate=start > 0)
-        if bias_buffer is not None:
-            torch.sum(chunk, 0, dtype=own, out=bias_buffer)
-            grad_bias[:width] += bias_buffer
-    if n == 0:
-        grad_weight.zero_()
-    else:
-        grad_weight[width:] = 0
-    if stats is None:
-        stats = loss.new_empty((0, STATS))
+                row_work.value_and_gradient(here, s, t, label, weight, out, loss[rows], stat)
+                sink.take_rows(rows)
+        sink.take_chunk(chunk)
+    gradients = sink.gradients
     if kept is not None:
-        loss = _spread(loss, kept, total_rows)
-        stats = _spread(stats, kept, total_rows) if call.return_stats else stats
-        grad_x = _spread(grad_x, kept, total_rows) if call.needs_student and is_head else grad_x
-    return Result(loss, stats, Gradients(grad_x, grad_weight, grad_bias))
+        loss, stats = _spread(loss, kept, total_rows), None if stats is None else _spread(stats, kept, total_rows)
+        if isinstance(student, HeadLogits) and call.needs_student:
+            gradients = gradients._replace(x=_spread(gradients.x, kept, total_rows))
+    return Result(loss, loss.new_empty((0, STATS)) if stats is None else stats, gradients)
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """start to stop, `step` at a time."""
+    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
 def uncounted_rows(labels: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -167,47 +218,26 @@ def _kept(call: LossCall) -> torch.Tensor | None:
     return None if bool(counted.all()) else counted.nonzero().squeeze(-1)
 
 
-def _at_rows(problem: Problem, rows: slice | torch.Tensor) -> Problem:
+def _at_rows(problem: Problem, rows: slice) -> Problem:
     """The problem with per-row parameters cut to some rows."""
 
-    def cut(values: tuple) -> tuple:
-        return tuple(value[rows] if isinstance(value, torch.Tensor) else value for value in values)
+    def cut(value: Any) -> Any:
+        return value[rows] if isinstance(value, torch.Tensor) else value
 
-    (mix,) = cut((problem.mix,))
-    return problem._replace(parameters=cut(problem.parameters), weights=cut(problem.weights), mix=mix)
-
-
-def buffer(
-    source: Source, rows: int, width: int, kept: torch.Tensor | None, asked: torch.dtype | None
-) -> torch.Tensor | None:
-    """Room for the logits of an inner chunk; logits that are already there need none unless rows are picked."""
-    if source.weight is None:
-        return None if kept is None else source.x.new_empty((rows, width))
-    return source.x.new_empty((rows, width), dtype=logit_dtype(source.x.dtype, asked))
+    target, nontarget = problem.weights
+    parameters = tuple(map(cut, problem.parameters))
+    return problem._replace(parameters=parameters, weights=(cut(target), cut(nontarget)), mix=cut(problem.mix))
 
 
-def side(source: Source, kept: torch.Tensor | None, i: int, j: int, buffer: torch.Tensor | None, width: int) -> Logits:
-    """Rows i to j as the row kernels take them."""
-    if source.weight is None:
-        if kept is None:
-            return Logits(source.x, first=i)
-        assert buffer is not None
-        at = kept[i:j]
-        buffer[: j - i] = source.x[at // source.x.shape[1], at % source.x.shape[1], :width]
-        return Logits(buffer[: j - i].unsqueeze(0))
-    assert buffer is not None
-    gemm.project(source.x[i:j], source.weight[:width], buffer[: j - i])
-    return source.side(buffer[: j - i], source.bias)
-
-
-def empty_gradients(side: Source, needs_x: bool, needs_weight: bool, needs_bias: bool) -> Gradients:
+def empty_gradients(student: Student, needs_x: bool, needs_weight: bool, needs_bias: bool) -> Gradients:
     """Room for the gradients of a side: of a Head in the accumulators' dtype, of logits as (N, V) in theirs."""
-    empty = Gradients(*(side.x.new_empty(0) for _ in Gradients._fields))
-    if side.weight is None:
-        return empty._replace(x=side.x.new_empty((side.rows, side.width))) if needs_x else empty
-    wide = accumulation_dtype(side.x)
+    if not isinstance(student, HeadLogits):
+        x = student.x
+        whole = x.new_empty((x.shape[0] * x.shape[1], x.shape[2])) if needs_x else x.new_empty(0)
+        return Gradients(whole, x.new_empty(0), x.new_empty(0))
+    x, weight, wide = student.hidden, student.weight, accumulation_dtype(student.hidden)
     return Gradients(
-        side.x.new_empty(side.x.shape, dtype=wide) if needs_x else empty.x,
-        side.weight.new_empty(side.weight.shape, dtype=wide) if needs_weight else empty.weight,
-        side.weight.new_zeros(side.width, dtype=wide) if needs_bias else empty.bias,
+        x.new_empty(x.shape, dtype=wide) if needs_x else x.new_empty(0),
+        weight.new_empty(weight.shape, dtype=wide) if needs_weight else x.new_empty(0),
+        weight.new_zeros(len(weight), dtype=wide) if needs_bias else x.new_empty(0),
     )

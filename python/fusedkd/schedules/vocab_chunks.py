@@ -10,29 +10,39 @@ Six GEMMs (eight without a one-sweep form) instead of four. The forward keeps a 
 every upstream gradient is exact, because the gradient is formed where it is known.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import torch_chunks
+from .. import backends
 from ..backends.torch_rows import finish_rows, values_at
-from ..call import LossCall, problem_of, sources_of, wide_dtype
+from ..call import LossCall, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
-from ..kernels.device import vocab_chunks as triton_streaming
-from ..kernels.device.rows import SAVED, STATS, Logits, Problem
-from ..kernels.device.vocab_chunks import CARRY, DOMINANT, EMPTY, online_of
+from ..kernels.device.args import (
+    CARRY,
+    DOMINANT,
+    EMPTY,
+    SAVED,
+    STATS,
+    TERM_SUMS,
+    Carry,
+    Dominant,
+    RowScalars,
+    TermSums,
+    TokenStats,
+    columns_of,
+    extras_of,
+)
+from ..kernels.device.rows import Logits, Problem
+from ..kernels.device.vocab_chunks import online_of
 from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infinite, side_stats
 from ..kernels.maths.moments import log_sum
-from ..sides import Source
+from ..kernels.maths.quantities import Binary, SideStats
 from . import gemm, token_chunks
+from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front
 from .planner import DOMINANT_ROWS
-
-
-def functions_of(backend: str) -> Any:
-    """The module whose absorb, add_sums and gradient serve a resolved backend."""
-    return triton_streaming if backend == "triton" else torch_chunks
 
 
 class _Row(NamedTuple):
@@ -45,56 +55,54 @@ class _Row(NamedTuple):
 class _RowNorms(NamedTuple):
     """Everything about the rows that does not need the sums: (n,) each."""
 
-    saved: Tensor  # (n, SAVED), the gradient's a, b, T still missing
-    pair: tuple[Tensor, ...]  # decomposition.binary
-    extras: tuple[Tensor, ...]
+    saved: Tensor  # (n, SAVED), the gradient's a, b and grad_y still 0
+    binary: Binary
+    extras: tuple[Tensor, ...]  # parameters that the rows found for themselves
     in_support: Tensor
-    no_columns: Tensor
-    state: tuple[Tensor, ...]
-    stats: tuple[Tensor, ...] | None
+    no_columns: Tensor  # nothing to compare but the label
+    state: tuple[Tensor, ...]  # the online state
+    student: SideStats | None
+    teacher: SideStats | None
 
 
-def _chunks(source: Source, start: int, stop: int, buffer: Tensor | None) -> Logits:
-    """All rows' logits of some vocabulary columns."""
-    if source.weight is None:
-        return Logits(source.x[..., start:stop])
-    assert buffer is not None
-    bias = None if source.bias is None else source.bias[start:stop]
-    # Addressed as a matrix of its own: a narrower last chunk fills the front of the buffer.
-    out = buffer.view(-1)[: source.rows * (stop - start)].view(source.rows, stop - start)
-    gemm.project(source.x, source.weight[start:stop], out)
-    return source.side(out, bias)
+class _Chunk(NamedTuple):
+    """Some vocabulary columns of all rows."""
+
+    columns: slice
+    problem: Problem  # on these columns, of which its vocab_size are compared
+    student: Logits
+    teacher: Logits
 
 
 class _Pass(NamedTuple):
     """One sweep over the vocabulary."""
 
     problem: Problem
-    student: Source
-    teacher: Source
+    student: DenseLogits | HeadLogits
+    teacher: Operand
     width: int  # columns per chunk
     student_buffer: Tensor | None  # (N, width) products, of a Head
     teacher_buffer: Tensor | None
 
-    def __iter__(self) -> Iterator[tuple[int, int, Problem, Logits, Logits]]:  # type: ignore[override]
-        """(first column, last, the problem on these columns, student, teacher)."""
+    def chunks(self) -> Iterator[_Chunk]:
+        """The chunks in turn, in one buffer for each side."""
         total = self.student.width if self.problem.ce_weight else self.problem.vocab_size
+        rows = slice(0, self.student.rows)
         for start in range(0, total, self.width):
-            stop = min(start + self.width, total)
-            compared = max(0, min(stop, self.problem.vocab_size) - start)
-            student = _chunks(self.student, start, stop, self.student_buffer)
+            columns = slice(start, min(start + self.width, total))
+            compared = max(0, min(columns.stop, self.problem.vocab_size) - start)
+            student = self.student.logits(rows, columns, self.student_buffer)
             # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
             until = max(start + compared, start + 1) if start < self.teacher.width else start
-            teacher = student if until == start else _chunks(self.teacher, start, until, self.teacher_buffer)
-            yield start, stop, self.problem._replace(vocab_size=compared), student, teacher
+            beside = slice(start, until)
+            teacher = student if until == start else self.teacher.logits(rows, beside, self.teacher_buffer)
+            yield _Chunk(columns, self.problem._replace(vocab_size=compared), student, teacher)
 
 
 def _pass(call: LossCall) -> _Pass:
-    student, teacher = sources_of(call)
-    buffers = (
-        token_chunks.buffer(source, source.rows, call.columns, None, call.logits_dtype) for source in (student, teacher)
-    )
-    return _Pass(problem_of(call), student, teacher, call.columns, *buffers)
+    problem, student, teacher = comparison_of(call)
+    buffers = (side.buffer(side.rows, call.columns, call.logits_dtype) for side in (student, teacher))
+    return _Pass(problem, student, teacher, call.columns, *buffers)
 
 
 class Rows(NamedTuple):
@@ -107,98 +115,122 @@ class Rows(NamedTuple):
 
 def forward(call: LossCall) -> Rows:
     """The value of every row, and what the backward pass needs to know of it."""
-    sweep, functions, labels = _pass(call), functions_of(call.backend), call.labels
-    problem, x, n = sweep.problem, sweep.student.x, sweep.student.rows
-    wide = wide_dtype(call)
+    sweep, chunks, labels = _pass(call), backends.get(call.backend).chunks, call.labels
+    problem, n, wide = sweep.problem, sweep.student.rows, wide_dtype(call)
     count = len(online_of(problem).init.torch())
-    carry = x.new_zeros((n, CARRY + count), dtype=wide)
-    for i, value in enumerate(EMPTY):
-        carry[:, i] = value
-    for start, _, part, student, teacher in sweep:
-        functions.absorb(part, student, teacher, labels, carry, start, call.return_stats)
-    row_norms = _finalize_normalizers(problem, carry, labels, call.return_stats)
+    carry = call.student.new_zeros((n, CARRY + count), dtype=wide)
+    for column, value in zip(columns_of(Carry, carry), EMPTY, strict=True):
+        column.fill_(value)
+    for x in sweep.chunks():
+        chunks.absorb(x.problem, x.student, x.teacher, labels, carry, x.columns.start, call.return_stats)
+    norms = _row_norms(problem, carry, labels, call.return_stats)
     sums_of = online_of(problem).sums
     if sums_of is None:
-        sums = x.new_zeros((n, 3), dtype=wide)
-        for start, _, part, student, teacher in sweep:
-            if part.vocab_size:
-                functions.add_sums(part, student, teacher, labels, row_norms.saved, sums, start)
-        total, mass, widest = sums.unbind(-1)
-        total = or_infinite.torch(total, widest)
+        memory = call.student.new_zeros((n, TERM_SUMS), dtype=wide)
+        for x in sweep.chunks():
+            if x.problem.vocab_size:
+                chunks.add_sums(x.problem, x.student, x.teacher, labels, norms.saved, memory, x.columns.start)
+        sums = columns_of(TermSums, memory)
+        total, mass = or_infinite.torch(sums.total, sums.widest), sums.mass
     else:
-        theta = (*values_at(problem.parameters, slice(None), carry), *row_norms.extras)
-        total, mass = sums_of.torch(row_norms.state, *row_norms.saved[:, 4:7].unbind(-1), theta)
-    return _finish_rows(problem, carry, row_norms, total, mass, labels)
+        scalars = columns_of(RowScalars, norms.saved)
+        theta = (*values_at(problem.parameters, slice(None), carry), *norms.extras)
+        total, mass = sums_of.torch(norms.state, scalars.l_s, scalars.l_t, scalars.r, theta)
+    return _finish_rows(problem, columns_of(Carry, carry), norms, total, mass, labels)
 
 
-def _finalize_normalizers(problem: Problem, carry: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
-    """The rows' normalisers, as `row_value` of kernels/device/forward.py has them."""
-    maxima, state = carry[:, :3].unbind(-1), carry[:, CARRY:].unbind(-1)
+def _row_norms(problem: Problem, memory: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
+    """The rows' normalisers from what (n, CARRY + online state) has gathered of all columns."""
+    carry, state = columns_of(Carry, memory), memory[:, CARRY:].unbind(-1)
     inv_tau = 1.0 / problem.temperature
-    mix: tuple[Any, ...] = () if problem.mix is None else values_at((problem.mix,), slice(None), carry)
-    s_y, t_y = carry[:, 8].clamp(min=ABSENT), carry[:, 9]
+    mix = () if problem.mix is None else values_at((problem.mix,), slice(None), memory)
+    s_y, t_y = carry.label_s.clamp(min=ABSENT), carry.label_t
     in_support = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~torch.isneginf(t_y)
     t_y = t_y.clamp(min=ABSENT)
-    (c_s, c_t, k, m), at, pair, (log_zs, zy, own_uy) = finalize_normalizers.torch(
-        tuple(maxima), state, s_y, t_y, in_support, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
+    maxima = (carry.top_s, carry.top_t, carry.top_mixed)
+    norms = finalize_normalizers.torch(
+        maxima, state, s_y, t_y, in_support, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
     )
-    m = m if isinstance(m, Tensor) else torch.full_like(k, m)
+    c, own, no_columns = norms.centre, norms.own, state[1] == 0
     row_parameters = problem.definition.row_parameters
-    theta = values_at(problem.parameters, slice(None), carry)
-    extras = () if row_parameters is None else row_parameters.torch(_Row(state[3] < 0.5 * state[0], carry.dtype), theta)
-    ce_lse = carry[:, 6] + log_sum.torch(carry[:, 7])
-    saved = carry.new_zeros((len(carry), SAVED))
-    for i, column in enumerate((c_s, c_t, k, m, *at)):
-        saved[:, i] = column
-    saved[:, 10] = ce_lse
-    for i, column in enumerate(extras):
-        saved[:, 12 + i] = column
-    no_columns = state[1] == 0
-    stats = None
+    theta = values_at(problem.parameters, slice(None), memory)
+    extras = (
+        () if row_parameters is None else row_parameters.torch(_Row(state[3] < 0.5 * state[0], memory.dtype), theta)
+    )
+    ce_lse = carry.ce_top + log_sum.torch(carry.ce_total)
+    later = torch.zeros_like(ce_lse)
+    scalars = RowScalars(*c, *norms.log_norms, a=later, b=later, grad_y=later, ce_lse=ce_lse)
+    student = teacher = None
     if with_stats:
-        own_t = log_sum.torch(carry[:, 5])
-        stats = (
-            *side_stats.torch(log_zs, carry[:, 3], zy, c_s * inv_tau, s_y * inv_tau, in_support, no_columns),
-            *side_stats.torch(own_t, carry[:, 4], own_uy, (c_t + k) * inv_tau, t_y * inv_tau, in_support, no_columns),
+        own_t = log_sum.torch(carry.sum_t)
+        student = side_stats.torch(
+            own.log_zs, carry.entropy_s, own.z_y, c.c_s * inv_tau, s_y * inv_tau, in_support, no_columns
         )
-    return _RowNorms(saved, pair, tuple(extras), in_support, no_columns, tuple(state), stats)
+        teacher = side_stats.torch(
+            own_t, carry.entropy_t, own.own_u_y, (c.c_t + c.k) * inv_tau, t_y * inv_tau, in_support, no_columns
+        )
+    return _RowNorms(
+        _saved(memory, scalars, extras), norms.binary, tuple(extras), in_support, no_columns, state, student, teacher
+    )
+
+
+def _saved(like: Tensor, scalars: RowScalars, extras: Sequence[Tensor]) -> Tensor:
+    """Row scalars in memory, (n, SAVED), as kernels read them; the target is the label's affair."""
+    saved = like.new_zeros((len(like), SAVED))
+    for column, value in zip(columns_of(RowScalars, saved), scalars, strict=True):
+        column[:] = value  # m is a number where no teacher is mixed
+    for column, value in zip(extras_of(saved, len(extras)), extras, strict=True):
+        column[:] = value
+    return saved
 
 
 def _finish_rows(
-    problem: Problem, carry: Tensor, row_norms: _RowNorms, total: Tensor, mass: Tensor, labels: Tensor | None
+    problem: Problem, carry: Carry, norms: _RowNorms, total: Tensor, mass: Tensor, labels: Tensor | None
 ) -> Rows:
     """Loss, statistics and saved scalars from the sums; zeros in ignored rows."""
-    theta = (*values_at(problem.parameters, slice(None), carry), *row_norms.extras)
-    result, split, slopes = finish_rows(
-        problem, slice(None), row_norms.pair, row_norms.in_support, row_norms.no_columns, theta, total, mass
+    theta = (*values_at(problem.parameters, slice(None), total), *norms.extras)
+    result, terms, slopes = finish_rows(
+        problem, slice(None), norms.binary, norms.in_support, norms.no_columns, theta, total, mass
     )
+    scalars = columns_of(RowScalars, norms.saved)
+    for column, value in zip((scalars.a, scalars.b, scalars.grad_y), slopes, strict=True):
+        column.copy_(value)
     out = result * problem.factor
     if problem.ce_weight:
-        out = out + problem.ce_weight * (row_norms.saved[:, 10] - carry[:, 8])
-    for i, column in enumerate(slopes):
-        row_norms.saved[:, 7 + i] = column
+        out = out + problem.ce_weight * (scalars.ce_lse - carry.label_s)
     counted = None if labels is None else labels >= 0
     stats = out.new_empty((0, STATS))
-    if row_norms.stats is not None:
-        terms = [torch.where(row_norms.no_columns, 0.0, x) for x in split]
-        entropy_s, logprob_s, lse_s, entropy_t, logprob_t, lse_t = row_norms.stats
-        columns = [result, *terms, entropy_s, entropy_t, logprob_s, logprob_t, lse_s, lse_t]
-        if labels is None:
-            unknown = torch.full_like(result, torch.nan)
-            columns[1:5], columns[7:9] = [unknown] * 4, [unknown] * 2
-        stats = torch.stack(columns, -1)
+    if norms.student is not None and norms.teacher is not None:
+        stats = torch.stack(_stats(result, terms, norms.student, norms.teacher, norms.no_columns, labels is None), -1)
     if counted is not None:
         out = torch.where(counted, out, 0.0)
         stats = torch.where(counted.unsqueeze(-1), stats, 0.0) if len(stats) else stats
-        row_norms.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
-    return Rows(out, stats, row_norms.saved)
+        norms.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
+    return Rows(out, stats, norms.saved)
+
+
+def _stats(
+    loss: Tensor, terms: list[Tensor], student: SideStats, teacher: SideStats, no_columns: Tensor, no_target: bool
+) -> TokenStats:
+    """Statistics of the rows: 0 where nothing is compared, NaN about a target that there is not."""
+    unknown = torch.full_like(loss, torch.nan)
+    target_loss, nontarget_loss, target_grad, nontarget_grad = (
+        unknown if no_target else torch.where(no_columns, 0.0, x) for x in terms
+    )
+    return TokenStats(
+        loss, target_loss, nontarget_loss, target_grad, nontarget_grad,
+        student_entropy=student.entropy, teacher_entropy=teacher.entropy,
+        student_logprob=unknown if no_target else student.logprob,
+        teacher_logprob=unknown if no_target else teacher.logprob,
+        student_lse=student.lse, teacher_lse=teacher.lse,
+    )  # fmt: skip
 
 
 def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gradients:
     """Gradients of Σ upstream_n · loss_n in the operands' dtypes; empty where not wanted or added to `weight_grad`."""
-    sweep, functions, labels, weight_grad = _pass(call), functions_of(call.backend), call.labels, call.weight_grad
+    sweep, chunks, labels, weight_grad = _pass(call), backends.get(call.backend).chunks, call.labels, call.weight_grad
     problem, student = sweep.problem, sweep.student
-    x, weight, n = student.x, student.weight, student.rows
+    x, weight, n = call.student, call.student_weight, student.rows
     wide = accumulation_dtype(x)
     saved, upstream = saved.to(wide), token_chunks.counted_upstream(upstream.to(wide), labels)
     hidden = x
@@ -215,7 +247,7 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     if weight is not None and call.needs_student:
         sum_x = grad_x.zero_() if grad_x.dtype == wide else torch.zeros_like(grad_x, dtype=wide)
     dominant = x.new_zeros((n, DOMINANT), dtype=wide)
-    dominant[:, 0] = -1
+    columns_of(Dominant, dominant).token.fill_(-1)
     dtype = x.dtype if weight is None else gradient_dtype(x)
     # A product that lands in the buffer leaves nothing to put back; only float16 has no range for a plain dZ.
     direct = weight_grad is not None and dtype != torch.float16
@@ -224,22 +256,22 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if workspace is not None and workspace.dtype != dtype:
         workspace = x.new_empty((n, sweep.width), dtype=dtype)
-    for start, stop, part, s, t in sweep:
+    for columns, part, s, t in sweep.chunks():
         if workspace is None:
-            dz = grad_x.view(n, student.width)[:, start:stop]
-            functions.gradient(part, s, t, labels, saved, upstream, dominant, dz, start)
+            dz = grad_x.view(n, student.width)[:, columns]
+            chunks.gradient(part, s, t, labels, saved, upstream, dominant, dz, columns.start)
             continue
         assert weight is not None
-        dz = workspace.view(-1)[: n * (stop - start)].view(n, stop - start)
-        functions.gradient(part, s, t, labels, saved, scaled, dominant, dz, start)
+        dz = front(workspace, n, columns)
+        chunks.gradient(part, s, t, labels, saved, scaled, dominant, dz, columns.start)
         if sum_x is not None:
-            gemm.hidden_gradient(dz, weight[start:stop], sum_x, accumulate=True)
+            gemm.hidden_gradient(dz, weight[columns], sum_x, accumulate=True)
         if weight_grad is not None:
-            _add_product(dz, hidden, size, weight_grad[start:stop])
+            _add_product(dz, hidden, size, weight_grad[columns])
         elif call.needs_weight:
-            _product_into(dz, hidden, size, grad_weight[start:stop])
+            _product_into(dz, hidden, size, grad_weight[columns])
         if call.needs_bias:
-            grad_bias[start:stop] = dz.sum(0, dtype=wide) * size
+            grad_bias[columns] = dz.sum(0, dtype=wide) * size
     if sum_x is not None:
         sum_x *= size
     whole = made if weight_grad is None else made._replace(weight=weight_grad)
@@ -279,27 +311,28 @@ def _add_dominant(
     hidden: Tensor,
     saved: Tensor,
     upstream: Tensor,
-    dominant: Tensor,
+    found: Tensor,
     grads: token_chunks.Gradients,
     sum_x: Tensor | None,
 ) -> None:
     """Adds the entry of the token that holds most of a row's mass: minus the sum of the row's others."""
     problem, labels, weight = sweep.problem, call.labels, call.student_weight
-    top, rest, s_top, slope = dominant.unbind(-1)
-    has = top >= 0 if labels is None else (top >= 0) & (labels >= 0)
-    at = top.clamp(min=0).long()
-    g = -upstream * (problem.factor / problem.temperature) * rest
+    dominant = columns_of(Dominant, found)
+    has = dominant.token >= 0 if labels is None else (dominant.token >= 0) & (labels >= 0)
+    at = dominant.token.clamp(min=0).long()
+    g = -upstream * (problem.factor / problem.temperature) * dominant.rest
     if problem.ce_weight:
         one = 0.0 if labels is None else (labels == at).to(g.dtype)
-        g = g + upstream * problem.ce_weight * ((s_top - saved[:, 10]).exp() - one)
-    g = torch.where(has, g * slope, 0.0)
+        q = (dominant.logit - columns_of(RowScalars, saved).ce_lse).exp()
+        g = g + upstream * problem.ce_weight * (q - one)
+    g = torch.where(has, g * dominant.slope, 0.0)
     if weight is None:
         flat = grads.x.view(len(g), sweep.student.width)
         entry = flat.gather(1, at[:, None])
         flat.scatter_(1, at[:, None], torch.where(has[:, None], g[:, None].to(flat.dtype), entry))
         return
     if sum_x is not None:
-        for sums, slopes, tokens in zip(*(x.split(DOMINANT_ROWS) for x in (sum_x, g, at)), strict=True):
+        for sums, slopes, tokens in zip(*(torch.split(x, DOMINANT_ROWS) for x in (sum_x, g, at)), strict=True):
             sums += slopes.unsqueeze(-1) * weight[tokens].to(sums.dtype)
     if not (call.needs_weight or call.needs_bias):
         return

@@ -1,0 +1,323 @@
+"""Where the logits of one side come from: what schedules take, as operators pass it and as kernels take it.
+
+A kind of teacher is one class with the members of `Operand`, and its name in KINDS. An operator's schema has only
+tensors and numbers: `tensors` and `numbers` take an operand apart, `of` puts it together again below the operator.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..call import LossCall, numbers_of, problem_of
+from ..dtypes import logit_dtype
+from ..head import Head, Side, autocast, both_autocast
+from ..kernels.device.rows import Logits, Problem
+from . import gemm
+
+
+class Operand(Protocol):
+    """N rows of V logits, stored or made when asked for: a side of the comparison below the public functions."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in KINDS."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def stored(self) -> bool:
+        """Whether `logits` costs nothing and needs no buffer, so that all rows may be asked for at once."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """D of the hidden states that a product makes logits of, 0 if no product does."""
+        ...
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it is made of; the first has the dtype and the device of its numbers."""
+        ...
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Floats that it is made of, which may change from step to step."""
+        ...
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], numbers: Sequence[float]) -> "Operand":
+        """The operand with these `tensors` and `numbers`."""
+        ...
+
+    def at(self, rows: Tensor) -> "Operand":
+        """Some of the rows, (n,) int64; of the same kind, with the same numbers, unless it is `stored`."""
+        ...
+
+    def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> Tensor | None:
+        """Room for the `logits` of as many rows and columns, made once per call; None if it needs none."""
+        ...
+
+    def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
+        """Neighbouring rows and columns as kernels take them, in the front of `buffer` if it needs one."""
+        ...
+
+
+class Parts(NamedTuple):
+    """Logits, or hidden states and what makes logits of them, in the slots that schemas have for a student."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def operand(self) -> "DenseLogits | HeadLogits":
+        """What they are the parts of."""
+        if self.weight is None:
+            return DenseLogits(self.x)
+        return HeadLogits(self.x, self.weight, self.bias, self.scale, self.softcap)
+
+
+class DenseLogits(NamedTuple):
+    """Logits as a caller has them."""
+
+    x: Tensor  # (outer, inner, V), any strides
+
+    kind = "logits"
+    stored = True
+    dim = 0
+
+    @property
+    def parts(self) -> Parts:
+        """The logits alone."""
+        return Parts(self.x)
+
+    @property
+    def rows(self) -> int:
+        """N = outer · inner."""
+        return self.x.shape[0] * self.x.shape[1]
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return self.x.shape[2]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The logits."""
+        return [self.x]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """None."""
+        return ()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], numbers: Sequence[float]) -> "DenseLogits":
+        """From `tensors`."""
+        return cls(*tensors)
+
+    def at(self, rows: Tensor) -> "PickedLogits":
+        """Not a copy: that would be as large as the logits."""
+        return PickedLogits(self.x, rows)
+
+    def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> None:
+        """Needs none."""
+
+    def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
+        """Where they lie."""
+        return Logits(self.x[..., columns], first=rows.start)
+
+
+class PickedLogits(NamedTuple):
+    """Some rows of logits, copied together a chunk at a time."""
+
+    x: Tensor  # (outer, inner, V)
+    picked: Tensor  # (N,) int64 in [0, outer · inner)
+
+    kind = "picked logits"
+    stored = False
+    dim = 0
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.picked.shape[0]
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return self.x.shape[2]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The logits and the rows."""
+        return [self.x, self.picked]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """None."""
+        return ()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], numbers: Sequence[float]) -> "PickedLogits":
+        """From `tensors`."""
+        return cls(*tensors)
+
+    def at(self, rows: Tensor) -> "PickedLogits":
+        """Some of the picked rows."""
+        return self._replace(picked=self.picked[rows])
+
+    def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> Tensor:
+        """In the dtype of the logits."""
+        return self.x.new_empty((rows, columns))
+
+    def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
+        """A copy."""
+        at = self.picked[rows]
+        out = front(buffer, at.shape[0], columns)
+        out.copy_(self.x[at // self.x.shape[1], at % self.x.shape[1], columns])
+        return Logits(out.unsqueeze(0))
+
+
+class HeadLogits(NamedTuple):
+    """Logits that a product makes of hidden states: softcap(scale · (hidden @ weight.T + bias))."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+
+    kind = "head"
+    stored = False
+
+    @property
+    def parts(self) -> Parts:
+        """All of it."""
+        return Parts(*self)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.hidden.shape[0]
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.weight.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Hidden states, weight, and the bias if there is one."""
+        return [self.hidden, self.weight, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Scale and softcap."""
+        return self.scale, self.softcap
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], numbers: Sequence[float]) -> "HeadLogits":
+        """From `tensors` and `numbers`."""
+        hidden, weight, *bias = tensors
+        scale, softcap = numbers
+        return cls(hidden, weight, bias[0] if bias else None, scale, softcap)
+
+    def at(self, rows: Tensor) -> "HeadLogits":
+        """A copy of their hidden states."""
+        return self._replace(hidden=self.hidden[rows])
+
+    def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> Tensor:
+        """For products, in float32 unless asked."""
+        return self.hidden.new_empty((rows, columns), dtype=logit_dtype(self.hidden.dtype, logits_dtype))
+
+    def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
+        """Their products; kernels do the rest."""
+        hidden = self.hidden[rows]
+        out = front(buffer, hidden.shape[0], columns)
+        gemm.project(hidden, self.weight[columns], out)
+        bias = None if self.bias is None else self.bias[columns]
+        return Logits(out.unsqueeze(0), bias, None if self.scale == 1.0 else self.scale, self.softcap or None)
+
+
+Student = DenseLogits | PickedLogits | HeadLogits  # those that a gradient flows to
+KINDS: dict[str, type[Operand]] = {kind.kind: kind for kind in (DenseLogits, PickedLogits, HeadLogits)}
+
+
+def front(buffer: Tensor | None, rows: int, columns: slice) -> Tensor:
+    """(rows, columns) of a buffer, contiguous also where a last chunk is narrower than the buffer."""
+    assert buffer is not None  # `buffer` made it
+    width = columns.stop - columns.start
+    return buffer.view(-1)[: rows * width].view(rows, width)
+
+
+def is_operand(side: object) -> TypeGuard[Operand]:
+    """Whether a side is an Operand of a known kind."""
+    return isinstance(side, tuple(KINDS.values()))
+
+
+def flattened(side: Side) -> DenseLogits | HeadLogits:
+    """Hidden states as (N, D), logits as (outer, inner, V) without a copy wherever strides allow."""
+    if isinstance(side, Head):
+        hidden = side.hidden.reshape(-1, side.hidden.shape[-1])
+        return HeadLogits(hidden, side.weight, side.bias, float(side.scale), float(side.softcap or 0.0))
+    if side.dim() <= 3:
+        return DenseLogits(side[(None,) * (3 - side.dim())])
+    for split in range(1, side.dim() - 1):
+        try:
+            outer, inner = side.shape[:split].numel(), side.shape[split:-1].numel()
+            return DenseLogits(side.view(outer, inner, side.shape[-1]))
+        except RuntimeError:
+            continue
+    return DenseLogits(side.reshape(1, -1, side.shape[-1]))
+
+
+class Operands(NamedTuple):
+    """Both sides."""
+
+    student: DenseLogits | HeadLogits
+    teacher: Operand
+
+
+def operands_of(student: Side, teacher: Side | Operand) -> Operands:
+    """Both sides as autocast has them, flattened; from the teacher no gradient flows."""
+    if isinstance(teacher, Tensor | Head):
+        ours, theirs = both_autocast(student, teacher)
+        return Operands(flattened(ours), flattened(theirs))
+    constant = teacher.of([x.detach() for x in teacher.tensors], teacher.numbers)
+    return Operands(flattened(autocast(student)), constant)
+
+
+class Comparison(NamedTuple):
+    """A call as schedules take it."""
+
+    problem: Problem
+    student: DenseLogits | HeadLogits
+    teacher: Operand
+
+
+def comparison_of(call: LossCall) -> Comparison:
+    """What a call compares, put together from its tensors and numbers."""
+    numbers = numbers_of(call)
+    student = Parts(
+        call.student, call.student_weight, call.student_bias, numbers.student_scale, numbers.student_softcap
+    )
+    teacher = KINDS[call.teacher_kind].of(call.teacher, numbers.teacher)
+    return Comparison(problem_of(call, numbers), student.operand(), teacher)
