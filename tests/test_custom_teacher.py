@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import IGNORE, VALUE, each, opcheck
-from close import relative
+from compare import relative
 from torch import Tensor
 
 import fusedkd
