@@ -2,11 +2,9 @@
 
 A `formula` is written once, with plain operators, other formulas and `tl.exp`, `tl.log`, `tl.abs`, `tl.where`.
 Kernels call it as a Triton function; `formula.torch` is the same code object with every name replaced by its torch
-counterpart, which is what the CPU path runs; `tl.sum` and `tl.max` become those of each row. `formula.scalar` is the
-same on Python's numbers, for a row or two, where calling torch would take longer than calculating.
-Where the backends need different arithmetic for the same number, that version is given explicitly. One for torch that
-looks at values is called `eager`: torch.compile, which has none to show, traces the kernels' code instead. It must not
-look at numbers per row (fewer than two axes), which would synchronise with a GPU.
+counterpart; `tl.sum` and `tl.max` become those of each row. torch.compile, which makes loops of it, always traces that.
+Run eagerly, a formula whose code would make many temporaries may have a version of its own for tensors, given as
+`torch=`: the same number, from fewer and cheaper operations.
 """
 
 import contextlib
@@ -50,63 +48,40 @@ def interpreted() -> bool:
     return HAS_TRITON and not isinstance(_probe, triton.JITFunction)
 
 
-class _Numbers:
-    """Python's numbers as a formula sees them: what has no value is infinite or NaN, as it is in a tensor."""
-
-    abs = staticmethod(abs)
-    floor = staticmethod(math.floor)
-    maximum = staticmethod(max)
-    minimum = staticmethod(min)
-
-    @staticmethod
-    def where(condition: bool, x: float, y: float) -> float:
-        """One of two."""
-        return x if condition else y
-
-    @staticmethod
-    def exp(x: float) -> float:
-        """e^x."""
-        return math.exp(x) if x < 709.0 else x * math.inf
-
-    @staticmethod
-    def exp2(x: float) -> float:
-        """2^x."""
-        return 2.0**x if x < 1023.0 else x * math.inf
-
-    @staticmethod
-    def log(x: float) -> float:
-        """The natural logarithm."""
-        return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
-
-    @staticmethod
-    def log1p(x: float) -> float:
-        """log(1 + x)."""
-        return math.log1p(x) if x > -1 else -math.inf if x == -1 else math.nan
-
-    @staticmethod
-    def sqrt(x: float) -> float:
-        """The square root."""
-        return math.sqrt(x) if x >= 0 else math.nan
-
-
 class _Rowwise:
     """torch as a formula sees it: a reduction is over the columns of each row and keeps the axis.
 
-    What comes in as Python's numbers is calculated in Python's: such arithmetic costs torch.compile nothing.
+    Functions of Python's numbers are 0-d tensors or Python's numbers: such arithmetic costs torch.compile nothing.
     """
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        function = getattr(torch, name)
+
+        def of_tensors(*args: Any) -> Any:
+            if any(isinstance(x, torch.Tensor) for x in args):
+                return function(*args)
+            return function(*(torch.tensor(x, dtype=torch.float64) for x in args)).item()
+
+        return of_tensors
 
     @staticmethod
     def abs(x: Any) -> Any:
         """The absolute value."""
-        return torch.abs(x) if isinstance(x, torch.Tensor) else abs(x)
+        return abs(x)
+
+    @staticmethod
+    def maximum(x: Any, y: Any) -> Any:
+        """The larger one; NaN where either is."""
+        if isinstance(y, torch.Tensor):
+            return torch.maximum(x, y) if isinstance(x, torch.Tensor) else y.clamp(min=x)
+        return x.clamp(min=y) if isinstance(x, torch.Tensor) else max(x, y)
 
     @staticmethod
     def exp(x: Any) -> Any:
         """e^x."""
-        return torch.exp(x) if isinstance(x, torch.Tensor) else _Numbers.exp(x)
+        if isinstance(x, torch.Tensor):
+            return torch.exp(x)
+        return math.exp(x) if x < 709.0 else x * math.inf
 
     @staticmethod
     def where(condition: Any, x: Any, y: Any) -> Any:
@@ -117,7 +92,9 @@ class _Rowwise:
 
     @staticmethod
     def sum(x: torch.Tensor) -> torch.Tensor:
-        """Σ over the last axis."""
+        """Σ over the last axis. Compiled loops add one by one, and a long row in float32 would lose a digit or two."""
+        if torch.compiler.is_compiling():
+            return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
         return x.sum(-1, keepdim=True)
 
     @staticmethod
@@ -126,55 +103,49 @@ class _Rowwise:
         return x.amax(-1, keepdim=True)
 
 
-def _twin(fn: Callable[..., Any], namespace: Any, version: str) -> Callable[..., Any]:
-    """The code of `fn` with `tl` replaced by `namespace`, and every formula that it names by its `version`."""
+rowwise: Any = _Rowwise()
+
+
+def _twin(fn: Callable[..., Any], version: str) -> Callable[..., Any]:
+    """The code of `fn` with `tl` replaced by `rowwise`, and every formula that it names by a version of it."""
     names = {
-        name: namespace if value is tl else getattr(value, version, value)
+        name: rowwise if value is tl else getattr(value, version, value)
         for name, value in fn.__globals__.items()
         if name in fn.__code__.co_names
     }
     return types.FunctionType(fn.__code__, {"__builtins__": __builtins__, **names}, fn.__name__, fn.__defaults__)
 
 
-def torch_twin(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The code of `fn` with `tl` and every formula it names replaced by torch and the formula's torch version."""
-    return _twin(fn, _ROWWISE, "torch")
-
-
 def _unless_traced(eager: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
-    """The given version, but the kernels' own code while torch.compile traces it and there is nothing to see."""
+    """`eager` for tensors; the kernels' own code for Python's numbers, and while torch.compile traces it."""
 
     def version(*args: Any) -> Any:
-        return twin(*args) if torch.compiler.is_compiling() else eager(*args)
+        at_hand = not torch.compiler.is_compiling() and any(isinstance(x, torch.Tensor) for x in args)
+        return eager(*args) if at_hand else twin(*args)
 
     return version
 
 
 def formula(
-    fn: Callable[..., Any] | None = None,
-    *,
-    torch: Callable[..., Any] | None = None,
-    eager: Callable[..., Any] | None = None,
-    scalar: Callable[..., Any] | None = None,
+    fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] | None = None, summand: bool = False
 ) -> Any:
-    """Decorator: a Triton function whose attributes `torch` and `scalar` compute the same in torch and in Python.
+    """Decorator: a Triton function whose attribute `torch` computes the same in torch.
 
-    torch, scalar: versions of their own; `eager`: one for torch that decides by what it sees in the tensors.
+    torch: a version of its own for tensors at hand. `traced` is the kernels' own code in torch, with or without one.
+    summand: only a divergence's f is made of it. `slope` is as `torch`, but does not calculate f where nobody asks for
+        it, as compilers leave it out: what f alone is made of is 0.
     """
 
     def define(fn: Callable[..., Any]) -> Any:
         compiled = jit(fn)
-        compiled.torch = torch_twin(fn) if torch is None else torch
-        if eager is not None:
-            compiled.torch = _unless_traced(eager, torch_twin(fn))
-        compiled.scalar = scalar if scalar is not None else _twin(fn, NUMBERS, "scalar")
+        compiled.traced = _twin(fn, "torch")
+        compiled.torch = compiled.traced if torch is None else _unless_traced(torch, compiled.traced)
+        compiled.slope = compiled.torch if torch is not None else _twin(fn, "slope")
+        if summand:
+            compiled.slope = lambda *_: 0.0
         return compiled
 
     return define if fn is None else define(fn)
-
-
-_ROWWISE = _Rowwise()
-NUMBERS = _Numbers()
 
 
 @jit

@@ -130,12 +130,14 @@ def versions_of(formula: Any) -> dict[str, Any]:
     """What there is of a formula, by version; a missing one is not a Python function (torch.expm1)."""
     if not hasattr(formula, "torch"):
         return {"triton": formula}
-    found = {"triton": formula, "scalar": formula.scalar}
+    found = {"triton": formula, "traced": formula.traced}
     run = formula.torch
     if getattr(run, "__closure__", None) and "eager" in run.__code__.co_freevars:
-        found |= {"torch": cell(run, "eager"), "traced": cell(run, "twin")}
+        found["torch"] = cell(run, "eager")
     else:
-        found["torch"] = run
+        found = {"triton": formula, "torch": run}
+    if formula.slope is not run and formula.slope.__code__ is getattr(run, "__code__", None):
+        found["slope"] = formula.slope
     return {name: fn for name, fn in found.items() if name == "triton" or isinstance(fn, types.FunctionType)}
 
 
@@ -238,16 +240,16 @@ def in_definition(definition: Definition) -> Iterator[Mutant]:
         return tests_of(definition.name, users, version)
 
     name = definition.name
-    yield from in_function(f"{name}.term", definition.term, {0: "f"}, ("1 % off", "zeroed"), stages)
+    no = ("slope",)  # which leaves f out
+    yield from in_function(f"{name}.term", definition.term, {0: "f"}, ("1 % off", "zeroed"), stages, no)
     yield from in_function(f"{name}.term", definition.term, {1: "phi"}, ("1 % off", "zeroed", "negated"), stages)
     form = definition.online
     if form.sums is not None:
-        no = ("scalar",)
-        yield from in_function(f"{name}.sums", form.sums, {0: "total"}, ("1 % off", "zeroed"), stages, no)
-        yield from in_function(f"{name}.sums", form.sums, {1: "mass"}, ("1 % off", "zeroed", "negated"), stages, no)
+        yield from in_function(f"{name}.sums", form.sums, {0: "total"}, ("1 % off", "zeroed"), stages)
+        yield from in_function(f"{name}.sums", form.sums, {1: "mass"}, ("1 % off", "zeroed", "negated"), stages)
         state = {i: f"state[{i}]" for i in range(len(form.init.torch()))}
-        yield from in_function(f"{name}.advance", form.advance, state, ("1 % off",), stages, no)
-        yield from in_function(f"{name}.ratio", form.ratio, {None: "r"}, ("1 % off", "zeroed"), stages, no)
+        yield from in_function(f"{name}.advance", form.advance, state, ("1 % off",), stages)
+        yield from in_function(f"{name}.ratio", form.ratio, {None: "r"}, ("1 % off", "zeroed"), stages)
     if definition.row_parameters is not None:
         yield from in_row_parameters(name, definition, stages)
 
@@ -363,10 +365,8 @@ def in_shared_maths() -> Iterator[Mutant]:
         "moments.entropies_advance": (moments.entropies_advance, ("student", "teacher", "Σ e^u")),
         "moments.cross_entropy_advance": (moments.cross_entropy_advance, ("maximum", "sum")),
     }
-    on_numbers = ("mixture.log_mixture", "decomposition.binary", "decomposition.combine")  # what cpu.by_row runs
     for name, (formula, outputs) in several.items():
-        unused = () if name in on_numbers else ("scalar",)
-        yield from in_function(name, formula, dict(enumerate(outputs)), ("1 % off",), stages, unused)
+        yield from in_function(name, formula, dict(enumerate(outputs)), ("1 % off",), stages)
 
 
 # Mutants that are right, each with the reason: nothing can notice them. "*" stands for any text.

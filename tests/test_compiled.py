@@ -132,14 +132,14 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         fusedkd.kd_loss(torch.randn(2, 8), torch.randn(2, 8), backend="compiled")
 
 
-@each("shared", [False, True])
-@each("threads", [1, 2, 3, 16, 1000])
-def test_blocks_give_every_thread_its_rows(threads: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows, in multiples of the threads; where few rows fit, compiled loops get one for each, within limits."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    n, width = 100, torch_rows.BLOCK // 5
-    blocks = list(torch_rows.row_blocks(width, None, n, torch.device("cpu"), shared=shared))
-    assert [row for block in blocks for row in range(n)[block]] == list(range(n))
-    sizes = {len(range(n)[block]) for block in blocks[:-1]}
-    few = {16: {16}, 1000: {20}} if shared else {16: {5}, 1000: {5}}
-    assert sizes == {1: {5}, 2: {4}, 3: {3}, **few}[threads]
+@each("labels", [None, [0, -1, 3, 4, -1, -1, 2, 5, 6, 7]])
+def test_blocks(labels: list[int] | None) -> None:
+    """Every row that has a label, in order, in blocks of no more than fit; the others of the output are zeroed."""
+    n, width = 10, torch_rows.BLOCK // 3
+    given, out = None if labels is None else torch.tensor(labels), torch.ones(n, 2)
+    blocks = list(torch_rows.row_blocks(width, given, n, torch.device("cpu"), out))
+    rows = [int(row) for block in blocks for row in torch.arange(n)[block]]
+    wanted = [row for row in range(n) if labels is None or labels[row] >= 0]
+    assert rows == wanted
+    assert max(len(torch.arange(n)[block]) for block in blocks) == 3
+    assert out.all(-1).nonzero().flatten().tolist() == wanted

@@ -16,7 +16,7 @@ from fusedkd.backends import torch_logprobs, torch_rows
 from fusedkd.kernels.device.rows import SAVED, STATS, Logits, Problem
 from fusedkd.kernels.device.token_logprobs import SAVED as SAVED_LOGPROBS
 
-FEW, MANY = 64, 512  # rows; more than Python calculates one by one (torch_rows.by_row), and fewer than a block
+FEW, MANY = 64, 512  # rows; fewer than a piece (torch_rows.PIECE)
 WIDTHS = [10, 300]  # columns: the largest is looked for at once, or piece by piece
 
 
@@ -91,6 +91,36 @@ def test_log_probabilities() -> None:
     assert operations(FEW) == operations(MANY)
 
 
+@each("case", [("rkl", {}), ("jsd", {}), ("akl", {}), ("drkl", ARGMAX)])
+def test_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of rows that threads share come out as those of one thread, bit for bit, ignored rows between them."""
+    monkeypatch.setattr(torch_rows, "PIECE", 900)  # 3 rows
+    monkeypatch.setattr(torch_rows, "GROUP", 2100)  # 7 rows
+    student, teacher, labels = confident(FEW, 300)
+    labels[::5] = -100
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        loss, out, stats = torch.zeros(FEW), torch.full((FEW, 300), torch.nan), torch.zeros(FEW, STATS)
+        sides = (problem(case, 300), Logits(student[None].requires_grad_()), Logits(teacher[None]), labels)
+        with torch.no_grad():
+            torch_rows.value_and_gradient(*sides, torch.rand(FEW, generator=torch.Generator()), out, loss, stats)
+        found.append((loss, out, stats))
+    assert found[0][1][labels >= 0].abs().sum() > 0
+    for ours, alone in zip(*found, strict=True):
+        assert torch.equal(ours.nan_to_num(7.0), alone.nan_to_num(7.0))
+
+
+def test_an_error_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is raised by the call."""
+    monkeypatch.setattr(torch_rows, "PIECE", 900)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    student, teacher, labels = confident(FEW, 300)
+    sides = (problem(("rkl", {}), 300), Logits(student[None]), Logits(teacher[None]), labels + 300)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        torch_rows.value(*sides, torch.zeros(FEW), None, None)
+
+
 @each("width", [3, 10, 128, 129, 384, 515])
 @each("share", [0.1, 0.6, 1.0])
 def test_rows_of_both_kinds(width: int, share: float) -> None:
@@ -114,4 +144,4 @@ def test_likeliest(width: int) -> None:
     q = torch.rand(200, width)
     q[:50] = q[:50].mul(3).floor()
     q[50:60, -1] = 2.0
-    assert torch.equal(torch_rows._likeliest(q), q.argmax(-1))
+    assert torch.equal(torch_rows.likeliest(q), q.argmax(-1))

@@ -22,83 +22,45 @@ import functools
 
 import torch
 
-from ..language import formula, tl, torch_twin
+from ..language import formula, rowwise, tl
 from ..maths.definition import Definition, OnlineForm, Parameter
-from ..maths.elementary import LOG2E, Summand, expm1_ratio
+from ..maths.elementary import clear_difference, expm1_product, expm1_ratio, is_tile, loses_nothing
 from ..maths.moments import moments_advance, moments_ratio
 from ..maths.reductions import thread_sum
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
-_PLAIN = 0.1  # relative size from which a plain difference of weights keeps its digits
-_FAR = 80.0  # e^x overflows float32 beyond 88
 
 
-def _plain_exponents(*exponents):
-    """The exponents as numbers if they are the same for all rows and away from 0, else None."""
-    if any(a.dim() or a.device.type != "cpu" for a in exponents):
-        return None
-    values = [float(a) for a in exponents]
-    return values if min(map(abs, values)) >= _MARGIN else None
+def _power(c, logs):
+    return (c * logs).exp_()
 
 
-def _eager_slope(w, v, a, x):
-    known = _plain_exponents(a)
-    if known is not None and x.dim() == 2:
-        plain = v - w
-        size = torch.linalg.vector_norm
-        if (size(plain, dim=-1) > _PLAIN * size(w, dim=-1)).all():
-            return plain.mul_(1 / known[0])
-    limit = a == 0
-    a = torch.where(limit, 1.0, a)
-    y = a * x
-    precise = torch.expm1(y.clamp(max=_FAR)).mul_(w).div_(a)
-    if y.dim() < 2 or (y > _FAR).any():
-        precise = torch.where(y > _FAR, (v - w) / a, precise)
-    return torch.where(limit, w * x, precise) if y.dim() < 2 or limit.any() else precise
-
-
-def _eager_bend(w, v, u, alpha, beta, x):
-    known = _plain_exponents(alpha, beta, alpha + beta)
-    if known is None or x.dim() < 2:
-        return _precise_bend(w, v, u, alpha, beta, x)
-    a, b, c = known
-
-    def make():
-        plain = (u * (1 / (b * c))).add_(v, alpha=-1 / (a * b)).add_(w, alpha=1 / (a * c))
-        if (plain.sum(-1) > _PLAIN * w.sum(-1)).all():
-            return plain
-        return _precise_bend(w, v, u, alpha, beta, x)
-
-    def sums():
-        weight = w.sum(-1)
-        return u.sum(-1) / (b * c) - v.sum(-1) / (a * b) + weight / (a * c), _PLAIN * weight
-
-    # An absent column, whose log q is −1e30, has no weight only where no exponent is negative.
-    return Summand(make, sums) if min(known) > 0 else make()
-
-
-def _eager_power(c, logs):
-    return (c * LOG2E * logs).exp2_()
-
-
-def _eager_mixed(alpha, logp, beta, logq):
-    scaled, known = alpha * LOG2E * logp, _plain_exponents(beta)
-    return (scaled + beta * LOG2E * logq if known is None else scaled.add_(logq, alpha=known[0] * LOG2E)).exp2_()
-
-
-@formula(eager=_eager_power)
+@formula(torch=_power)
 def power(c, logs):
     """q^c, given log q."""
     return tl.exp(c * logs)
 
 
-@formula(eager=_eager_mixed)
+def _mixed_power(alpha, logp, beta, logq):
+    return (alpha * logp).add_(beta * logq).exp_()
+
+
+@formula(torch=_mixed_power)
 def mixed_power(alpha, logp, beta, logq):
     """p^α q^β."""
     return tl.exp(alpha * logp + beta * logq)
 
 
-@formula(eager=_eager_slope)
+def _slope(w, v, a, x):
+    limit = a == 0
+    by = rowwise.where(limit, 1.0, a)
+    plain = clear_difference(w, v)
+    if plain is not None and not isinstance(a, torch.Tensor):
+        return plain.mul_(1.0 / by)
+    return rowwise.where(limit, w * x, expm1_product.torch(w, v, a * x) / by)
+
+
+@formula(torch=_slope)
 def slope(w, v, a, x):
     """w·φ_a(x), given v = w·e^{a x}."""
     y = a * x
@@ -106,17 +68,26 @@ def slope(w, v, a, x):
     return tl.where(near, w * tl.where(near, x, 0.0) * expm1_ratio(y), (v - w) / tl.where(a == 0, 1.0, a))
 
 
-def _eager_fall(w, v, a, x):
-    return _eager_slope(w, v, a, x).neg_()
+def _apart(alpha, beta):
+    """Whether exponents are the same for all rows, and such that differences of powers may keep their digits."""
+    return not isinstance(alpha + beta, torch.Tensor) and min(alpha, beta) >= _MARGIN
 
 
-@formula(eager=_eager_fall)
-def fall(w, v, a, x):
-    """−w·φ_a(x), given v = w·e^{a x}."""
-    return -slope(w, v, a, x)
+def _plain_bend(w, v, u, alpha, beta):
+    c = alpha + beta
+    return (u * (1 / (beta * c))).add_(v, alpha=-1 / (alpha * beta)).add_(w, alpha=1 / (alpha * c))
 
 
 def _bend(w, v, u, alpha, beta, x):
+    if _apart(alpha, beta) and is_tile(x):
+        plain = _plain_bend(w, v, u, alpha, beta)
+        if loses_nothing(plain.sum(-1), w.sum(-1) / (alpha * (alpha + beta))):
+            return plain
+    return bend.traced(w, v, u, alpha, beta, x)
+
+
+@formula(torch=_bend, summand=True)
+def bend(w, v, u, alpha, beta, x):
     """w·[φ_c(x) − φ_α(x)]/β ≥ 0, given v = w·e^{α x} and u = w·e^{c x}."""
     c = alpha + beta
     h1 = c + alpha
@@ -136,8 +107,32 @@ def _bend(w, v, u, alpha, beta, x):
     return tl.where(near, w * (y * y) * series, far)
 
 
-bend = formula(_bend, eager=_eager_bend)
-_precise_bend = torch_twin(_bend)
+def _slope_sum(w, v, a, x, live):
+    w_sum, v_sum = (thread_sum.torch(rowwise.where(live, y, 0.0)) for y in (w, v))
+    if not isinstance(a, torch.Tensor) and a >= _MARGIN and loses_nothing((v_sum - w_sum).abs(), w_sum):
+        return (v_sum - w_sum) / a
+    return slope_sum.traced(w, v, a, x, live)
+
+
+@formula(torch=_slope_sum)
+def slope_sum(w, v, a, x, live):
+    """Σ `slope` of a tile."""
+    return thread_sum(tl.where(live, slope(w, v, a, x), 0.0))
+
+
+def _bend_sum(w, v, u, alpha, beta, x, live):
+    if _apart(alpha, beta):
+        w_sum, v_sum, u_sum = (thread_sum.torch(rowwise.where(live, y, 0.0)) for y in (w, v, u))
+        plain = _plain_bend(w_sum, v_sum, u_sum, alpha, beta)
+        if loses_nothing(plain, w_sum / (alpha * (alpha + beta))):
+            return plain
+    return bend_sum.traced(w, v, u, alpha, beta, x, live)
+
+
+@formula(torch=_bend_sum)
+def bend_sum(w, v, u, alpha, beta, x, live):
+    """Σ `bend` of a tile."""
+    return thread_sum(tl.where(live, bend(w, v, u, alpha, beta, x), 0.0))
 
 
 @formula
@@ -148,7 +143,7 @@ def term(q, p, logq, logp, delta, theta):
     qc = power(c, logq)
     mixed = mixed_power(alpha, logp, beta, logq)
     pc = power(c, logp)
-    return bend(qc, mixed, pc, alpha, beta, delta), fall(qc, mixed, alpha, delta)
+    return bend(qc, mixed, pc, alpha, beta, delta), -slope(qc, mixed, alpha, delta)
 
 
 @formula
@@ -181,8 +176,8 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     v = mixed_power(alpha, u, beta, z)
     p = power(c, u)
     weight = to_w * weight + thread_sum(tl.where(live, w, 0.0))
-    first = moved[0] + thread_sum(tl.where(live, slope(w, v, alpha, d), 0.0))
-    second = moved[1] + thread_sum(tl.where(live, bend(w, v, p, alpha, beta, d), 0.0))
+    first = moved[0] + slope_sum(w, v, alpha, d, live)
+    second = moved[1] + bend_sum(w, v, p, alpha, beta, d, live)
     mixed_sum = to_v * mixed_sum + thread_sum(tl.where(live, v, 0.0))
     teacher_sum = to_u * teacher_sum + thread_sum(tl.where(live, p, 0.0))
     return z_s, z_t, a, b, weight, first, second, mixed_sum, teacher_sum

@@ -108,10 +108,10 @@ def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK:
 def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
     """The weights on whole rows, by the same bisection."""
     q, p, _, _, delta = whole.columns()
-    mu = theta[0] + torch.zeros_like(p[:, :1])
-    integer = torch.int64 if whole.teacher.dtype == torch.float64 else torch.int32
+    mu, teacher = theta[0] + torch.zeros_like(p[:, :1]), whole.teacher()
+    integer = torch.int64 if teacher.dtype == torch.float64 else torch.int32
     largest = torch.iinfo(integer).max
-    bits = (whole.teacher + 0.0).contiguous().view(integer)
+    bits = (teacher + 0.0).contiguous().view(integer)
     image = torch.where(bits < 0, bits ^ largest, bits)
     low = torch.full_like(mu, -largest - 1, dtype=torch.int64)
     high = torch.full_like(low, largest)
@@ -120,10 +120,10 @@ def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]
         enough = torch.where(image > middle, p, 0.0).sum(-1, keepdim=True) <= mu
         high, low = torch.where(enough, middle, high), torch.where(enough, low, middle + 1)
     head = (image > high) | (mu >= 1)
-    head.scatter_(1, whole.teacher.argmax(-1, keepdim=True), True)
+    head.scatter_(1, teacher.argmax(-1, keepdim=True), True)
     gap = expm1_product.torch(q, p, delta).abs()
-    both = gap.sum(-1)
-    parts = (torch.where(head, gap, 0.0).sum(-1), torch.where(head, 0.0, gap).sum(-1))
+    both = gap.sum(-1, keepdim=True)
+    parts = (torch.where(x, gap, 0.0).sum(-1, keepdim=True) for x in (head, ~head))
     sure = torch.where(both > 0, both, 1.0)
     return tuple(torch.where(both > 0, part / sure, 0.5) for part in parts)
 

@@ -149,7 +149,7 @@ def _whole_rows(parts: Any) -> Any:
         near, far = growth.torch(columns[0], *columns[2:], theta)
         log_r_sum = log_total.torch(near.sum(-1, keepdim=True), far.sum(-1, keepdim=True))
         _, phi, _, _, _ = parts.torch(*columns, (*theta, log_r_sum, 0.0 * log_r_sum))
-        return log_r_sum.squeeze(-1), phi.sum(-1)
+        return log_r_sum, phi.sum(-1, keepdim=True)
 
     return row_parameters
 

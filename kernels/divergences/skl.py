@@ -20,7 +20,7 @@ from ..maths.mixture import SATURATING, log_mixture
 def term(q, p, logq, logp, delta, theta):
     """f = p·rem2(b), phi = (1−λ)² (q − p) e^{−a}."""
     lam, far = theta
-    above, beyond, _ = log_mixture(lam, delta, 0.0 * far)
+    above, beyond, _ = log_mixture(lam, delta, far)
     keep = 1.0 - lam
     share = keep * tl.exp(tl.where(above < -80.0, 80.0, -above))  # at λ = 1 a = δ, and the factor is 0
     phi = share * tl.where(far == 0, keep * expm1_product(p, q, -delta), -p)

@@ -8,6 +8,8 @@ or is (T,) while each thread keeps its own. In torch a tile is (n, V) and a numb
 teacher's weight,), or () for the teacher itself.
 """
 
+import torch
+
 from ..language import formula, tl
 from .quantities import Centre, Maxima, Move, NormalizedTile, Raised, TargetTerms
 from .reductions import broadcast_per_thread, thread_max
@@ -35,7 +37,14 @@ def mixed(x, u, d, mix):
     return tl.where(near, x, u) + tl.where(near, mix[0], mix[0] - 1.0) * d
 
 
-@formula
+def _above_centre(s, t, centre):
+    c_s, c_t, k, _ = centre
+    x, y = s - c_s, t - c_t
+    d = (y - x).sub_(k)
+    return x, y.sub_(k), d
+
+
+@formula(torch=_above_centre)
 def above_centre(s, t, centre):
     """τ·z, τ·u and τ·d, not mixed."""
     c_s, c_t, k, m = centre
@@ -65,7 +74,14 @@ def centre_of(maxima, inv_tau, mix):
     return Centre(c_s, c_t, (top_t - c_t) - (top_s - c_s), m)
 
 
-@formula
+def _centred(s, t, centre, inv_tau, mix):
+    z, u, d = above_centre.torch(s, t, centre)
+    if isinstance(inv_tau, torch.Tensor) or inv_tau != 1.0:
+        z, u, d = (x.mul_(inv_tau) for x in (z, u, d))
+    return (z, mixed.torch(z, u, d, mix).sub_(centre[3]), d.mul(mix[0]).sub_(centre[3])) if mix else (z, u, d)
+
+
+@formula(torch=_centred)
 def centred(s, t, centre, inv_tau, mix):
     """z, u and d = u − z, three tiles."""
     c_s, c_t, k, m = centre

@@ -90,7 +90,8 @@ class Definition:
     reference(logp, logq, *parameters) -> (...): the published definition on (..., V) log-probabilities, written in
         another way than `term`; tests differentiate it in float64.
     parameters: theta, in its order.
-    reads_logs: whether `term` uses logq and logp; the CPU path makes them only then (else they are None).
+    reads_logs: whether `term` uses logq and logp, or `online.advance` z and u; torch makes them only then (else they
+        are None).
     row_parameters: those that each row finds for itself (amid.py, akl.py), and how; they follow the others in theta.
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.

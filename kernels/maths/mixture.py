@@ -10,29 +10,39 @@ from typing import Any
 
 import torch
 
-from ..language import formula, jit, tl
+from ..language import formula, jit, rowwise, tl
 from .definition import RowParameters
-from .elementary import expm1_ratio, log1p
+from .elementary import expm1_ratio, is_tile, log1p, loses_nothing
 
 NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
 
 
-def _eager_log_mixture(weight, delta, far):
-    part = torch.where(weight < 1, torch.log1p(-weight), NEVER)
-    other = torch.where(weight > 0, torch.log(weight), NEVER)
-    close = delta.abs() < 0.5
-    near = torch.log1p(torch.expm1(delta.clamp(-0.5, 0.5)).mul_(weight))
-    if delta.dim() == 2 and bool(close.all()):
-        return near, (near - delta) * (weight < 1), torch.where(far == 0, near, near - part)
-    gap = other + delta - part
-    tail = torch.log1p(gap.abs().neg_().exp_())
-    excess = torch.where(close, near - part, gap.clamp(min=0.0).add_(tail))
-    above = torch.where(close, near, tail + torch.where(gap > 0, other + delta, part))
-    beyond = torch.where(close, (near - delta) * (weight < 1), tail + torch.where(gap > 0, other, part - delta))
-    return above, beyond, torch.where(far == 0, above, excess)
+def _logs(part, other, delta):
+    """log(m/q), log(m/p) and log(m/q) − part where they are far from 0."""
+    above = other + delta
+    gap = above - part
+    tail = gap.abs().neg_().exp_().log1p_()
+    beyond = rowwise.maximum(part - delta, other).add_(tail)
+    return rowwise.maximum(above, part).add_(tail), beyond, gap.clamp_(min=0.0).add_(tail)
 
 
-@formula(eager=_eager_log_mixture)
+def _log_mixture(weight, delta, far):
+    part = rowwise.where(weight < 1, rowwise.log(rowwise.where(weight < 1, 1.0 - weight, 1.0)), NEVER)
+    other = rowwise.where(weight > 0, rowwise.log(rowwise.where(weight > 0, weight, 1.0)), NEVER)
+    above, beyond, excess = _logs(part, other, delta)
+    if is_tile(delta) and isinstance(far, torch.Tensor) and loses_nothing(far, torch.ones_like(far)):
+        return above, beyond, excess
+    # The near form at c, δ cut to ±1/2, plus the far form at δ minus the far form at c: these cancel exactly where
+    # c = δ, so nothing has to be selected (elementary.outside).
+    cut = delta.clamp(-0.5, 0.5)
+    near = torch.expm1(cut).mul_(weight).log1p_()
+    cut_above, cut_beyond, _ = _logs(part, other, cut)
+    above.sub_(cut_above).add_(near)
+    beyond.sub_(cut_beyond).add_(near.sub_(cut).mul_(weight < 1))
+    return above, beyond, torch.lerp(above, excess, far)
+
+
+@formula(torch=_log_mixture)
 def log_mixture(weight, delta, far):
     """(log(m/q), log(m/p), log(m/q) − far·log(1 − weight)) of m = weight·p + (1 − weight)·q.
 

@@ -25,7 +25,7 @@ A column that does not count has e^z = e^u = 0 and may be called live: what is s
 """
 
 from ..language import formula, tl
-from .elementary import expm1_product, log1p, rem2_product
+from .elementary import expm1_product, log1p, loses_nothing, rem2_product
 from .quantities import EntropySums, LogSumExp
 from .reductions import broadcast_per_thread, thread_max, thread_sum
 
@@ -75,15 +75,29 @@ def _shift(zeroth, first, second, to_s, to_t, x):
     return to_s * zeroth, to_s * (first - x * zeroth), second
 
 
+def _remainders(ez, eu, d, live, zeroth, other, first):
+    plain = other - zeroth - first  # the same sum, of which little may be left
+    return plain if loses_nothing(plain, zeroth) else remainders.traced(ez, eu, d, live, zeroth, other, first)
+
+
+@formula(torch=_remainders)
+def remainders(ez, eu, d, live, zeroth, other, first):
+    """Σ e^z (e^d − 1 − d) of a tile, given Σ e^z, Σ e^u and Σ e^z d."""
+    return thread_sum(tl.where(live, rem2_product(ez, eu, d), 0.0))
+
+
 @formula
 def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
     z_s, z_t, first, second = state
     to_t = tl.exp(log_t)
     z_s, first, second = _shift(z_s, first, second, tl.exp(log_s), to_t, x)
-    z_s += thread_sum(tl.where(live, ez, 0.0))
-    z_t = to_t * z_t + thread_sum(tl.where(live, eu, 0.0))
-    first += thread_sum(tl.where(live, ez * d, 0.0))
-    second += thread_sum(tl.where(live, rem2_product(ez, eu, d), 0.0))
+    more_s = thread_sum(tl.where(live, ez, 0.0))
+    z_s += more_s
+    more_t = thread_sum(tl.where(live, eu, 0.0))
+    z_t = to_t * z_t + more_t
+    more = thread_sum(tl.where(live, ez * d, 0.0))
+    first += more
+    second += remainders(ez, eu, d, live, more_s, more_t, more)
     return z_s, z_t, first, second
 
 

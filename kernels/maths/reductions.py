@@ -7,21 +7,12 @@ A thread keeps maxima, online state and sums of its own until its row ends (devi
 from types import FunctionType
 from typing import Any
 
-import torch
-
 from ..language import formula, tl
 
 _REDUCTIONS = {"sum", "max", "min", "argmax", "argmin", "xor_sum", "reduce", "associative_scan", "cumsum", "cumprod"}
 
 
-def _row_sum(x: torch.Tensor) -> torch.Tensor:
-    """Σ over the last axis. Compiled loops add one by one, and a long row in float32 would lose a digit or two."""
-    if torch.compiler.is_compiling():
-        return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
-    return x.sum(-1, keepdim=True)
-
-
-@formula(torch=_row_sum)
+@formula
 def thread_sum(x):
     """Σ of a tile (R, T, V) over what each thread holds of it, (T,); of a tile with one axis, over all."""
     if len(x.shape) == 3:
@@ -30,7 +21,7 @@ def thread_sum(x):
         return tl.sum(x)
 
 
-@formula(torch=lambda x: x.amax(-1, keepdim=True))
+@formula
 def thread_max(x):
     """Maximum of a tile (R, T, V) over what each thread holds of it, (T,); of a tile with one axis, over all."""
     if len(x.shape) == 3:
@@ -39,7 +30,7 @@ def thread_max(x):
         return tl.max(x)
 
 
-@formula(torch=lambda x: x)
+@formula
 def broadcast_per_thread(x):
     """Broadcast a per-thread value (T,) to the shape of a tile (R, T, V), as (1, T, 1); scalars pass through."""
     if len(x.shape) == 1:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from ..kernels.device.args import Carry, Dominant
 from ..kernels.device.rows import Logits, Problem
 from ..kernels.device.vocab_chunks import CARRY, online_of
 from ..kernels.maths.centering import centred, raise_maxima
 from ..kernels.maths.decomposition import ABSENT
 from ..kernels.maths.elementary import exp
 from ..kernels.maths.moments import cross_entropy_advance, entropies_advance
-from .torch_rows import columnwise, logits, or_unknown, row_blocks
+from ..kernels.maths.quantities import Centre
+from .torch_rows import columnwise, logits, or_unknown, row_blocks, row_extras, row_scalars
 
 
 def absorb(
@@ -29,13 +31,14 @@ def absorb(
     """Adds a chunk to `carry`, as device.vocab_chunks.absorb."""
     advance = online_of(problem).advance.torch
     for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, carry):
-        own = list(carry[rows].unsqueeze(-1).unbind(1))
-        maxima, entropy_sums, ce, state = tuple(own[:3]), own[3:6], own[6:8], tuple(own[CARRY:])
+        own: Any = Carry._make(carry[rows, :CARRY].unsqueeze(-1).unbind(1))
+        maxima, entropy_sums, ce = own[:3], own[3:6], own[6:8]
+        state: Any = tuple(carry[rows, CARRY:].unsqueeze(-1).unbind(1))
         if problem.ce_weight:
             ce = cross_entropy_advance.torch(ce, s, torch.ones_like(s, dtype=torch.bool))
         s, t, live = s[:, : problem.vocab_size], t[:, : problem.vocab_size], live[:, : problem.vocab_size]
         label = _local(labels, rows, first)
-        picked = own[8:10]
+        picked = [own.label_s, own.label_t]
         if label is not None and problem.vocab_size:
             here = (label >= 0) & (label < problem.vocab_size)
             at = label.clamp(0, problem.vocab_size - 1)
@@ -45,14 +48,15 @@ def absorb(
                 torch.where(here, torch.where(seen, or_unknown(t.gather(1, at)), -torch.inf), picked[1]),
             ]
             live = live.scatter(1, at, seen & ~here)
+        s, t = (torch.where(live, x, ABSENT) for x in (s, t))  # what does not count may then be called live
         if problem.vocab_size:
             inv_tau, mix = 1.0 / problem.temperature, _mix(problem, rows, carry)
-            maxima, centre, move, own_log_t = raise_maxima.torch(maxima, s, t, live, inv_tau, mix)
+            maxima, centre, move, own_log_t = raise_maxima.torch(maxima, s, t, True, inv_tau, mix)
             z, u, d = centred.torch(s, t, centre, inv_tau, mix)
             if with_stats:
                 _, plain, _ = centred.torch(s, t, centre, inv_tau, ())
-                entropy_sums = entropies_advance.torch(entropy_sums, state[0], move[0], own_log_t, z, plain, live)
-            state = advance(state, move, z, u, d, exp.torch(z), exp.torch(u), live, _theta(problem, rows, carry))
+                entropy_sums = entropies_advance.torch(entropy_sums, state[0], move[0], own_log_t, z, plain, True)
+            state = advance(state, move, z, u, d, exp.torch(z), exp.torch(u), True, _theta(problem, rows, carry))
         carry[rows] = torch.cat((*maxima, *entropy_sums, *ce, *picked, *state), -1)
 
 
@@ -86,14 +90,17 @@ def gradient(
     out: torch.Tensor,
     first: int,
 ) -> None:
-    """A chunk's dZ without the likeliest token, as device.vocab_chunks.gradient."""
+    """A chunk's dZ without the dominant token, as device.vocab_chunks.gradient."""
     V = problem.vocab_size
     for rows, s, t, live, slope in _blocks(problem, student, teacher, labels, saved, out):
-        a, b, grad_y, ce_lse = saved[rows, 7:11].unsqueeze(-1).unbind(1)
+        scalars = row_scalars(saved[rows])
+        a, b, grad_y, ce_lse = scalars.a, scalars.b, scalars.grad_y, scalars.ce_lse
         up = upstream[rows].unsqueeze(-1)
         idle = up == 0  # its gradient is 0, whatever the row holds
         label = _local(labels, rows, first)
         g = torch.zeros_like(s)
+        before = Dominant._make(dominant[rows].split(1, -1))
+        rest = before.rest
         dominates = torch.zeros_like(s, dtype=torch.bool)
         if V:
             q, _, _, phi = _terms(problem, rows, s[:, :V], t[:, :V], saved)
@@ -104,7 +111,7 @@ def gradient(
                 at = (torch.arange(V, device=s.device) == label) & live
                 inner, hot = torch.where(at, grad_y, inner), hot & ~at
             g[:, :V], dominates[:, :V] = inner.masked_fill(s[:, :V] <= ABSENT, 0.0), hot
-            dominant[rows, 1] += torch.where(hot, 0.0, inner).sum(-1)
+            rest = rest + torch.where(hot, 0.0, inner).sum(-1, keepdim=True)
         g *= up * (problem.factor / problem.temperature)
         if problem.ce_weight:
             one = torch.zeros_like(s)
@@ -112,10 +119,10 @@ def gradient(
                 one = (torch.arange(s.shape[1], device=s.device) == label).to(s.dtype)
             g += up * problem.ce_weight * (exp.torch(s - ce_lse) - one)
         slope = slope if isinstance(slope, torch.Tensor) else torch.full_like(s, slope)
-        has = dominates.any(-1)
         top = dominates.to(torch.int8).argmax(-1, keepdim=True)
-        numbers = torch.cat((top + float(first), dominant[rows, 1:2], s.gather(1, top), slope.gather(1, top)), -1)
-        dominant[rows] = torch.where(has.unsqueeze(-1), numbers, dominant[rows])
+        now = Dominant(top + float(first), rest, s.gather(1, top), slope.gather(1, top))
+        has = dominates.any(-1, keepdim=True)
+        dominant[rows] = torch.where(has, torch.cat(now, -1), torch.cat(before._replace(rest=rest), -1))
         out[rows] = (g * slope).masked_fill_(dominates, 0.0).masked_fill_(idle, 0.0).to(out.dtype)
 
 
@@ -147,12 +154,12 @@ def _terms(
     problem: Problem, rows: torch.Tensor | slice, s: torch.Tensor, t: torch.Tensor, saved: torch.Tensor
 ) -> tuple[Any, ...]:
     """q, d, f and phi at the final offsets."""
-    *centre, l_s, l_t, r = saved[rows, :7].unsqueeze(-1).unbind(1)
-    z, u, d = centred.torch(s, t, tuple(centre), 1.0 / problem.temperature, _mix(problem, rows, saved))
-    extras = tuple(saved[rows, 12 : 12 + problem.definition.extras].unsqueeze(-1).unbind(1))
-    q, p = exp.torch(z - l_s), exp.torch(u - l_t)
-    theta = (*_theta(problem, rows, saved), *extras)
-    f, phi = problem.definition.term.torch(q, p, z - l_s, u - l_t, d - r, theta)
+    scalars = row_scalars(saved[rows])
+    z, u, d = centred.torch(s, t, Centre(*scalars[:4]), 1.0 / problem.temperature, _mix(problem, rows, saved))
+    logq, logp = z - scalars.l_s, u - scalars.l_t
+    theta = (*_theta(problem, rows, saved), *row_extras(saved[rows], problem.definition))
+    q = exp.torch(logq)
+    f, phi = problem.definition.term.torch(q, exp.torch(logp), logq, logp, d - scalars.r, theta)
     return q, d, f, phi
 
 

@@ -1,115 +1,190 @@
-"""The row work in plain torch: `backend="torch"`, same results and the same interface as kernels/device/rows.py.
+"""The row work of a CPU in plain torch, with the interface of kernels/device/rows.py: `backend="torch"`.
 
-Rows are taken a block of about BLOCK logits at a time, so that nothing of N·V elements is made. A block's logits are at
-hand, so no online form is needed: maxima, normalisers, then Σ f and phi of the divergence's own `term` at the final
-offsets, then the gradient from the same phi. Where all rows of a block are far from p == q plain differences are
-accurate and cost half as much; the primitives of kernels/maths/elementary.py choose that for themselves. Computed in
-float32 (float64 for float64 logits), the scalars of a few long rows in Python's numbers; ignored rows are not read.
+A transcription of the kernels, from the same formulas: a statistics sweep, normalisers, sums of terms where there is
+no one-sweep form, the target's terms, a gradient sweep. A sweep is a function of some rows that reads the logits;
+what lies between is calculated for many rows at once. torch_compiled.py runs the same functions through
+torch.compile.
+
+Run eagerly, a sweep takes a piece of about PIECE logits per side at a time, so that its temporaries stay in a cache.
+Groups of rows are shared out among a few threads: a call is one parallel region, instead of one for each operation, of
+which every one would wait for its slowest thread where cores are busy. Computed in float32 (float64 for float64
+logits). Rows that do not count are not read.
 """
 
+import operator
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..kernels.device.args import SAVED, RowScalars, TermSums, TokenStats
 from ..kernels.device.rows import Logits, Problem
-from ..kernels.maths.decomposition import ABSENT, binary, decompose, offsets, or_infinite
-from ..kernels.maths.elementary import Summand, exp, row_dots, softplus, tanh
+from ..kernels.maths.centering import above_centre, centre_of, centred, mixed, no_maxima
+from ..kernels.maths.decomposition import ABSENT, decompose, finalize_normalizers, or_infinite, side_stats
+from ..kernels.maths.definition import Definition, OnlineForm
+from ..kernels.maths.elementary import exp, tanh
+from ..kernels.maths.moments import entropies_advance, log_sum
+from ..kernels.maths.quantities import Centre, Decomposition, EntropySums, LogNorms, Maxima, RowNorms
+from ..kernels.maths.reductions import thread_max, thread_sum
 
-BLOCK = 3 << 18  # logits per side and block: fewer, and the scalar work of a block shows; more, and caches overflow
-_FEW = 16  # rows whose scalars Python calculates faster than torch does
-_NEAR = 0.1  # KL(q‖p) below which the quotient of the normalisers is not exact enough for r
-# Logits from here down are masks of some kind: no sum of a row may meet their size unprepared.
-_MASK = {torch.float32: -1e15, torch.float64: -1e300}
-_NOTHING = -1e20  # the maximum of a row without a column, as in the kernels
-_PIECE = 128  # columns of which torch finds the largest in less time than where it is
+BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py take at a time
+PIECE = 5 << 16  # logits per side of which a cache holds the temporaries
+GROUP = (
+    3 << 19
+)  # logits per side between which the numbers of rows are calculated, and which a second sweep reads again
+_WORKERS = 8  # threads that take groups: each needs memory of its own
+_RUN = 128  # columns of which torch finds the largest in less time than where it is
+_SCALARS = len(RowScalars._fields)
+
+Rows = slice | Tensor  # which of a call's
 
 
-class _Block(NamedTuple):
-    """Some rows without their label column: q̂ and p̂, their logs, d = log p̂ − log q̂ + r and what surrounds them."""
+class Kind(NamedTuple):
+    """What the sweeps do, apart from numbers."""
 
-    rows: torch.Tensor | slice  # which of the call's
-    q: torch.Tensor  # (n, V) e^z = q̂·Z_s
-    p: torch.Tensor  # e^u = p̂·Z_t
-    log_z: tuple[torch.Tensor, torch.Tensor]  # (n,) log Z_s, log Z_t
-    logs: tuple[torch.Tensor, torch.Tensor] | None  # z and u, where the term reads them
-    d: torch.Tensor  # u − z + k
-    k: torch.Tensor | float  # (n,) 0 where d was brought to 0 where both maxima stand
-    r: torch.Tensor  # (n,) log p̂ − log q̂ = d − k − r
-    lse: tuple[torch.Tensor, torch.Tensor]  # (n,) of the student's and the teacher's logits
-    y: torch.Tensor | None  # (n, 1) targets
-    label: torch.Tensor | None  # (n, 1) labels
-    in_support: torch.Tensor  # (n,) the target is in the support
-    at_target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) z − lse, u − lse, and d of the target
-    raw: tuple[torch.Tensor, torch.Tensor]  # (n,) z and u of the target
-    own: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # p̂, lse, u − lse of a teacher that p mixes
-    teacher: torch.Tensor  # (n, V) its logits
-    dead: torch.Tensor | None  # (n, V) columns outside the support
-    holes: torch.Tensor | None  # (n, V) columns with q = 0 < p
-    no_columns: torch.Tensor | None  # (n,) nothing to compare but the label
-    confident: torch.Tensor  # (n,) some q̂ exceeds one half
-    near: torch.Tensor  # (n,) KL(q̂‖p̂) is small
+    definition: Definition
+    online: OnlineForm
+    decoupled: bool
+    argmax: bool
+    dtype: torch.dtype  # float32 or float64: what is calculated in
+    with_stats: bool = False
+
+
+class Stored(NamedTuple):
+    """Numbers of one side as they lie in memory, and what makes logits of them."""
+
+    x: Tensor  # (n, width)
+    bias: Tensor | None  # (width,)
+    scale: Any
+    softcap: Any
+
+
+class Numbers(NamedTuple):
+    """The parameters of a loss: (n, 1) where they are per row, else a float, or a 0-d tensor while compiled."""
+
+    theta: tuple[Any, ...]
+    weights: tuple[Any, Any]
+    mix: tuple[Any, ...]  # the teacher's weight in a mixed teacher, or nothing
+    inv_tau: Any
+    factor: Any
+    ce: Any  # weight of the cross-entropy, None: none
+
+
+class Inputs(NamedTuple):
+    """Some rows of a call."""
+
+    student: Stored
+    teacher: Stored
+    floor: Tensor | None  # (n, 1) logits to which the teacher's are raised
+    label: Tensor | None  # (n, 1)
+    numbers: Numbers
+
+
+class Columns(NamedTuple):
+    """The compared columns of some rows, and the student's logits with all of theirs."""
+
+    s: Tensor  # (n, V), −1e30 for −inf and outside the support
+    t: Tensor  # (n, V) likewise
+    outside: Tensor | None  # (n, V) columns outside the support; None: no row has one
+    full: Tensor  # (n, width)
+    slope: Tensor | float  # derivative of `full` by the stored numbers
+    holes: bool  # whether s may be −1e30 somewhere
+
+
+class Target(NamedTuple):
+    """The held-out column, (n, 1) each."""
+
+    y: Tensor
+    s: Tensor
+    t: Tensor
+    in_support: Tensor
+
+
+class Statistics(NamedTuple):
+    """What the first sweep finds of each row, (n, 1) each."""
+
+    maxima: Maxima
+    state: tuple[Any, ...]
+    entropy_sums: EntropySums | None
+    target: Target
+    ce_lse: Tensor  # log-sum-exp of all the student's logits at temperature 1, 0 without a cross-entropy
+    label_s: Tensor
+
+
+class RowResult(NamedTuple):
+    """Loss (n, 1), statistics (n, STATS) or None, what the gradient needs (n, SAVED)."""
+
+    loss: Tensor
+    stats: Tensor | None
+    saved: Tensor
+
+
+Sweep = Callable[..., Any]  # (function of Inputs, Kind and row numbers, *row numbers) -> what it makes of all rows
 
 
 def value(
     problem: Problem,
     student: Logits,
     teacher: Logits,
-    labels: torch.Tensor | None,
-    loss: torch.Tensor,
-    saved: torch.Tensor | None,
-    stats: torch.Tensor | None,
+    labels: Tensor | None,
+    loss: Tensor,
+    saved: Tensor | None,
+    stats: Tensor | None,
 ) -> None:
     """Fills `loss` (N,), the row scalars `saved` (N, SAVED) and `stats` (N, STATS), as device.rows.value."""
     clear(loss, stats, saved)
-    workspace = _workspace(problem, loss)
-    for rows in row_blocks(problem.vocab_size, labels, loss.shape[0], loss.device):
-        block = _open(problem, student, teacher, labels, rows, workspace)
-        _, _, scalars = _evaluate(problem, student, block, loss, stats)
-        if saved is not None:
-            saved[rows, : len(scalars)] = torch.stack(scalars, -1)
+    call, kind = Call(problem, student, teacher, labels, loss.dtype), kind_of(problem, loss.dtype, stats is not None)
+
+    def work(rows: Rows) -> None:
+        keep(_value(call, kind, rows), rows, loss, saved, stats)
+
+    _each(work, call, counted(labels, None, len(loss)))
 
 
 def gradient(
     problem: Problem,
     student: Logits,
     teacher: Logits,
-    labels: torch.Tensor | None,
-    saved: torch.Tensor,
-    upstream: torch.Tensor,
-    out: torch.Tensor,
+    labels: Tensor | None,
+    saved: Tensor,
+    upstream: Tensor,
+    out: Tensor,
 ) -> None:
     """Writes upstream_n · dloss_n/dx into `out` (N, student width), as device.rows.gradient."""
-    workspace = _workspace(problem, saved)
-    for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
-        scalars = saved[rows].unbind(-1)
-        block = _open(problem, student, teacher, labels, rows, workspace)
-        columns = _place(problem, block, *scalars[:3])
-        extras = scalars[7 : 7 + problem.definition.extras]
-        _, phi = _term(problem, block, columns, (*values_at(problem.parameters, rows, saved), *extras))
-        _write(problem, student, block, columns.q, phi, scalars, upstream, out)
+    call, kind = Call(problem, student, teacher, labels, saved.dtype), kind_of(problem, saved.dtype)
+
+    def work(rows: Rows) -> None:
+        _gradient(call, kind, rows, saved, upstream, out)
+
+    _each(work, call, uncounted_zeroed(labels, upstream, out))
 
 
 def value_and_gradient(
     problem: Problem,
     student: Logits,
     teacher: Logits,
-    labels: torch.Tensor | None,
-    upstream: torch.Tensor | None,
-    out: torch.Tensor,
-    loss: torch.Tensor,
-    stats: torch.Tensor | None,
+    labels: Tensor | None,
+    upstream: Tensor | None,
+    out: Tensor,
+    loss: Tensor,
+    stats: Tensor | None,
 ) -> None:
     """Fills `loss`, `stats` and `out`, as device.rows.value_and_gradient."""
     clear(loss, stats)
-    workspace = _workspace(problem, loss)
-    for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device, out):
-        block = _open(problem, student, teacher, labels, rows, workspace)
-        q, phi, scalars = _evaluate(problem, student, block, loss, stats)
-        _write(problem, student, block, q, phi, scalars, upstream, out)
+    call, kind = Call(problem, student, teacher, labels, loss.dtype), kind_of(problem, loss.dtype, stats is not None)
+    saved = loss.new_empty((len(loss), SAVED))
+
+    def work(rows: Rows) -> None:
+        keep(_value(call, kind, rows), rows, loss, saved, stats)
+        _gradient(call, kind, rows, saved, upstream, out)
+
+    _each(work, call, counted(labels, None, len(loss)))
+    uncounted_zeroed(labels, upstream, out)
 
 
-def floor_rows(problem: Problem, teacher: Logits, labels: torch.Tensor | None, out: torch.Tensor, depth: float) -> None:
+def floor_rows(problem: Problem, teacher: Logits, labels: Tensor | None, out: Tensor, depth: float) -> None:
     """Fills `out` (N,) with the logits `depth` nats below the teacher's log-sum-exp, as device.rows.floor_rows."""
     out.zero_()
     for rows in row_blocks(problem.vocab_size, labels, out.shape[0], out.device):
@@ -117,61 +192,185 @@ def floor_rows(problem: Problem, teacher: Logits, labels: torch.Tensor | None, o
         out[rows] = (torch.logsumexp(t / problem.temperature, -1) - depth) * problem.temperature
 
 
-def clear(*tensors: torch.Tensor | None) -> None:
+def clear(*tensors: Tensor | None) -> None:
     """Zeros, for the rows that do not count."""
     for tensor in tensors:
         if tensor is not None:
             tensor.zero_()
 
 
-def _workspace(problem: Problem, like: torch.Tensor) -> torch.Tensor:
-    """What the blocks of a call use in turn: q, p, d, z, u. New memory for each would cost page faults.
-
-    The last two lie over the first two where the term does not read them. One piece, because glibc keeps what is freed
-    in smaller ones, the temporaries, once it got back a larger one.
-    """
-    rows = min(_step(problem.vocab_size), max(len(like), 1))
-    return like.new_empty((5 if problem.definition.reads_logs else 3, rows, problem.vocab_size))
+# Rows of a call
 
 
-def _step(width: int, shared: bool = False) -> int:
-    """Rows of a block: equally many for each thread, or one for each if rows are what they share and few fit."""
-    rows, threads = max(2, BLOCK // max(width, 1)), torch.get_num_threads()
-    if rows < threads:
-        return min(threads, 4 * rows) if shared else rows
-    return rows - rows % threads
+class Call(NamedTuple):
+    """A call of `value` or `gradient`; float32 or float64 is what it is computed in."""
+
+    problem: Problem
+    student: Logits
+    teacher: Logits
+    labels: Tensor | None
+    dtype: torch.dtype
+
+    def count(self, rows: Rows) -> int:
+        """How many rows these are."""
+        return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+    def parts(self, rows: Rows, size: int) -> list[Rows]:
+        """Rows that have about `size` logits per side, at least one."""
+        step = max(1, size // max(self.problem.vocab_size, 1))
+        return [part_of(rows, i, i + step) for i in range(0, self.count(rows), step)]
+
+    def inputs(self, rows: Rows, number: Callable[[float], Any] = float) -> Inputs:
+        """Some rows, views where they are neighbours; `number` makes a parameter that is not per row."""
+
+        def side(side: Logits, width: int) -> Stored:
+            bias = None if side.bias is None else side.bias[:width].detach()
+            scales = (None if x is None else number(x) for x in (side.scale, side.softcap))
+            return Stored(stored(side, rows, width).detach(), bias, *scales)
+
+        V, floor = self.problem.vocab_size, self.teacher.floor
+        return Inputs(
+            side(self.student, self.student.x.shape[2] if self.problem.ce_weight else V),
+            side(self.teacher, V),
+            None if floor is None else floor[rows].to(self.dtype).unsqueeze(-1),
+            None if self.labels is None else self.labels[rows].unsqueeze(-1),
+            self.numbers(rows, number),
+        )
+
+    def numbers(self, rows: Rows, number: Callable[[float], Any] = float) -> Numbers:
+        """The parameters at some rows."""
+
+        def at_rows(values: tuple[Any, ...]) -> Any:
+            return tuple(
+                x[rows].to(self.dtype).unsqueeze(-1) if isinstance(x, Tensor) else number(float(x)) for x in values
+            )
+
+        problem = self.problem
+        return Numbers(
+            at_rows(problem.parameters),
+            at_rows(problem.weights),
+            () if problem.mix is None else at_rows((problem.mix,)),
+            number(1.0 / problem.temperature),
+            number(problem.factor),
+            number(problem.ce_weight) if problem.ce_weight else None,
+        )
+
+
+def kind_of(problem: Problem, dtype: torch.dtype, with_stats: bool = False) -> Kind:
+    """The kind of a problem."""
+    online = problem.definition.sweep(problem.parameters)
+    return Kind(problem.definition, online, problem.decoupled, problem.argmax, dtype, with_stats)
+
+
+def counted(labels: Tensor | None, upstream: Tensor | None, n: int) -> Rows:
+    """The rows that have a label and an upstream gradient, as a slice where they are neighbours."""
+    counts = None if labels is None else labels >= 0
+    if upstream is not None:
+        counts = upstream != 0 if counts is None else counts & (upstream != 0)
+    if counts is None or bool(counts.all()):
+        return slice(0, n)
+    rows = counts.nonzero().squeeze(-1)
+    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+def uncounted_zeroed(labels: Tensor | None, upstream: Tensor | None, out: Tensor) -> Rows:
+    """`counted`; the other rows of `out` are zeroed, whatever their logits hold."""
+    rows = counted(labels, upstream, len(out))
+    if isinstance(rows, slice):
+        out[: rows.start], out[rows.stop :] = 0, 0
+    else:
+        rest = torch.ones(len(out), dtype=torch.bool, device=out.device)
+        rest[rows] = False
+        out[rest] = 0
+    return rows
+
+
+def part_of(rows: Rows, i: int, j: int) -> Rows:
+    """The i-th to j-th of some rows, as a slice where they are neighbours."""
+    if isinstance(rows, slice):
+        return slice(rows.start + i, min(rows.start + j, rows.stop))
+    part = rows[i:j]
+    first, last = int(part[0]), int(part[-1])
+    return slice(first, last + 1) if last - first + 1 == len(part) else part
+
+
+def tree(fn: Callable[..., Any], *trees: Any) -> Any:
+    """`fn` of the tensors that stand in the same place of nested tuples; anything else is the first's."""
+    first = trees[0]
+    if isinstance(first, tuple):
+        members = [tree(fn, *members) for members in zip(*trees, strict=True)]
+        return type(first)(*members) if hasattr(first, "_fields") else tuple(members)
+    return fn(*trees) if isinstance(first, Tensor) else first
+
+
+def _value(call: Call, kind: Kind, rows: Rows) -> RowResult:
+    """`row_values`, whose sweeps take a piece of rows at a time."""
+    pieces = call.parts(rows, PIECE)
+
+    def sweep(function: Callable[..., Any], *row_numbers: Any) -> Any:
+        step = call.count(pieces[0])
+        found = [
+            function(call.inputs(piece), kind, *tree(operator.itemgetter(slice(i, i + step)), row_numbers))
+            for i, piece in zip(range(0, call.count(rows), step), pieces, strict=True)
+        ]
+        return tree(lambda *x: torch.cat(x), *found) if len(found) > 1 else found[0]
+
+    return row_values(call.numbers(rows), kind, sweep)
+
+
+def _gradient(call: Call, kind: Kind, rows: Rows, saved: Tensor, upstream: Tensor | None, out: Tensor) -> None:
+    """`row_gradients`, a piece of rows at a time."""
+    for piece in call.parts(rows, PIECE):
+        write_gradient(call.inputs(piece), kind, piece, saved, upstream, out, row_gradients)
+
+
+def _each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
+    """Does the work of some rows, a group at a time, by several threads on a CPU."""
+    threads = torch.get_num_threads()
+    workers = min(threads, _WORKERS) if call.student.x.is_cpu else 1
+    share = -(-call.count(rows) * call.problem.vocab_size // workers)
+    groups = call.parts(rows, max(PIECE, min(GROUP, share)))
+    if min(workers, len(groups)) <= 1:
+        for group in groups:
+            work(group)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def in_thread(group: Rows) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            work(group)
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        for done in [pool.submit(in_thread, group) for group in groups]:
+            done.result()
+    torch.set_num_threads(threads)  # what threads that are yet to come take for theirs
 
 
 def row_blocks(
     width: int,
-    labels: torch.Tensor | None,
+    labels: Tensor | None,
     n: int,
     device: torch.device,
-    out: torch.Tensor | None = None,
-    shared: bool = False,
-) -> Iterator[torch.Tensor | slice]:
-    """The counted rows, a block at a time, as a slice where they are neighbours; other rows of `out` are zeroed."""
-    step = _step(width, shared)
-    if labels is None or bool((labels >= 0).all()):
-        yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
-        return
-    if out is not None:
-        out[labels < 0] = 0
-    rows = torch.arange(n, device=device)[labels >= 0]
-    for part in rows.split(step) if len(rows) else ():
-        first, last = int(part[0]), int(part[-1])
-        yield slice(first, last + 1) if last - first + 1 == len(part) else part
+    out: Tensor | None = None,
+) -> Iterator[Rows]:
+    """The rows with a label, some of about BLOCK columns at a time; other rows of `out` are zeroed."""
+    rows = counted(labels, None, n) if out is None else uncounted_zeroed(labels, None, out)
+    total = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    step = max(2, BLOCK // max(width, 1))
+    yield from (part_of(rows, i, i + step) for i in range(0, total, step))
 
 
-def logits(
-    side: Logits, rows: torch.Tensor | slice, width: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | float]:
+# Logits
+
+
+def logits(side: Logits, rows: Rows, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """A side's first `width` logits at some rows, maybe a view, and their derivative by the stored numbers."""
     bias = None if side.bias is None else side.bias[:width]
     return shaped(stored(side, rows, width).to(dtype), bias, side.scale, side.softcap)
 
 
-def stored(side: Logits, rows: torch.Tensor | slice, width: int) -> torch.Tensor:
+def stored(side: Logits, rows: Rows, width: int) -> Tensor:
     """What lies in memory of a side's first `width` columns at some rows, a view where they are neighbours."""
     inner = side.x.shape[1]
     if not isinstance(rows, slice):
@@ -183,9 +382,9 @@ def stored(side: Logits, rows: torch.Tensor | slice, width: int) -> torch.Tensor
     return side.x[at // inner, at % inner, :width]
 
 
-def shaped(x: torch.Tensor, bias: Any, scale: Any, softcap: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+def shaped(x: Tensor, bias: Any, scale: Any, softcap: Any) -> tuple[Tensor, Tensor | float]:
     """Logits from stored numbers, and their derivative by these."""
-    slope: torch.Tensor | float = 1.0
+    slope: Tensor | float = 1.0
     if bias is not None:
         x = x + bias
     if scale is not None:
@@ -197,435 +396,366 @@ def shaped(x: torch.Tensor, bias: Any, scale: Any, softcap: Any) -> tuple[torch.
     return x, slope
 
 
-def _bounded(
-    s: torch.Tensor, t: torch.Tensor, teacher: Logits, rows: torch.Tensor | slice
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """s and t not below ABSENT, the columns outside the support, and the others that the student excludes.
-
-    Only a teacher's −inf takes a column out: dtypes' least numbers, with which others mask, are probabilities of 0.
-    """
-    dead = t == -torch.inf
-    if teacher.floor is not None:
-        dead &= s == -torch.inf
-        t = torch.maximum(t, teacher.floor[rows].to(t.dtype).unsqueeze(-1))
-    s, t = (x.masked_fill(dead, ABSENT).clamp_(min=ABSENT) for x in (s, t))
-    return s, t, dead, (s <= ABSENT) & ~dead
-
-
-def _open(
-    problem: Problem,
-    student: Logits,
-    teacher: Logits,
-    labels: torch.Tensor | None,
-    rows: torch.Tensor | slice,
-    workspace: torch.Tensor,
-) -> _Block:
-    """A block's distributions, in `workspace`; with care where a logit is a mask."""
-    V, tau = problem.vocab_size, problem.temperature
-    like = workspace[0]
-    s, _ = logits(student, rows, V, like.dtype)
-    t, _ = logits(teacher, rows, V, like.dtype)
-    dead = holes = None
-    least = torch.minimum(s.amin(), t.amin())  # or NaN
-    special = teacher.floor is not None or not bool(least > _MASK[like.dtype])
-    if special:
-        s, t, dead, holes = _bounded(s, t, teacher, rows)
-    n = len(s)
-    nothing = like.new_full((n, 1), ABSENT)
-    s_y, t_y, in_support = nothing, nothing, torch.zeros(n, dtype=torch.bool, device=like.device)
-    no_columns = None if dead is None else (t <= ABSENT).all(-1)
-    label = None if labels is None else labels[rows].unsqueeze(-1)
-    y = t.argmax(-1, keepdim=True) if problem.argmax else label
-    if y is not None:
-        s_y, t_y = (or_unknown(x.gather(1, y)) for x in (s, t))
-        in_support = ~in_support if dead is None else ~dead.gather(1, y).squeeze(-1)
-        if dead is not None or V == 1:
-            no_columns = (t.scatter(1, y, ABSENT) <= ABSENT).all(-1) & ~(s_y + t_y).isnan().squeeze(-1)
-    tops = (_tops(s, y, s_y), _tops(t, y, t_y))
-    if special:
-        tops = (tops[0].clamp(min=_NOTHING), tops[1].clamp(min=_NOTHING))
-    into_q, into_p, d, z, u = (workspace[i % len(workspace), :n] for i in range(5))
-    for to, x, top in ((z, s, tops[0]), (u, t, tops[1])):
-        torch.sub(x, top, out=to)
-        if tau != 1.0:
-            to.div_(tau)
-        if y is not None:
-            to.scatter_(1, y, ABSENT)
-    k = shift = (tops[1] - tops[0]) / tau
-    tiny = torch.finfo(like.dtype).tiny
-    z_y, u_y = (s_y - tops[0]) / tau, (t_y - tops[1]) / tau
-    own = mix = None
-    peak: torch.Tensor | float = 0.0
-    lse_t = tops[1].squeeze(-1) / tau
-    if problem.mix is not None:
-        (mix,) = columnwise((problem.mix,), rows, like)
-        p = exp.torch(u) if not special else exp.torch(u).masked_fill_(t <= ABSENT, 0.0)
-        log_zt = p.sum(-1, keepdim=True).clamp(min=tiny).log()
-        own = (p.div_(log_zt.exp()), lse_t + log_zt.squeeze(-1), (u_y - log_zt).squeeze(-1))
-        u, u_y = torch.lerp(z, u, mix), torch.lerp(z_y, u_y, mix)
-        peak = u.amax(-1, keepdim=True)
-        u, u_y = u.sub_(peak), u_y - peak
-    q, p = exp.torch(z, out=into_q), exp.torch(u, out=into_p)
-    if special:
-        q.masked_fill_(s <= ABSENT, 0.0)  # a row with nothing but −inf has its maximum there
-        p.masked_fill_(t <= ABSENT, 0.0)
-    z_s, z_t = q.sum(-1).clamp(min=tiny), p.sum(-1).clamp(min=tiny)
-    log_zs, log_zt = z_s.log(), z_t.log()
-
-    def difference(s: torch.Tensor, t: torch.Tensor, anchored: bool, out: torch.Tensor | None = None) -> torch.Tensor:
-        d = _difference(problem, s, t, tops, anchored, out)
-        return d if mix is None else d.mul_(mix).sub_(peak)
-
-    if bool((k.abs() < 8).all()):
-        torch.sub(t, s, out=d)
-        if tau != 1.0:
-            d.div_(tau)
-        if mix is not None:
-            d.mul_(mix)
-            k = k * mix + peak
-    else:
-        d, k = difference(s, t, True, d), torch.zeros_like(k)
-    if y is not None:
-        d.scatter_(1, y, 0.0)
-    r = torch.where(z_s > tiny, (z_t / z_s).log(), log_zt - log_zs)  # the quotient of an empty sum may be infinite
-    near = r - (row_dots(q, d) / z_s - k.squeeze(-1)) < _NEAR
-    if near.any():
-        if bool((shift.abs() > 0.125).any()):
-            d = difference(s, t, True, d)
-            if y is not None:
-                d.scatter_(1, y, 0.0)
-        else:
-            d.sub_(k)
-        k = torch.zeros_like(k)
-        r = torch.where(near, torch.log1p(d.clamp(max=80.0).expm1_().mul_(q).sum(-1) / z_s), r)
-    # An unlikely target stands far from both maxima: without a large offset its plain difference is the exact one.
-    d_y = torch.where(shift.abs() < 8, difference(s_y, t_y, anchored=False), difference(s_y, t_y, anchored=True))
-    return _Block(
-        rows,
-        q,
-        p,
-        (log_zs, log_zt),
-        (z, u) if problem.definition.reads_logs else None,
-        d,
-        k.squeeze(-1),
-        r,
-        lse=(tops[0].squeeze(-1) / tau + log_zs, lse_t + log_zt),
-        y=y,
-        label=label,
-        in_support=in_support,
-        at_target=((z_y.squeeze(-1) - log_zs), (u_y.squeeze(-1) - log_zt), d_y.squeeze(-1)),
-        raw=(s_y.squeeze(-1) / tau, t_y.squeeze(-1) / tau),
-        own=own,
-        teacher=t,
-        dead=dead,
-        holes=holes,
-        no_columns=no_columns,
-        confident=(z_s > 0.5) & (z_s < 2),  # a maximum counts 1, nothing at all counts less
-        near=near,
-    )
-
-
-def or_unknown(x: torch.Tensor) -> torch.Tensor:
+def or_unknown(x: Tensor) -> Tensor:
     """NaN for +inf, which is no logit: beside it every other column's share is 0 and its own inf/inf."""
-    return x.masked_fill(x == torch.inf, torch.nan)
+    return torch.where(x == torch.inf, torch.nan, x)
 
 
-def _tops(x: torch.Tensor, y: torch.Tensor | None, x_y: torch.Tensor) -> torch.Tensor:
-    """The rows' maxima (n, 1) without the target's column."""
-    tops = x.amax(-1, keepdim=True)
-    if y is not None:
-        again = ~(x_y < tops).flatten()
-        if again.any():
-            tops[again] = x[again].scatter_(1, y[again], ABSENT).amax(-1, keepdim=True)
-    return tops
+# What torch.compile's loops and whole tensors at hand do differently
 
 
-def _difference(
-    problem: Problem,
-    s: torch.Tensor,
-    t: torch.Tensor,
-    tops: tuple[torch.Tensor, torch.Tensor],
-    anchored: bool,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """d = u − z; `anchored` brings each side near 0 first, so that a large offset rounds nothing (moments.py)."""
-    if anchored:
-        c_s, c_t = (torch.floor(x * 4 + 0.5) / 4 for x in tops)
-        d = torch.sub(t, c_t, out=out).sub_(s - c_s).sub_((tops[1] - c_t) - (tops[0] - c_s))
-    else:
-        d = torch.sub(t, s, out=out).sub_(tops[1] - tops[0])
-    return d if problem.temperature == 1.0 else d.div_(problem.temperature)
+def _at_hand(x: Tensor) -> bool:
+    """Whether numbers may be looked at: neither traced, nor on a device that would have to be waited for."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
-class Columns(NamedTuple):
-    """A block's columns at the row's final offsets, the target's left out."""
-
-    q: torch.Tensor
-    p: torch.Tensor
-    logs: tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
-    delta: torch.Tensor
+def _numbered(x: Tensor) -> Tensor:
+    """The columns' numbers: 32 bits take half the instructions of 64."""
+    return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
 
 
-def _place(problem: Problem, block: _Block, shift_s: torch.Tensor, shift_t: torch.Tensor, r: torch.Tensor) -> Columns:
-    """A block moved to the row offsets, in its own memory."""
-    offsets = [(log_z + shift).unsqueeze(-1) for log_z, shift in zip(block.log_z, (shift_s, shift_t), strict=True)]
-    q, p = (x.mul_((-offset).exp()) for x, offset in zip((block.q, block.p), offsets, strict=True))
-    logs = (None, None) if block.logs is None else (block.logs[0].sub_(offsets[0]), block.logs[1].sub_(offsets[1]))
-    return Columns(q, p, logs, block.d.sub_((r + block.k).unsqueeze(-1)))
+def _at_column(x: Tensor, y: Tensor, value: Any) -> Tensor:
+    """x (n, c) with `value` in the columns y (n, 1), in place if it is at hand."""
+    if torch.compiler.is_compiling():
+        return torch.where(_numbered(x) == y.int(), value, x)
+    return x.scatter_(1, y, value)
 
 
-def _term(
-    problem: Problem, block: _Block, columns: Columns, theta: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor | Summand, torch.Tensor]:
-    """f, and phi, which is 0 where a column does not count."""
-    per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
-    f, phi = problem.definition.term.torch(columns.q, columns.p, *columns.logs, columns.delta, per_row)
-    if block.y is not None:
-        phi.scatter_(1, block.y, 0.0)
-    if block.dead is not None:
-        phi.masked_fill_(block.dead, 0.0)
-    return f, phi
+def _take_out_dominant(g: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g (n, c) with 0 for the column that has more than half of the row's mass, that column, whether there is one."""
+    if torch.compiler.is_compiling():
+        column = torch.where(q > 0.5, _numbered(q), -1).amax(-1, keepdim=True)
+        return torch.where(q > 0.5, 0.0, g), column, column >= 0
+    column = likeliest(q).unsqueeze(-1)
+    dominates = q.gather(1, column) > 0.5
+    return _at_column(g, column, torch.where(dominates, 0.0, g.gather(1, column))), column, dominates
 
 
-def _total(block: _Block, f: torch.Tensor | Summand) -> torch.Tensor:
-    """Σ f (n,) over the columns that count."""
-    if isinstance(f, Summand) and block.dead is None:
-        return f.row_sums()  # where q = p = 0, and δ is finite, nothing is added
-    if block.y is not None:
-        f = f.scatter_(1, block.y, 0.0)
-    if block.dead is not None:
-        f = f.masked_fill_(block.dead, 0.0)
-    return f.sum(-1)
+def likeliest(q: Tensor) -> Tensor:
+    """Where the rows of q (n, c) are largest: torch looks for a maximum's place one by one, for its size at many."""
+    width = q.shape[1]
+    if width <= _RUN:
+        return q.argmax(-1)
+    whole = width - width % _RUN
+    largest = q[:, :whole].unflatten(-1, (-1, _RUN)).amax(-1)
+    if whole < width:
+        largest = torch.cat((largest, q[:, whole:].amax(-1, keepdim=True)), -1)
+    first = largest.argmax(-1, keepdim=True) * _RUN
+    piece = torch.arange(_RUN, device=q.device) + first
+    return q.gather(1, piece.clamp_(max=width - 1)).argmax(-1) + first.squeeze(-1)
+
+
+# The sweeps
+
+
+def _columns(inputs: Inputs, kind: Kind) -> Columns:
+    """Logits, views of what is stored where nothing has to be made of it.
+
+    Only a teacher's −inf takes a column out of the support: dtypes' least numbers, with which others mask, are
+    probabilities of 0.
+    """
+    full, slope = shaped(inputs.student.x.to(kind.dtype), *inputs.student[1:])
+    t, _ = shaped(inputs.teacher.x.to(kind.dtype), *inputs.teacher[1:])
+    s = full[:, : t.shape[1]]
+    if _at_hand(t) and bool((torch.minimum(s.amin(-1), t.amin(-1)) > ABSENT).all()):
+        return Columns(s, t, None, full, slope, holes=False)
+    outside = t == -torch.inf  # not a NaN, which must show
+    if inputs.floor is not None:
+        outside = outside & (s == -torch.inf)
+        t = torch.maximum(t, inputs.floor)
+    s, t = (torch.where(outside, ABSENT, x.clamp(min=ABSENT)) for x in (s, t))
+    return Columns(s, t, outside, full, slope, holes=True)
+
+
+def _held_out(x: Tensor, y: Tensor | None) -> Tensor:
+    """x without the columns y, in place if it is at hand."""
+    return x if y is None else _at_column(x, y, ABSENT)
+
+
+def _target(columns: Columns, label: Tensor | None, argmax: bool) -> tuple[Target, Tensor | None]:
+    """The target, and its columns (n, 1) if there is one."""
+    s, t = columns.s, columns.t
+    y = t.argmax(-1, keepdim=True) if argmax else label
+    if y is None:
+        nothing = torch.full_like(s[:, :1], ABSENT)
+        return Target(torch.full_like(nothing, -1), nothing, nothing, nothing > 0), None
+    s_y, t_y = (or_unknown(x.gather(1, y)) for x in (s, t))
+    outside = torch.zeros_like(y, dtype=torch.bool) if columns.outside is None else columns.outside.gather(1, y)
+    return Target(y.to(s.dtype), s_y, t_y, ~outside), y
+
+
+def _maximum(x: Tensor, y: Tensor | None, x_y: Tensor) -> Tensor:
+    """Maxima of rows without the columns y, whose numbers are x_y: (n, 1)."""
+    if y is None:
+        return thread_max.torch(x)
+    if not _at_hand(x):
+        return thread_max.torch(torch.where(_numbered(x) == y.int(), ABSENT, x))
+    top = thread_max.torch(x)
+    again = ~(x_y < top).flatten()
+    if again.any():
+        top[again] = thread_max.torch(_at_column(x[again], y[again], ABSENT))
+    return top
+
+
+def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
+    """The first sweep: maxima, online sums, the target's column held out."""
+    numbers, columns = inputs.numbers, _columns(inputs, kind)
+    s, t, inv_tau, mix = columns.s, columns.t, numbers.inv_tau, numbers.mix
+    target, y = _target(columns, inputs.label, kind.argmax)
+    least = no_maxima.torch().s
+    tops = [_maximum(x, y, x_y).clamp(min=least) for x, x_y in ((s, target.s), (t, target.t))]
+    unknown = [0.0 * top for top in tops]  # NaN where a side is not finite, and the other should not know
+    tops = [torch.where(nan == 0, top, 0.0) for nan, top in zip(unknown, tops, strict=True)]
+    maxima = Maxima(tops[0], tops[1], torch.zeros_like(target.s))
+    centre = centre_of.torch(maxima, inv_tau, ())
+    if mix:
+        tau_u = _held_out(mixed.torch(*above_centre.torch(s, t, centre), mix), y)
+        maxima = maxima._replace(mixed=thread_max.torch(tau_u).clamp(min=least))
+        centre = centre_of.torch(maxima, inv_tau, mix)
+    z, u, d = centred.torch(s, t, centre, inv_tau, mix)
+    z, u = _held_out(z, y), _held_out(u, y)
+    entropy_sums, still = None, (0.0, 0.0, 0.0)  # nothing came before, and nothing moves
+    if kind.with_stats:
+        own = _held_out(centred.torch(s, t, centre, inv_tau, ())[1], y) if mix else u
+        of_s, *of_t = entropies_advance.torch((0.0, 0.0, 0.0), 0.0, *still[:2], z, own, True)
+        entropy_sums = EntropySums(of_s + unknown[0], *(x + unknown[1] for x in of_t))
+    logs, exps = _exps(z, u, kind.definition.reads_logs)
+    # What does not count has e^z = e^u = 0, and may be called live.
+    z_s, z_t, *state = kind.online.advance.torch(kind.online.init.torch(), still, *logs, d, *exps, True, numbers.theta)
+    state = (z_s + unknown[0], z_t + unknown[1], *(x + unknown[0] + unknown[1] for x in state))
+    ce_lse = label_s = torch.zeros_like(target.s)
+    if numbers.ce is not None and inputs.label is not None:
+        ce_lse = or_unknown(columns.full.logsumexp(-1, keepdim=True))
+        label_s = columns.full.gather(1, inputs.label)
+    return Statistics(maxima, state, entropy_sums, target, ce_lse, label_s)
 
 
 class Whole(NamedTuple):
-    """A block as `RowParameters.torch` sees it."""
+    """Some rows as `RowParameters.torch` sees them; what it asks for is made then."""
 
-    near: torch.Tensor  # (n,) q̂ and p̂ are close
+    near: Tensor  # (n, 1) whether the rest of p and q is close
     dtype: torch.dtype
-    teacher: torch.Tensor  # (n, V) logits
-    y: torch.Tensor | None  # (n, 1) targets
-    without: Columns
-    target: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (n,) log q, log p and δ of the target
-
-    def columns(self) -> list[Any]:
-        """q, p, log q, log p, δ with the target's column in its place."""
-        whole = [self.without.q, self.without.p, *self.without.logs, self.without.delta]
-        if self.y is None:
-            return whole
-        logq, logp, delta = (x.unsqueeze(-1) for x in self.target)
-        entries = (logq.exp(), logp.exp(), logq, logp, delta)
-        return [None if x is None else x.scatter(1, self.y, entry) for x, entry in zip(whole, entries, strict=True)]
+    teacher: Callable[[], Tensor]  # (n, V) logits
+    columns: Callable[[], tuple[Tensor, ...]]  # q, p, log q, log p, δ, (n, V) each
 
 
 def _row_parameters(
-    problem: Problem, block: _Block, columns: Columns, theta: tuple[torch.Tensor, ...], target: tuple[Any, ...]
-) -> tuple[torch.Tensor, ...]:
-    """The parameters that the rows decide; `target` are log q, log p and δ of the target."""
-    row_parameters = problem.definition.row_parameters
-    if row_parameters is None:
-        return ()
-    whole = Whole(block.near, block.r.dtype, block.teacher, block.y, columns, target)
-    per_row = tuple(x.unsqueeze(-1) if x.dim() else x for x in theta)
-    return row_parameters.torch(whole, per_row)
+    inputs: Inputs, kind: Kind, state: tuple[Any, ...], norms: RowNorms, target: Target
+) -> tuple[Tensor, ...]:
+    """The parameters that each row finds for itself, (n, 1) each."""
+    numbers = inputs.numbers
+    y = target.y.long() if kind.argmax or inputs.label is not None else None
+
+    def columns() -> tuple[Tensor, ...]:
+        found = _columns(inputs, kind)
+        tile = _normalized(found, norms.centre, norms.log_norms, numbers, True)
+        if y is None:
+            return tile
+        logq, logp, delta, *_ = norms.binary
+        own = (logq.exp(), logp.exp(), logq, logp, delta)
+        return tuple(_at_column(x, y, x_y) for x, x_y in zip(tile, own, strict=True))
+
+    near = state[3] < 0.5 * state[0]
+    assert kind.definition.row_parameters is not None
+    whole = Whole(near, kind.dtype, lambda: _columns(inputs, kind).t, columns)
+    return kind.definition.row_parameters.torch(whole, numbers.theta)
 
 
-def _evaluate(
-    problem: Problem, student: Logits, block: _Block, loss: torch.Tensor, stats: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Loss and statistics of a block; q, phi and the row scalars of its gradient."""
-    zero = torch.zeros_like(block.r)
-    log_rest_q = log_rest_p = delta_rest = delta_y = zero
-    logq_y = logp_y = torch.full_like(zero, ABSENT)
-    if block.y is not None:
-        zy, uy, dy = (
-            torch.where(block.in_support, x, absent)
-            for x, absent in zip(block.at_target, (logq_y, logp_y, block.r), strict=True)
-        )
-        pair = by_row(binary, (zero, zero, block.r, zy, uy, dy))
-        logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
-    about = _statistics(block, logq_y, logp_y, log_rest_q, log_rest_p) if stats is not None else None
-    at = offsets.torch(zero, zero, block.r, log_rest_q, log_rest_p, delta_rest, problem.decoupled)
-    columns = _place(problem, block, *at)
-    theta = values_at(problem.parameters, block.rows, loss)
-    extras = _row_parameters(problem, block, columns, theta, (logq_y, logp_y, delta_y))
-    theta = (*theta, *extras)
-    f, phi = _term(problem, block, columns, theta)
-    total, mass = _total(block, f), phi.sum(-1)
-    if block.holes is not None:
-        total = or_infinite.torch(total, columns.delta.amax(-1))
-    pair = (logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest)
-    no_columns = torch.zeros_like(block.in_support) if block.no_columns is None else block.no_columns
-    result, split, (a, b, grad_y) = finish_rows(
-        problem, block.rows, pair, block.in_support, no_columns, theta, total, mass
-    )
-    out, ce_lse = result * problem.factor, zero
-    if problem.ce_weight:
-        assert block.label is not None
-        whole, _ = logits(student, block.rows, student.x.shape[2], loss.dtype)
-        ce_lse = or_unknown(whole.logsumexp(-1))
-        out = out + problem.ce_weight * (ce_lse - whole.gather(1, block.label).squeeze(-1))
-    loss[block.rows] = out
-    if stats is not None and about is not None:
-        terms = [torch.where(no_columns, 0.0, x) for x in split]
-        if block.y is None:
-            terms = [torch.full_like(result, torch.nan)] * 4
-        entropies, logprobs, lses = about
-        lses = [torch.where(no_columns, x, lse) for x, lse in zip(block.raw, lses, strict=True)]
-        columns_of_stats = [result, *terms, *(torch.where(no_columns, 0.0, x) for x in entropies), *logprobs, *lses]
-        stats[block.rows] = torch.stack(columns_of_stats, -1)
-    return columns.q, phi, (*at, a, b, grad_y, ce_lse, *extras)
+def _term_sums(
+    inputs: Inputs, kind: Kind, target: Target, centre: Centre, log_norms: LogNorms, extras: tuple[Tensor, ...]
+) -> TermSums:
+    """The sweep of what has no one-sweep form: Σ f, Σ phi and the largest d, (n, 1) each."""
+    numbers, columns = inputs.numbers, _columns(inputs, kind)
+    y = target.y.long() if kind.argmax or inputs.label is not None else None
+    tile = _normalized(columns, centre, log_norms, numbers, kind.definition.reads_logs)
+    widest = _counted(tile[4].clone(), columns, y)
+    f, phi = (_counted(x, columns, y) for x in kind.definition.term.torch(*tile, (*numbers.theta, *extras)))
+    # δ of a column with q = 0 < p is as large as its d.
+    return TermSums(thread_sum.torch(f), thread_sum.torch(phi), thread_max.torch(widest).clamp(min=0.0))
+
+
+def _counted(x: Tensor, columns: Columns, y: Tensor | None) -> Tensor:
+    """x (n, V) with 0 in the target's column and outside the support, in place if it is at hand."""
+    x = x if columns.outside is None else torch.where(columns.outside, 0.0, x)
+    return x if y is None else _at_column(x, y, 0.0)
+
+
+def _normalized(columns: Columns, centre: Centre, log_norms: LogNorms, numbers: Numbers, with_logs: bool) -> Any:
+    """q, p, log q, log p, δ as centering.at_offsets has them, in memory of their own; without logs None for these."""
+    z, u, d = centred.torch(columns.s, columns.t, centre, numbers.inv_tau, numbers.mix)
+    logq, logp, delta = (x.sub_(offset) for x, offset in zip((z, u, d), log_norms, strict=True))
+    logs, exps = _exps(logq, logp, with_logs)
+    return *exps, *logs, delta
+
+
+def _exps(x: Tensor, y: Tensor, with_logs: bool) -> tuple[tuple[Any, Any], tuple[Tensor, Tensor]]:
+    """(x, y), (e^x, e^y); these in the memory of those, which are None then, unless they are wanted too."""
+    return ((x, y), (exp.torch(x), exp.torch(y))) if with_logs else ((None, None), (x.exp_(), y.exp_()))
+
+
+def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
+    """All sweeps of the value, as `_row_scalars` of device/rows.py."""
+    first: Statistics = sweep(_statistics)
+    state, target, online = first.state, first.target, kind.online
+    norms = finalize_normalizers.torch(
+        first.maxima, state, target.s, target.t, target.in_support, numbers.inv_tau, numbers.mix, online.ratio.torch,
+        kind.decoupled,
+    )  # fmt: skip
+    extras = sweep(_row_parameters, state, norms, target) if kind.definition.row_parameters is not None else ()
+    theta = (*numbers.theta, *extras)
+    if online.sums is None:
+        sums = sweep(_term_sums, target, norms.centre, norms.log_norms, extras)
+        total, mass = or_infinite.torch(sums.total, sums.widest), sums.mass
+    else:
+        total, mass = online.sums.torch(state, *norms.log_norms, theta)
+    terms = decompose.torch(
+        total, mass, norms.binary, target.in_support, theta, *numbers.weights, kind.definition.term.torch,
+        kind.decoupled,
+    )  # fmt: skip
+    only_target = (state[1] == 0) & ~(target.s + target.t).isnan()  # nothing to compare but the target: all is 0
+    terms = tree(lambda x: torch.where(only_target, 0.0, x), terms)
+    loss = terms.loss * numbers.factor
+    if numbers.ce is not None:
+        loss = loss + numbers.ce * (first.ce_lse - first.label_s)
+    stats = _stats(first, norms, terms, only_target, numbers.inv_tau) if kind.with_stats else None
+    scalars = RowScalars._make((*norms.centre, *norms.log_norms, terms.a, terms.b, terms.grad_y, first.ce_lse))
+    rest = [torch.zeros_like(loss)] * (SAVED - _SCALARS - 1 - len(extras))
+    saved = torch.cat([x + torch.zeros_like(loss) for x in (*scalars, target.y, *extras, *rest)], -1)
+    return RowResult(loss, stats, saved)
+
+
+def _stats(first: Statistics, norms: RowNorms, terms: Decomposition, only_target: Tensor, inv_tau: Any) -> Tensor:
+    """(n, STATS): NaN about a target where none is held out."""
+    sums, target, (c_s, c_t, k, _), own = first.entropy_sums, first.target, norms.centre, norms.own
+    assert sums is not None
+    about = (target.in_support, only_target)
+    student = side_stats.torch(own.log_zs, sums.student, own.z_y, c_s * inv_tau, target.s * inv_tau, *about)
+    log_zt = log_sum.torch(sums.z_t)
+    teacher = side_stats.torch(log_zt, sums.teacher, own.own_u_y, (c_t + k) * inv_tau, target.t * inv_tau, *about)
+    sides = [x for both in zip(student, teacher, strict=True) for x in both]
+    stats = TokenStats(*terms[:5], *sides)
+    unknown = torch.where(target.y < 0, torch.nan, 0.0)
+    of_target = ("target_loss", "nontarget_loss", "target_grad", "nontarget_grad")
+    of_target += ("student_logprob", "teacher_logprob")
+    return torch.cat(stats._replace(**{name: getattr(stats, name) + unknown for name in of_target}), -1)
+
+
+def row_gradients(
+    inputs: Inputs, kind: Kind, saved: Tensor, upstream: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient sweep: writes into `out` (n, width), or over the student's numbers; wrong at the dominant token.
+
+    Returns that token (−1: there is none) and its entry, minus the sum of the others, which does not cancel: (n, 1).
+    """
+    numbers, columns = inputs.numbers, _columns(inputs, kind)
+    scalars, extras = row_scalars(saved), row_extras(saved, kind.definition)
+    y = saved[:, _SCALARS : _SCALARS + 1].long() if kind.argmax else inputs.label
+    to, V, slope = inputs.student.x if out is None else out, columns.s.shape[1], columns.slope
+    direct = numbers.ce is None and not isinstance(slope, Tensor)
+    up = torch.ones_like(scalars.a) if upstream is None else upstream
+    scale = up * (numbers.factor * numbers.inv_tau) * (slope if direct else 1.0)
+    tile = _normalized(columns, Centre(*scalars[:4]), LogNorms(*scalars[4:7]), numbers, kind.definition.reads_logs)
+    _, phi = kind.definition.term.slope(*tile, (*numbers.theta, *extras))
+    q = tile[0]
+    workspace = to[:, :V] if direct and _at_hand(to) and to.dtype == phi.dtype else None
+    g = torch.addcmul(phi * (scalars.a * scale), q, scalars.b * scale, out=workspace)
+    if y is not None:
+        q, g = _at_column(q, y, 0.0), _at_column(g, y, scalars.grad_y * scale)
+    if columns.outside is not None:
+        g = torch.where(columns.outside, 0.0, g)
+    g, token, dominates = _take_out_dominant(g, q)
+    entry, token = -thread_sum.torch(g), torch.where(dominates, token, -1)
+    if columns.holes:
+        g = torch.where(columns.s <= ABSENT, 0.0, g)  # NaN has to pass
+    if direct:
+        if g is not workspace:
+            to[:, :V].copy_(g)
+        return token, entry
+    full, at = columns.full, token.clamp(min=0).long()
+    if numbers.ce is not None and inputs.label is not None:
+        ce, label = up * numbers.ce, inputs.label
+
+        def slope_of_ce(s: Tensor, one: Any) -> Tensor:
+            return ((s - scalars.ce_lse).exp() - one) * ce
+
+        entry = entry + slope_of_ce(full.gather(1, at), (at == label).to(full.dtype))
+        whole = _at_column(slope_of_ce(full, 0.0), label, slope_of_ce(full.gather(1, label), 1.0))
+        if full.shape[1] > V:
+            to[:, V:].copy_((whole * slope)[:, V:])
+        g = g + whole[:, :V]
+    to[:, :V].copy_(g * (slope[:, :V] if isinstance(slope, Tensor) else slope))
+    return token, entry * (slope.gather(1, at) if isinstance(slope, Tensor) else slope)
+
+
+def row_scalars(saved: Tensor) -> RowScalars:
+    """RowScalars (n, 1) of rows of `saved` (n, SAVED)."""
+    return RowScalars(*saved[:, :_SCALARS].split(1, -1))
+
+
+def row_extras(saved: Tensor, definition: Definition) -> tuple[Tensor, ...]:
+    """The parameters (n, 1) that rows of `saved` (n, SAVED) found for themselves."""
+    return saved[:, _SCALARS + 1 :].split(1, -1)[: definition.extras]
+
+
+def write_gradient(
+    inputs: Inputs, kind: Kind, rows: Rows, saved: Tensor, upstream: Tensor | None, out: Tensor, sweep: Sweep
+) -> None:
+    """The gradient of some rows of a call, whose numbers `saved` and `upstream` are, over the width of `out`."""
+    x = inputs.student.x
+    beside = isinstance(rows, slice)
+    to = out[rows, : x.shape[1]] if beside else x.new_empty(x.shape, dtype=out.dtype)
+    up = None if upstream is None else upstream[rows].to(saved.dtype).unsqueeze(-1)
+    token, entry = sweep(inputs, kind, saved[rows], up, to)
+    at = token.clamp(min=0).long()
+    to.scatter_(1, at, torch.where(token >= 0, entry.to(to.dtype), to.gather(1, at)))
+    if not beside:
+        out[rows, : x.shape[1]] = to
+    out[rows, x.shape[1] :] = 0
+
+
+def keep(result: RowResult, rows: Rows, loss: Tensor, saved: Tensor | None, stats: Tensor | None) -> None:
+    """Puts what some rows have come to in its place."""
+    loss[rows] = result.loss.squeeze(-1)
+    if saved is not None:
+        saved[rows] = result.saved
+    if stats is not None and result.stats is not None:
+        stats[rows] = result.stats
+
+
+# For rows that were never whole (schedules/vocab_chunks.py)
 
 
 def finish_rows(
     problem: Problem,
-    rows: torch.Tensor | slice,
-    pair: tuple[torch.Tensor, ...],
-    in_support: torch.Tensor,
-    no_columns: torch.Tensor,
-    theta: tuple[torch.Tensor, ...],
-    total: torch.Tensor,
-    mass: torch.Tensor,
-) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    rows: Rows,
+    pair: tuple[Tensor, ...],
+    in_support: Tensor,
+    no_columns: Tensor,
+    theta: tuple[Tensor, ...],
+    total: Tensor,
+    mass: Tensor,
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
     """Loss; L_T, L_N and their slopes at the target; the gradient's a, b, T: from the target's pair and the sums.
 
     Loss, a, b and T are 0 where a row is empty.
     """
     weights = values_at(problem.weights, rows, total)
-    numbers = (total, mass, pair, in_support, theta, *weights)
-    result, *split, a, b, grad_y = by_row(decompose, numbers, problem.definition.term, problem.decoupled)
-    result, a, b, grad_y = (torch.where(no_columns, 0.0, x) for x in (result, a, b, grad_y))
-    return result, split, (a, b, grad_y)
+    term = problem.definition.term.torch
+    terms = decompose.torch(total, mass, pair, in_support, theta, *weights, term, problem.decoupled)
+    result, a, b, grad_y = (torch.where(no_columns, 0.0, x) for x in (terms.loss, terms.a, terms.b, terms.grad_y))
+    return result, list(terms[1:5]), (a, b, grad_y)
 
 
-def by_row(formula: Any, numbers: tuple[Any, ...], *constants: Any) -> tuple[torch.Tensor, ...]:
-    """A formula of numbers per row, tensors (n,) or 0-d in maybe nested tuples; its results as (n,).
-
-    Few rows on a CPU go one by one through Python's numbers: a call of torch takes as long as a row of a formula.
-    """
-    like, *_ = numbers
-    version = "scalar" if like.device.type == "cpu" and 0 < len(like) <= _FEW else "torch"
-    constants = tuple(getattr(constant, version, constant) for constant in constants)
-    if version == "torch":
-        return formula.torch(*numbers, *constants)
-    results = [formula.scalar(*row, *constants) for row in _numbers_of(numbers, len(like))]
-    return like.new_tensor(results).unbind(1)
-
-
-def _numbers_of(values: tuple[Any, ...], n: int) -> list[tuple[Any, ...]]:
-    """The same tuple for each of n rows, of Python's numbers."""
-    columns = [_numbers_of(x, n) if isinstance(x, tuple) else x.tolist() if x.dim() else [x.item()] * n for x in values]
-    return list(zip(*columns, strict=True)) if columns else [()] * n
-
-
-def _statistics(
-    block: _Block, logq_y: torch.Tensor, logp_y: torch.Tensor, log_rest_q: torch.Tensor, log_rest_p: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Entropies, log-probabilities of the target and log-sum-exps of student and teacher (the unmixed one)."""
-    q, p = (x * (-log_z).exp().unsqueeze(-1) for x, log_z in zip((block.q, block.p), block.log_z, strict=True))
-    lse_t = block.lse[1]
-    if block.own is not None:
-        p, lse_t, odds = block.own
-        if block.y is not None:
-            odds = torch.where(block.in_support, odds, ABSENT)
-            logp_y, log_rest_p = -softplus.torch(-odds), -softplus.torch(odds)
-    logs = [logq_y, logp_y]
-    entropies = [_entropy(q, logq_y, log_rest_q), _entropy(p, logp_y, log_rest_p)]
-    logprobs = [torch.where(block.in_support & ~(x <= ABSENT / 10), x, -torch.inf) for x in logs]
-    if block.y is None:
-        logprobs = [torch.full_like(logq_y, torch.nan)] * 2
-    return entropies, logprobs, [block.lse[0] - log_rest_q, lse_t - log_rest_p]
-
-
-def _entropy(hat: torch.Tensor, log_y: torch.Tensor, log_rest: torch.Tensor) -> torch.Tensor:
-    """Entropy of a distribution from its label's log-probability and its renormalised rest."""
-    rest, y = log_rest.exp(), log_y.exp()
-    return rest * (torch.special.entr(hat).sum(-1) - log_rest) - torch.where(y > 0, y * log_y, 0.0)
-
-
-def _write(
-    problem: Problem,
-    student: Logits,
-    block: _Block,
-    q: torch.Tensor,
-    phi: torch.Tensor,
-    scalars: tuple[torch.Tensor, ...],
-    upstream: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """The gradient of a block, over the student's width. Uses up q and phi."""
-    a, b, grad_y, ce_lse = (x.unsqueeze(-1) for x in scalars[3:7])
-    V, width = problem.vocab_size, out.shape[1]
-    up: Any = 1.0 if upstream is None else upstream[block.rows].to(phi.dtype).unsqueeze(-1)
-    scale = up * (problem.factor / problem.temperature)
-    g = phi if bool((a * scale == 1).all()) else phi.mul_(a * scale)
-    bent = problem.ce_weight or student.scale is not None or student.softcap is not None
-    direct = isinstance(block.rows, slice) and out.dtype == phi.dtype and not bent
-    g = torch.addcmul(g, q, b * scale, out=out[block.rows, :V] if direct else g)
-    if block.y is not None:
-        g.scatter_(1, block.y, torch.where(block.in_support.unsqueeze(-1), grad_y * scale, 0.0))
-    rows = block.confident.nonzero().flatten()
-    if len(rows):
-        # a·phi + b·q cancels in a token with most of the mass; the gradient of a row sums to 0, and the rest does not.
-        tops = _at_rows(_likeliest, q, rows)
-        g[rows, tops] = 0.0
-        g[rows, tops] = -_at_rows(_sums, g, rows)
-    if block.holes is not None:
-        g.masked_fill_(block.holes, 0.0)
-    if block.no_columns is not None:
-        g.masked_fill_(block.no_columns.unsqueeze(-1), 0.0)
-    if bent:
-        s, slope = logits(student, block.rows, width if problem.ce_weight else V, g.dtype)
-        if problem.ce_weight:
-            assert block.label is not None
-            ce = exp.torch(s - ce_lse).scatter_add_(1, block.label, torch.full_like(ce_lse, -1.0))
-            ce.mul_(up * problem.ce_weight)
-            ce[:, :V] += g
-            g = ce
-        g.mul_(slope)
-    if upstream is not None and bool((up == 0).any()):
-        g.masked_fill_(up == 0, 0.0)  # also where the row is not finite
-    if isinstance(block.rows, slice):
-        if not direct:
-            out[block.rows, : g.shape[1]] = g
-        out[block.rows, g.shape[1] :] = 0
-    else:
-        out[block.rows] = torch.nn.functional.pad(g, (0, width - g.shape[1])).to(out.dtype)
-
-
-def _at_rows(reduce: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """What `reduce` makes of some rows of x (n, V): of all, where so many are wanted that copying them takes longer."""
-    return reduce(x[rows]) if 4 * len(rows) < len(x) else reduce(x)[rows]
-
-
-def _sums(x: torch.Tensor) -> torch.Tensor:
-    return x.sum(-1)
-
-
-def _likeliest(q: torch.Tensor) -> torch.Tensor:
-    """Where the rows of q (n, V) are largest: torch looks for a maximum's place one by one, for its size at many."""
-    width = q.shape[1]
-    if width <= _PIECE:
-        return q.argmax(-1)
-    whole = width - width % _PIECE
-    largest = q[:, :whole].unflatten(-1, (-1, _PIECE)).amax(-1)
-    if whole < width:
-        largest = torch.cat((largest, q[:, whole:].amax(-1, keepdim=True)), -1)
-    first = largest.argmax(-1, keepdim=True) * _PIECE
-    piece = torch.arange(_PIECE, device=q.device) + first
-    return q.gather(1, piece.clamp_(max=width - 1)).argmax(-1) + first.squeeze(-1)
-
-
-def values_at(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def values_at(values: tuple[Any, ...], rows: Rows, like: Tensor) -> tuple[Tensor, ...]:
     """Parameters as 0-d tensors, or as (n,) where they are per row."""
     return tuple(
         value[rows].to(like.dtype)
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, Tensor)
         else torch.full((), value, dtype=like.dtype, device=like.device)
         for value in values
     )
 
 
-def columnwise(values: tuple[Any, ...], rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def columnwise(values: tuple[Any, ...], rows: Rows, like: Tensor) -> tuple[Tensor, ...]:
     """The same beside columns: per-row values as (n, 1)."""
     return tuple(x.unsqueeze(-1) if x.dim() else x for x in values_at(values, rows, like))
