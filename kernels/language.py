@@ -102,6 +102,11 @@ class _Rowwise:
         """Maximum over the last axis."""
         return x.amax(-1, keepdim=True)
 
+    @staticmethod
+    def static_range(*bounds: int) -> range:
+        """A loop that kernels unroll."""
+        return range(*bounds)
+
 
 rowwise: Any = _Rowwise()
 
@@ -126,12 +131,11 @@ def _unless_traced(eager: Callable[..., Any], twin: Callable[..., Any]) -> Calla
     return version
 
 
-def formula(
-    fn: Callable[..., Any] | None = None, *, torch: Callable[..., Any] | None = None, summand: bool = False
-) -> Any:
+def formula(fn: Callable[..., Any] | None = None, *, torch: Any = None, summand: bool = False) -> Any:
     """Decorator: a Triton function whose attribute `torch` computes the same in torch.
 
-    torch: a version of its own for tensors at hand. `traced` is the kernels' own code in torch, with or without one.
+    torch: a version of its own for tensors at hand, or a formula whose versions are taken. `traced` is the kernels' own
+        code in torch, with or without one.
     summand: only a divergence's f is made of it. `slope` is as `torch`, but does not calculate f where nobody asks for
         it, as compilers leave it out: what f alone is made of is 0.
     """
@@ -141,6 +145,8 @@ def formula(
         compiled.traced = _twin(fn, "torch")
         compiled.torch = compiled.traced if torch is None else _unless_traced(torch, compiled.traced)
         compiled.slope = compiled.torch if torch is not None else _twin(fn, "slope")
+        if hasattr(torch, "traced"):
+            compiled.torch, compiled.slope = torch.torch, torch.slope
         if summand:
             compiled.slope = lambda *_: 0.0
         return compiled

@@ -127,7 +127,8 @@ def specialization(
     fixed: dict[str, Any] = {
         "stats_ptr": None,
         "saved_ptr": None,
-        "TERM": None if definition is None else definition.term,
+        "TERM": None if definition is None else definition.summand(online),
+        "GRADIENT_TERM": None if definition is None else definition.gradient_summand(online, dtype != "float32"),
         "INIT": online.init,
         "ADVANCE": online.advance,
         "RATIO": online.ratio,

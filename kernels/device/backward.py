@@ -6,8 +6,7 @@ entry is minus the sum of all others.
 """
 
 from ..language import jit, tl
-from ..maths.centering import centred
-from ..maths.elementary import exp
+from ..maths.centering import centred, exponentials
 from ..maths.quantities import Centre
 from ..maths.reductions import thread_max, thread_sum
 from .args import Dominant
@@ -26,9 +25,10 @@ def no_dominant(THREADS: tl.constexpr):
 @jit
 def slopes(s, t, scalars, inv_tau, mix, theta, TERM):
     """Returns q and phi of a tile of logits, in its shape."""
-    z, u, d = centred(s, t, Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m), inv_tau, mix)  # (R, T, V) each
-    q = exp(z - scalars.l_s)
-    f, phi = TERM(q, exp(u - scalars.l_t), z - scalars.l_s, u - scalars.l_t, d - scalars.r, theta)
+    centre = Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m)
+    z, u, d = centred(s, t, centre, inv_tau, mix)  # (R, T, V) each
+    q, p = exponentials(s, t, centre, inv_tau, mix, scalars.l_s, scalars.l_t)
+    f, phi = TERM(q, p, z - scalars.l_s, u - scalars.l_t, d - scalars.r, theta)
     return q, phi
 
 

@@ -8,9 +8,8 @@ A tile is (R, T, V) as thread_sums.tile_columns lays it out. Each of the T threa
 """
 
 from ..language import jit, tl
-from ..maths.centering import beside_columns, centred, merge_maxima, no_maxima, raise_maxima
+from ..maths.centering import at_offsets, beside_columns, centred, exponentials, merge_maxima, no_maxima, raise_maxima
 from ..maths.decomposition import decompose, finalize_normalizers, or_infinite, side_stats
-from ..maths.elementary import exp
 from ..maths.moments import cross_entropy_advance, entropies_advance, log_sum
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
 from ..maths.reductions import thread_max, thread_sum
@@ -28,7 +27,7 @@ from .args import (
     store_side_stats,
     store_terms,
 )
-from .loads import as_numbers, finite, load_logits, load_normalized, load_pair, load_raw, row_ptrs, row_values
+from .loads import as_numbers, finite, load_logits, load_pair, load_raw, row_ptrs, row_values
 from .thread_sums import scatter_to_thread0, tile_columns
 from .tile_order import inner_tile, inner_tiles, other_tile
 
@@ -54,8 +53,7 @@ def accumulate_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
     raised = raise_maxima(acc.maxima, s, t, live, inv_tau, mix)
     centre = beside_columns(raised.centre, mix)  # (1, T, 1)
     z, u, d = centred(s, t, centre, inv_tau, mix)  # (R, T, V)
-    ez = exp(z)
-    eu = exp(u)
+    ez, eu = exponentials(s, t, centre, inv_tau, mix, 0.0, 0.0)
     entropies = acc.entropies
     if stats_ptr is not None:
         _, own, _ = centred(s, t, centre, inv_tau, ())
@@ -159,11 +157,13 @@ def statistics_sweep(
 
 
 @jit
-def add_terms(sums, f, phi, d, live):
-    """Add a tile (R, T, V) to TermSums, (T,) each."""
+def add_terms(sums, s, t, live, centre, log_norms, inv_tau, mix, theta, TERM):
+    """Add a tile of logits (R, T, V) to TermSums, (T,) each."""
+    x = at_offsets(s, t, centre, log_norms, inv_tau, mix)  # (R, T, V) each
+    f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)  # (R, T, V) each
     total = sums.total + thread_sum(tl.where(live, f, 0.0))
     mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
-    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, d, 0.0))))
+    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, x.d, 0.0))))
 
 
 @jit
@@ -171,10 +171,17 @@ def term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.co
     """Second sweep, for divergences without a one-sweep form: add a row's columns to `sums`, TermSums of scalars."""
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
     sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
-    for start in range(0, ctx.V, BLOCK):
-        x, live, t = load_normalized(student, teacher, ctx, log_norms, start + tile)  # (R, T, V) each
-        f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)  # (R, T, V) each
-        sums = add_terms(sums, f, phi, x.d, live)
+    num_full, skip_tile, num_masked = inner_tiles(ctx.y, ctx.V, ctx.V, True, BLOCK)
+    for i in range(0, num_full):
+        cols = inner_tile(i, skip_tile, BLOCK) + tile  # (R, T, V)
+        x = load_raw(student, teacher, ctx.ptrs, cols, None, None)
+        s, t = finite(x.s), finite(x.t)
+        sums = add_terms(sums, s, t, x.live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
+    for i in range(0, num_masked):
+        cols = other_tile(i, num_full, skip_tile, BLOCK) + tile  # (R, T, V)
+        x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
+        live = x.live & (cols != ctx.y)
+        sums = add_terms(sums, x.s, x.t, live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
     return TermSums(tl.sum(sums.total), tl.sum(sums.mass), tl.max(sums.widest))
 
 

@@ -99,7 +99,8 @@ def _value(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    GRADIENT_TERM: tl.constexpr, EXTRAS: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -113,8 +114,9 @@ def _gradient(
         if ARGMAX:
             y = load_target(saved_ptr, row)
         row_gradient(
-            student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
-        )
+            student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, GRADIENT_TERM, BLOCK,
+            THREADS,
+        )  # fmt: skip
     else:
         store_zeros(grad, row, BLOCK)
 
@@ -122,9 +124,9 @@ def _gradient(
 @jit
 def _value_and_gradient(
     student, teacher, label_ptr, loss_ptr, stats_ptr, upstream_ptr, grad, V, scales, numbers,
-    TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
+    TERM: tl.constexpr, GRADIENT_TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr,
+    SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -139,7 +141,7 @@ def _value_and_gradient(
         if upstream != 0:
             row_gradient(
                 student, teacher, row, of_row.y, label, V, scales, of_row.mix, grad, of_row.scalars, upstream,
-                of_row.theta, TERM, BLOCK, THREADS,
+                of_row.theta, GRADIENT_TERM, BLOCK, THREADS,
             )  # fmt: skip
     else:
         store_ignored(row, loss_ptr, stats_ptr)
@@ -157,7 +159,6 @@ def arguments(problem: Problem, student: Logits, teacher: Logits) -> dict[str, A
         "V": problem.vocab_size,
         "scales": ScalesArg(1.0 / problem.temperature, float(problem.factor), ce),
         "numbers": ParametersArg(problem.parameters, WeightsArg(*problem.weights), mix),
-        "TERM": problem.definition.term,
         "ARGMAX": problem.argmax,
     }
 
@@ -174,11 +175,18 @@ def grad_arg(out: torch.Tensor, width: int | None = None) -> GradArg:
     return GradArg(out, n, v, out.shape[1] if width is None else width)
 
 
+def gradient_term(problem: Problem, out: torch.Tensor) -> Any:
+    """The summand whose phi a gradient takes: one with the digits of its dtype."""
+    online = problem.definition.sweep(problem.parameters)
+    return problem.definition.gradient_summand(online, out.dtype.itemsize == 2)
+
+
 def sweep_of(problem: Problem) -> dict[str, Any]:
     """What the kernels of the value are injected with."""
     online = problem.definition.sweep(problem.parameters)
     row_parameters = problem.definition.row_parameters
     return {
+        "TERM": problem.definition.summand(online),
         "INIT": online.init,
         "ADVANCE": online.advance,
         "RATIO": online.ratio,
@@ -240,8 +248,8 @@ def gradient(
         best = tile(problem, student, teacher)
         return _gradient[(n,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
-            **arguments(problem, student, teacher), EXTRAS=problem.definition.extras,
-            **best.launch(),
+            **arguments(problem, student, teacher), GRADIENT_TERM=gradient_term(problem, out),
+            EXTRAS=problem.definition.extras, **best.launch(),
         )  # fmt: skip
     return None
 
@@ -262,7 +270,7 @@ def value_and_gradient(
         best = tile(problem, student, teacher)
         return _value_and_gradient[(n,)](
             label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
-            grad=grad_arg(out),
+            grad=grad_arg(out), GRADIENT_TERM=gradient_term(problem, out),
             **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None

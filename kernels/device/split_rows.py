@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from ..language import jit, tl, triton
-from ..maths.centering import at_offsets
 from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -54,7 +53,7 @@ from .args import (
 from .backward import gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
 from .forward import accumulate_tile, add_terms, finish_row, merge, no_exponentials, no_sums, store_ignored
 from .loads import as_numbers, finite, label_of, load_pair, row_ptrs, row_values, upstream_of
-from .rows import Logits, Problem, arguments, grad_arg, sweep_of, tile_key
+from .rows import Logits, Problem, arguments, grad_arg, gradient_term, sweep_of, tile_key
 from .tiles import FUSION, Tile
 from .vocab_chunks import online_of
 
@@ -164,10 +163,9 @@ def _finalize_normalizers(
 @jit
 def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
     """Store TermSums of a LogitTile, (BLOCK,) each."""
-    terms = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
-    f, phi = TERM(terms.q, terms.p, terms.logq, terms.logp, terms.delta, theta)
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
-    store_numbers(at, add_terms(none, f, phi, terms.d, x.live & (cols != label)))
+    live = x.live & (cols != label)
+    store_numbers(at, add_terms(none, x.s, x.t, live, norms.centre, norms.log_norms, inv_tau, mix, theta, TERM))
 
 
 @jit
@@ -286,7 +284,7 @@ def _finalize(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, grad, workspace, V, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT_TERM: tl.constexpr, EXTRAS: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     num_splits = workspace.num_splits
     row = (tl.program_id(0) // num_splits).to(tl.int64)
@@ -300,7 +298,7 @@ def _gradient(
         _write_gradient(
             x, cols, student, row, split, num_splits, label, scales, row_values(numbers.mix, row), grad,
             load_scalars(saved_ptr, row), upstream, theta, workspace.dominant_ptr,
-            workspace.arrived_ptr + row, TERM, NUM_SPLITS, BLOCK,
+            workspace.arrived_ptr + row, GRADIENT_TERM, NUM_SPLITS, BLOCK,
         )  # fmt: skip
     else:
         store_zero_tile(grad, row, split * BLOCK, BLOCK)
@@ -381,7 +379,7 @@ def value(
         grid = (plan.rows * plan.num_splits,)
         _statistics[grid](**sides, **common, stats_ptr=stats, **plan.constants("INIT", "ADVANCE", "COUNT"), **options)
         shared = {
-            "TERM": given["TERM"],
+            "TERM": plan.sweep["TERM"],
             **plan.constants("ADVANCE", "RATIO", "ROW_PARAMETERS", "DECOUPLED", "COUNT", "NUM_SPLITS"),
         }
         if plan.sweep["SUMS"] is None:
@@ -416,7 +414,8 @@ def gradient(
         del given["ARGMAX"]
         _gradient[(plan.rows * plan.num_splits,)](
             label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
-            workspace=plan.workspace(), **given, EXTRAS=problem.definition.extras, NUM_SPLITS=plan.counts["NUM_SPLITS"],
+            workspace=plan.workspace(), **given, GRADIENT_TERM=gradient_term(problem, out),
+            EXTRAS=problem.definition.extras, NUM_SPLITS=plan.counts["NUM_SPLITS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ from .args import (
 from .backward import gradient_sweep, store_zeros
 from .forward import statistics_sweep, term_sweep
 from .loads import label_of, load_pair, row_ptrs, row_values
-from .rows import Logits, Problem, arguments, grad_arg, tile
+from .rows import Logits, Problem, arguments, grad_arg, gradient_term, tile
 from .tiles import Tile
 
 __all__ = ["CARRY", "DOMINANT", "EMPTY", "absorb", "add_sums", "gradient", "online_of"]
@@ -103,7 +103,7 @@ def _add_sums(
 @jit
 def _gradient(
     student, teacher, label_ptr, saved_ptr, upstream_ptr, dominant_ptr, grad, V, first, scales, numbers,
-    TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    GRADIENT_TERM: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -114,8 +114,8 @@ def _gradient(
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
         y = label - first
         dominant = gradient_sweep(
-            student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, upstream, theta, TERM,
-            BLOCK, THREADS,
+            student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, upstream, theta,
+            GRADIENT_TERM, BLOCK, THREADS,
         )  # fmt: skip
         at = dominant_at(dominant_ptr, row)
         rest = dominant.rest + load_rest(at)
@@ -163,8 +163,8 @@ def add_sums(
     common = arguments(problem, student, teacher)
     return _add_sums[(len(saved),)](
         common["student"], common["teacher"], labels, saved, sums, problem.vocab_size, first, common["scales"],
-        common["numbers"], TERM=problem.definition.term, EXTRAS=problem.definition.extras,
-        **best.launch(),
+        common["numbers"], TERM=problem.definition.summand(online_of(problem)),
+        EXTRAS=problem.definition.extras, **best.launch(),
     )  # fmt: skip
 
 
@@ -184,6 +184,6 @@ def gradient(
     common = arguments(problem, student, teacher)
     return _gradient[(len(out),)](
         common["student"], common["teacher"], labels, saved, upstream, dominant, grad_arg(out),
-        problem.vocab_size, first, common["scales"], common["numbers"], TERM=problem.definition.term,
+        problem.vocab_size, first, common["scales"], common["numbers"], GRADIENT_TERM=gradient_term(problem, out),
         EXTRAS=problem.definition.extras, **best.launch(),
     )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 
 from ..language import formula, rowwise, tl
 from ..maths.definition import Definition, OnlineForm, Parameter
-from ..maths.elementary import clear_difference, expm1_product, expm1_ratio, is_tile, loses_nothing
+from ..maths.elementary import clear_difference, expm1_product, expm1_ratio, horner, is_tile, loses_nothing
 from ..maths.moments import moments_advance, moments_ratio
 from ..maths.reductions import thread_sum
 
@@ -78,6 +78,20 @@ def _plain_bend(w, v, u, alpha, beta):
     return (u * (1 / (beta * c))).add_(v, alpha=-1 / (alpha * beta)).add_(w, alpha=1 / (alpha * c))
 
 
+@formula
+def _bend_series(alpha, beta):
+    """h_n/(n + 2)!."""
+    c = alpha + beta
+    h1 = c + alpha
+    a2 = alpha * alpha
+    h2 = c * h1 + a2
+    h3 = c * h2 + a2 * alpha
+    h4 = c * h3 + a2 * a2
+    h5 = c * h4 + a2 * a2 * alpha
+    h6 = c * h5 + a2 * a2 * a2
+    return 1 / 2, h1 * (1 / 6), h2 * (1 / 24), h3 * (1 / 120), h4 * (1 / 720), h5 * (1 / 5040), h6 * (1 / 40320)
+
+
 def _bend(w, v, u, alpha, beta, x):
     if _apart(alpha, beta) and is_tile(x):
         plain = _plain_bend(w, v, u, alpha, beta)
@@ -90,34 +104,50 @@ def _bend(w, v, u, alpha, beta, x):
 def bend(w, v, u, alpha, beta, x):
     """w·[φ_c(x) − φ_α(x)]/β ≥ 0, given v = w·e^{α x} and u = w·e^{c x}."""
     c = alpha + beta
-    h1 = c + alpha
-    a2 = alpha * alpha
-    h2 = c * h1 + a2
-    h3 = c * h2 + a2 * alpha
-    h4 = c * h3 + a2 * a2
-    h5 = c * h4 + a2 * a2 * alpha
-    h6 = c * h5 + a2 * a2 * a2
     near = (tl.abs(c * x) < 0.5) & (tl.abs(alpha * x) < 0.5) & (tl.abs(beta * x) < 0.5)
     y = tl.where(near, x, 0.0)
-    series = h4 / 720 + y * (h5 / 5040 + y * (h6 / 40320))
-    series = 1 / 2 + y * (h1 / 6 + y * (h2 / 24 + y * (h3 / 120 + y * series)))
+    series = horner(_bend_series(alpha, beta), y)
     by_beta = (slope(w, u, c, x) - slope(w, v, alpha, x)) / tl.where(beta == 0, 1.0, beta)
     by_alpha = (slope(v, u, beta, x) - slope(w, u, c, x)) / tl.where(alpha == 0, 1.0, alpha)
     far = tl.where(tl.abs(beta) >= tl.abs(alpha), by_beta, by_alpha)
     return tl.where(near, w * (y * y) * series, far)
 
 
-def _slope_sum(w, v, a, x, live):
+@formula
+def _close(alpha, beta, x):
+    """Whether the series of plain exponents hold at x."""
+    return tl.abs(x) < 0.5 / (alpha + beta)
+
+
+@formula(torch=lambda w, v, a, x, close: slope.torch(w, v, a, x))
+def plain_slope(w, v, a, x, close):
+    """w·φ_a(x), given v = w·e^{a x}, for an exponent well away from 0."""
+    a2 = a * a
+    a3 = a2 * a
+    low = (1.0, a * (1 / 2), a2 * (1 / 6), a3 * (1 / 24))
+    series = horner(low + (a2 * a2 * (1 / 120), a2 * a3 * (1 / 720), a3 * a3 * (1 / 5040)), x)
+    return tl.where(close, w * x * series, (v - w) * (1.0 / a))
+
+
+@formula(torch=lambda w, v, u, alpha, beta, x, close: bend.torch(w, v, u, alpha, beta, x), summand=True)
+def plain_bend(w, v, u, alpha, beta, x, close):
+    """w·[φ_c(x) − φ_α(x)]/β ≥ 0, given v = w·e^{α x} and u = w·e^{c x}, for exponents well away from 0."""
+    c = alpha + beta
+    far = u * (1.0 / (beta * c)) - v * (1.0 / (alpha * beta)) + w * (1.0 / (alpha * c))
+    return tl.where(close, w * (x * x) * horner(_bend_series(alpha, beta), x), far)
+
+
+def _slope_sum(w, v, alpha, beta, x, live):
     w_sum, v_sum = (thread_sum.torch(rowwise.where(live, y, 0.0)) for y in (w, v))
-    if not isinstance(a, torch.Tensor) and a >= _MARGIN and loses_nothing((v_sum - w_sum).abs(), w_sum):
-        return (v_sum - w_sum) / a
-    return slope_sum.traced(w, v, a, x, live)
+    if _apart(alpha, beta) and loses_nothing((v_sum - w_sum).abs(), w_sum):
+        return (v_sum - w_sum) / alpha
+    return slope_sum.traced(w, v, alpha, beta, x, live)
 
 
 @formula(torch=_slope_sum)
-def slope_sum(w, v, a, x, live):
-    """Σ `slope` of a tile."""
-    return thread_sum(tl.where(live, slope(w, v, a, x), 0.0))
+def slope_sum(w, v, alpha, beta, x, live):
+    """Σ `plain_slope` of a tile, by alpha."""
+    return thread_sum(tl.where(live, plain_slope(w, v, alpha, x, _close(alpha, beta, x)), 0.0))
 
 
 def _bend_sum(w, v, u, alpha, beta, x, live):
@@ -131,8 +161,8 @@ def _bend_sum(w, v, u, alpha, beta, x, live):
 
 @formula(torch=_bend_sum)
 def bend_sum(w, v, u, alpha, beta, x, live):
-    """Σ `bend` of a tile."""
-    return thread_sum(tl.where(live, bend(w, v, u, alpha, beta, x), 0.0))
+    """Σ `plain_bend` of a tile."""
+    return thread_sum(tl.where(live, plain_bend(w, v, u, alpha, beta, x, _close(alpha, beta, x)), 0.0))
 
 
 @formula
@@ -144,6 +174,29 @@ def term(q, p, logq, logp, delta, theta):
     mixed = mixed_power(alpha, logp, beta, logq)
     pc = power(c, logp)
     return bend(qc, mixed, pc, alpha, beta, delta), -slope(qc, mixed, alpha, delta)
+
+
+@formula(torch=term)
+def plain_term(q, p, logq, logp, delta, theta):
+    """`term` for exponents well away from 0: no division, and one choice between near and far."""
+    alpha, beta = theta
+    c = alpha + beta
+    qc = tl.exp2((c * 1.4426950408889634) * logq)
+    mixed = tl.exp2((alpha * 1.4426950408889634) * logp + (beta * 1.4426950408889634) * logq)
+    pc = tl.exp2((c * 1.4426950408889634) * logp)
+    close = _close(alpha, beta, delta)
+    return plain_bend(qc, mixed, pc, alpha, beta, delta, close), -plain_slope(qc, mixed, alpha, delta, close)
+
+
+@formula(torch=term)
+def half_plain_term(q, p, logq, logp, delta, theta):
+    """`plain_term` for a gradient in half precision."""
+    alpha, beta = theta
+    qc = tl.exp2(((alpha + beta) * 1.4426950408889634) * logq)
+    mixed = tl.exp2((alpha * 1.4426950408889634) * logp + (beta * 1.4426950408889634) * logq)
+    a2 = alpha * alpha
+    series = horner((1.0, alpha * (1 / 2), a2 * (1 / 6), a2 * alpha * (1 / 24), a2 * a2 * (1 / 120)), delta)
+    return 0.0 * qc, -tl.where(_close(alpha, beta, delta), qc * delta * series, (mixed - qc) * (1.0 / alpha))
 
 
 @formula
@@ -172,11 +225,11 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     to_v = tl.exp(alpha * log_t + beta * log_s)
     to_u = tl.exp(c * log_t)
     moved = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
-    w = power(c, z)
-    v = mixed_power(alpha, u, beta, z)
-    p = power(c, u)
+    w = tl.exp2((c * 1.4426950408889634) * z)
+    v = tl.exp2((alpha * 1.4426950408889634) * u + (beta * 1.4426950408889634) * z)
+    p = tl.exp2((c * 1.4426950408889634) * u)
     weight = to_w * weight + thread_sum(tl.where(live, w, 0.0))
-    first = moved[0] + slope_sum(w, v, alpha, d, live)
+    first = moved[0] + slope_sum(w, v, alpha, beta, d, live)
     second = moved[1] + bend_sum(w, v, p, alpha, beta, d, live)
     mixed_sum = to_v * mixed_sum + thread_sum(tl.where(live, v, 0.0))
     teacher_sum = to_u * teacher_sum + thread_sum(tl.where(live, p, 0.0))
@@ -234,5 +287,5 @@ AB = Definition(
         _EXPONENT("alpha", 0.2, "exponent of p; float32 overflows beyond"),
         _EXPONENT("beta", 0.7, "exponent of q; float32 overflows beyond"),
     ),
-    online=OnlineForm(init, advance, ratio, sums, tile="heavy"),
+    online=OnlineForm(init, advance, ratio, sums, tile="heavy", term=plain_term, half_term=half_plain_term),
 )

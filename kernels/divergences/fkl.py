@@ -14,7 +14,7 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, OnlineForm
-from ..maths.elementary import expm1_product, rem2_product
+from ..maths.elementary import expm1_product, half_expm1_product, rem2_product
 from ..maths.moments import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
 
 
@@ -23,6 +23,13 @@ def term(q, p, logq, logp, delta, theta):
     """f = p·rem2(−δ), phi = q − p."""
     x = -delta
     return rem2_product(p, q, x), expm1_product(p, q, x)
+
+
+@formula(torch=term)
+def half_term(q, p, logq, logp, delta, theta):
+    """`term` for a gradient in half precision."""
+    x = -delta
+    return rem2_product(p, q, x), half_expm1_product(p, q, x)
 
 
 @formula
@@ -45,6 +52,7 @@ FKL = Definition(
     "fkl",
     term,
     reference,
+    half_term=half_term,
     reads_logs=False,
     online=OnlineForm(moments_init, teacher_moments_advance, teacher_moments_ratio, sums),
 )

@@ -10,7 +10,7 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition
-from ..maths.elementary import expm1_product
+from ..maths.elementary import expm1_product, half_expm1_product
 from ..maths.mixture import SATURATING
 
 
@@ -23,9 +23,18 @@ def term(q, p, logq, logp, delta, theta):
     return 0.5 * gap * gap, -0.5 * root * tl.where(far == 0, gap, other)
 
 
+@formula(torch=term)
+def half_term(q, p, logq, logp, delta, theta):
+    """`term` for a gradient in half precision."""
+    (far,) = theta
+    root, other = tl.sqrt(q), tl.sqrt(p)
+    gap = half_expm1_product(root, other, 0.5 * delta)
+    return 0.5 * gap * gap, -0.5 * root * tl.where(far == 0, gap, other)
+
+
 def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     """Half the squared distance of the roots."""
     return 0.5 * ((logp / 2).exp() - (logq / 2).exp()).square().sum(-1)
 
 
-HELLINGER = Definition("hellinger", term, reference, reads_logs=False, row_parameters=SATURATING)
+HELLINGER = Definition("hellinger", term, reference, half_term=half_term, reads_logs=False, row_parameters=SATURATING)

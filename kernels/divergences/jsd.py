@@ -15,12 +15,21 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, rem2_product
-from ..maths.mixture import SATURATING, log_mixture
+from ..maths.elementary import expm1_product, horner, rem2_product
+from ..maths.mixture import (
+    SATURATING,
+    cumulants,
+    exp_times_cumulants,
+    factor,
+    half_log1p_exp,
+    log1p_exp,
+    log_mixture,
+    log_weights,
+)
 
 
 @formula
-def term(q, p, logq, logp, delta, theta):
+def _by_logs(q, p, logq, logp, delta, theta):
     """f = w_q q·rem2(a) + w_p p·rem2(b), phi = −w_q q a; the KL whose end β stands on there."""
     beta, far = theta
     above, beyond, excess = log_mixture(beta, delta, tl.where(beta < 1, far, 0.0))
@@ -29,6 +38,55 @@ def term(q, p, logq, logp, delta, theta):
     of_p = tl.where(beta == 0, 1.0, beta)
     f = of_q * rem2_product(q, mixed, above) + of_p * rem2_product(p, mixed, beyond)
     return f, tl.where(beta == 0, expm1_product(p, q, -delta), -of_q * q * excess)
+
+
+@formula
+def _value_series(beta):
+    """f/(q δ²) as a series of δ, f/q = β δ e^δ − e^K K with K = log(M/q); at the ends that of the KL there."""
+    kappa = cumulants(beta)
+    series = ()
+    for n in tl.static_range(2, 9):
+        found = beta * factor(n - 1) - (1.0 - beta) * kappa[n - 1] - beta * exp_times_cumulants(kappa, n)
+        series = series + (tl.where(beta == 0, (n - 1) * factor(n), tl.where(beta == 1, factor(n), found)),)
+    return series
+
+
+@formula
+def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP):
+    """−phi, by TERMS terms of its series near 0."""
+    beta, far = theta
+    far = tl.where(beta < 1, far, 0.0)
+    part, other = log_weights(beta)
+    of_q = tl.where(beta == 1, 1.0, 1.0 - beta)
+    kappa = cumulants(beta)
+    series = ()
+    for n in tl.static_range(1, TERMS + 1):
+        series = series + (tl.where(beta == 0, factor(n), of_q * kappa[n - 1]),)
+    shift = far * part
+    excess = tl.maximum(delta + (other - shift), part - shift) + LOG1P_EXP(delta + (other - part))
+    near = q * (delta * horner(series, delta) - of_q * shift)
+    return tl.where(tl.abs(delta) < 0.5, near, tl.where(beta == 0, p - q, of_q * q * excess))
+
+
+@formula(torch=_by_logs)
+def term(q, p, logq, logp, delta, theta):
+    """f = β p log(p/M) + (1 − β) q log(q/M), phi = −w_q q log(M/q); the KL whose end β stands on there."""
+    beta, far = theta
+    part, other = log_weights(beta)
+    tail = log1p_exp(delta + (other - part))
+    of_q = tl.where(beta == 1, 1.0, 1.0 - beta) * q
+    of_p = tl.where(beta == 0, 1.0, beta) * p
+    end = tl.where(beta == 0, 1.0, 0.0) - tl.where(beta == 1, 1.0, 0.0)
+    apart = end * (q - p) - of_q * (tl.maximum(delta + other, part) + tail)
+    apart = apart - of_p * (tl.maximum(other, part - delta) + tail)
+    near = q * (delta * delta) * horner(_value_series(beta), delta)
+    return tl.where(tl.abs(delta) < 0.5, near, apart), -_slope(q, p, delta, theta, 8, log1p_exp)
+
+
+@formula(torch=_by_logs)
+def half_term(q, p, logq, logp, delta, theta):
+    """`term` for a gradient in half precision."""
+    return 0.0 * q, -_slope(q, p, delta, theta, 6, half_log1p_exp)
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Tensor:
@@ -47,6 +105,7 @@ JSD = Definition(
     term,
     reference,
     parameters=(Parameter("beta", 0.5, "0: forward KL, 1: reverse KL", low=0.0, high=1.0),),
+    half_term=half_term,
     reads_logs=False,
     row_parameters=SATURATING,
 )

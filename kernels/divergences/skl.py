@@ -12,12 +12,12 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, rem2_product
-from ..maths.mixture import SATURATING, log_mixture
+from ..maths.elementary import expm1_product, expm1_ratio, half_expm1_ratio, horner, rem2_product
+from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, log1p_exp, log_mixture, log_weights
 
 
 @formula
-def term(q, p, logq, logp, delta, theta):
+def _by_logs(q, p, logq, logp, delta, theta):
     """f = p·rem2(b), phi = (1−λ)² (q − p) e^{−a}."""
     lam, far = theta
     above, beyond, _ = log_mixture(lam, delta, far)
@@ -25,6 +25,43 @@ def term(q, p, logq, logp, delta, theta):
     share = keep * tl.exp(tl.where(above < -80.0, 80.0, -above))  # at λ = 1 a = δ, and the factor is 0
     phi = share * tl.where(far == 0, keep * expm1_product(p, q, -delta), -p)
     return rem2_product(p, lam * p + keep * q, beyond), phi
+
+
+@formula
+def _series(lam):
+    """f/(q δ²) as a series of δ: f/q = (1 − λ)(1 − e^δ) + e^δ (δ − K), K = log(M/q)."""
+    kappa = cumulants(lam)
+    total = ()
+    for n in tl.static_range(2, 9):
+        total = total + (factor(n - 1) - (1.0 - lam) * factor(n) - exp_times_cumulants(kappa, n),)
+    return total
+
+
+@formula
+def _slope(q, p, delta, theta, near, ratio):
+    """phi, given (e^δ − 1)/δ where δ is near 0."""
+    lam, far = theta
+    keep = 1.0 - lam
+    gap = tl.where(near, -q * delta * ratio, q - p)
+    return keep * q / (lam * p + keep * q + 1e-37) * tl.where(far == 0, keep * gap, -p)
+
+
+@formula(torch=_by_logs)
+def term(q, p, logq, logp, delta, theta):
+    """f = p·rem2(b), phi = (1−λ)² (q − p) e^{−a}."""
+    lam, far = theta
+    part, other = log_weights(lam)
+    near = tl.abs(delta) < 0.5
+    beyond = tl.maximum(other, part - delta) + log1p_exp(delta + (other - part))
+    close = q * (delta * delta) * horner(_series(lam), delta)
+    f = tl.where(near, close, lam * p + (1.0 - lam) * q - p - p * beyond)
+    return f, _slope(q, p, delta, theta, near, expm1_ratio(delta))
+
+
+@formula(torch=_by_logs)
+def half_term(q, p, logq, logp, delta, theta):
+    """`term` for a gradient in half precision."""
+    return 0.0 * q, _slope(q, p, delta, theta, tl.abs(delta) < 0.125, half_expm1_ratio(delta))
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float) -> torch.Tensor:
@@ -36,4 +73,6 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float) -> torch.Tenso
 
 
 LAM = Parameter("lam", 0.1, "weight in the mixture; 0: the plain KL, 1: zero", low=0.0, high=1.0)
-SKL = Definition("skl", term, reference, parameters=(LAM,), reads_logs=False, row_parameters=SATURATING)
+SKL = Definition(
+    "skl", term, reference, parameters=(LAM,), half_term=half_term, reads_logs=False, row_parameters=SATURATING
+)

@@ -12,13 +12,13 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, rem2_product
-from ..maths.mixture import SATURATING, log_mixture
+from ..maths.elementary import exp, expm1_product, half_expm1_product, horner, rem2_product
+from ..maths.mixture import SATURATING, cumulants, factor, half_log1p_exp, log1p_exp, log_mixture, log_weights
 from .skl import LAM
 
 
 @formula
-def term(q, p, logq, logp, delta, theta):
+def _by_logs(q, p, logq, logp, delta, theta):
     """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
     lam, detach_mixture, far = theta
     far = tl.where(lam > 0, far, 0.0)
@@ -26,6 +26,53 @@ def term(q, p, logq, logp, delta, theta):
     inverse = q * tl.exp(tl.where(excess < -80.0, 80.0, -excess))  # q²/M; a ≥ log λ, so the bound only meets λ = 0
     inside = tl.where(far == 0, lam, 1.0) * (1.0 - detach_mixture) * expm1_product(q, inverse, -excess)
     return rem2_product(q, lam * q + (1.0 - lam) * p, above), -q * excess - inside
+
+
+@formula
+def _value_series(lam):
+    """f/(q δ²) as a series of δ: f/q = e^K − 1 − K, K = log(M/q)."""
+    kappa = cumulants(1.0 - lam)
+    series = ()
+    for n in tl.static_range(2, 9):
+        series = series + ((1.0 - lam) * factor(n) - kappa[n - 1],)
+    return series
+
+
+@formula
+def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP, EXPM1_PRODUCT):
+    """phi, by TERMS terms of its series near 0: phi/q = −K + attached·(dK/dδ − 1 + λ)."""
+    lam, detach_mixture, far = theta
+    far = tl.where(lam > 0, far, 0.0)
+    attached = 1.0 - detach_mixture
+    part, other = log_weights(1.0 - lam)
+    kappa = cumulants(1.0 - lam)
+    series = ()
+    for n in tl.static_range(1, TERMS + 1):
+        series = series + (attached * (n + 1) * kappa[n] - kappa[n - 1],)
+    shift = far * part
+    excess = tl.maximum(delta + (other - shift), part - shift) + LOG1P_EXP(delta + (other - part))
+    inverse = q * exp(tl.where(excess < -80.0, 80.0, -excess))  # q²/M; a ≥ log λ, so the bound only meets λ = 0
+    inside = tl.where(far == 0, lam, 1.0) * attached
+    apart = -q * excess - inside * EXPM1_PRODUCT(q, inverse, -excess)
+    near = q * (delta * horner(series, delta) + far * (part + attached * (1.0 - lam)))
+    return tl.where(tl.abs(delta) < 0.5, near, apart)
+
+
+@formula(torch=_by_logs)
+def term(q, p, logq, logp, delta, theta):
+    """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
+    lam, detach_mixture, far = theta
+    part, other = log_weights(1.0 - lam)
+    above = tl.maximum(delta + other, part) + log1p_exp(delta + (other - part))
+    near = q * (delta * delta) * horner(_value_series(lam), delta)
+    f = tl.where(tl.abs(delta) < 0.5, near, lam * q + (1.0 - lam) * p - q - q * above)
+    return f, _slope(q, p, delta, theta, 7, log1p_exp, expm1_product)
+
+
+@formula(torch=_by_logs)
+def half_term(q, p, logq, logp, delta, theta):
+    """`term` for a gradient in half precision."""
+    return 0.0 * q, _slope(q, p, delta, theta, 6, half_log1p_exp, half_expm1_product)
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float, detach_mixture: float) -> torch.Tensor:
@@ -42,6 +89,7 @@ SRKL = Definition(
     term,
     reference,
     parameters=(LAM, Parameter("detach_mixture", False, "no gradient flows through the mixture")),
+    half_term=half_term,
     reads_logs=False,
     row_parameters=SATURATING,
 )

@@ -11,6 +11,7 @@ teacher's weight,), or () for the teacher itself.
 import torch
 
 from ..language import formula, tl
+from .elementary import exp
 from .quantities import Centre, Maxima, Move, NormalizedTile, Raised, TargetTerms
 from .reductions import broadcast_per_thread, thread_max
 
@@ -96,6 +97,19 @@ def centred(s, t, centre, inv_tau, mix):
 
 
 @formula
+def exponentials(s, t, centre, inv_tau, mix, l_s, l_t):
+    """e^(z − l_s) and e^(u − l_t), two tiles: one multiplication and addition each before the power of 2."""
+    if len(mix) == 1:
+        z, u, d = centred(s, t, centre, inv_tau, mix)
+        return exp(z - l_s), exp(u - l_t)
+    else:
+        c_s, c_t, k, m = centre
+        scale = inv_tau * 1.4426950408889634
+        above_t = k * scale + l_t * 1.4426950408889634
+        return tl.exp2((s - c_s) * scale - l_s * 1.4426950408889634), tl.exp2((t - c_t) * scale - above_t)
+
+
+@formula
 def beside_columns(centre, mix):
     """Centre of each thread, (T,), in the shape of a tile, (1, T, 1)."""
     c_s, c_t, k, m = centre
@@ -177,4 +191,5 @@ def at_offsets(s, t, centre, log_norms, inv_tau, mix):
     """NormalizedTile of logits at a row's LogNorms."""
     l_s, l_t, r = log_norms
     z, u, d = centred(s, t, centre, inv_tau, mix)
-    return NormalizedTile(tl.exp(z - l_s), tl.exp(u - l_t), z - l_s, u - l_t, d - r, d)
+    q, p = exponentials(s, t, centre, inv_tau, mix, l_s, l_t)
+    return NormalizedTile(q, p, z - l_s, u - l_t, d - r, d)

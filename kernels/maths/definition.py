@@ -20,6 +20,8 @@ class OnlineForm(NamedTuple):
     ratio: Any = moments_ratio
     sums: Any = None
     tile: str = "light"
+    term: Any = None  # the summand, where parameters that lead here make it cheaper than the Definition's
+    half_term: Any = None  # the same for a gradient that is rounded to half precision
 
 
 TWO_SWEEPS = OnlineForm(tile="two")
@@ -93,6 +95,7 @@ class Definition:
     reads_logs: whether `term` uses logq and logp, or `online.advance` z and u; torch makes them only then (else they
         are None).
     row_parameters: those that each row finds for itself (amid.py, akl.py), and how; they follow the others in theta.
+    half_term: `term` with phi to 1e-4 or better, for gradients that are rounded to half precision; its f is not used.
     separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
     online: the one-sweep form where there is one, accurate where every parameter is at least its `one_sweep_from`. Its
@@ -105,6 +108,7 @@ class Definition:
     parameters: tuple[Parameter, ...] = ()
     online: OnlineForm = TWO_SWEEPS
     reads_logs: bool = True
+    half_term: Any = None
     row_parameters: "RowParameters | None" = None
     separable: bool = True
     splits: bool = True
@@ -125,6 +129,15 @@ class Definition:
     def extras(self) -> int:
         """How many numbers each row adds to theta."""
         return 0 if self.row_parameters is None else self.row_parameters.extras
+
+    def summand(self, online: OnlineForm) -> Any:
+        """`term` as it is where a sweep is used."""
+        return online.term or self.term
+
+    def gradient_summand(self, online: OnlineForm, half: bool) -> Any:
+        """The same for a gradient, maybe one in half precision."""
+        short = online.half_term if online.term else self.half_term
+        return short if half and short else self.summand(online)
 
     @property
     def sweeps(self) -> tuple[OnlineForm, ...]:
