@@ -98,6 +98,16 @@ class RowPtrs(NamedTuple):
     teacher: Any
 
 
+class TileOrder(NamedTuple):
+    """The order of a row's tiles (tile_order.py)."""
+
+    num_full: Any  # tiles that need no mask
+    num_masked: Any
+    low: Any  # the full tiles with a column that is held out; `full` where there is none
+    high: Any
+    full: Any  # index of the first tile that is not full
+
+
 class RowContext(NamedTuple):
     """What the sweeps after the first need of a row, beside LogitsArg of both sides, which no tuple may hold."""
 
@@ -207,6 +217,7 @@ class RowScalars(NamedTuple):
     b: Any
     grad_y: Any
     ce_lse: Any  # log-sum-exp of all the student's logits at temperature 1
+    top_col: Any  # first column of the tile with the student's largest logit; −1: not known
 
 
 class Carry(NamedTuple):

@@ -12,7 +12,7 @@ from ..maths.reductions import thread_max, thread_sum
 from .args import Dominant
 from .loads import finite, load_pair, load_raw, row_ptrs, spread
 from .thread_sums import tile_columns
-from .tile_order import inner_tile, inner_tiles, other_tile
+from .tile_order import full_tile, masked_tile, tile_order
 
 
 @jit
@@ -48,12 +48,13 @@ def store_gradient(grad, row, cols, g, slope, width):
 
 @jit
 def inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM):
-    """Store the gradient of a full tile (R, T, V) in which no token is the target or may be likelier than 1/2."""
+    """Store the gradient of a full tile (R, T, V) in which no token is the target or the dominant one. Returns it."""
     q, phi = slopes(x.s, finite(x.t), scalars, scales.inv_tau, mix, theta, TERM)
     scale = upstream * scales.factor * scales.inv_tau
     g = tl.where(x.live, (scalars.a * scale) * phi + (scalars.b * scale) * q, 0.0)
     g = tl.where(x.s <= -1e30, 0.0, g)  # not `s > -1e30` the other way round: NaN has to pass
     store_gradient(grad, row, cols, g, x.slope, None)
+    return g
 
 
 @jit
@@ -109,13 +110,14 @@ def store_dominant(row, label, scales, grad, dominant, ce_lse, upstream):
 
 @jit
 def gradient_sweep(
-    student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
+    student, teacher, row, y, label, V, scales, mix, grad, scalars, top_col, upstream, theta, TERM,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Last sweep, tiles in reverse: store upstream · dL/d(stored student number) over the student's width.
 
     Returns Dominant of the row, scalars, whose entry is stored as 0: a·phi + b·q cancels there. The gradient of a row
-    sums to 0, and the sum of the others does not cancel.
+    sums to 0, and the sum of the others does not cancel. It can be nowhere but in the tile of top_col; with a top_col
+    of −1 it is looked for in every tile.
     """
     seen = V
     if scales.ce is not None:
@@ -126,14 +128,20 @@ def gradient_sweep(
     INNER: tl.constexpr = scales.ce is None
     # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (centering.py).
     none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
-    num_full, skip_tile, num_masked = inner_tiles(y, V, grad.width, INNER & none_dominates, BLOCK)
+    held_out = tl.where(none_dominates, -1, top_col)
+    order = tile_order(y, held_out, V, grad.width, INNER & (none_dominates | (top_col >= 0)), BLOCK)
     if INNER:
-        for i in range(0, num_full):
-            cols = inner_tile(num_full - 1 - i, skip_tile, BLOCK) + tile  # (R, T, V)
+        rest = dominant.rest
+        for i in range(0, order.num_full):
+            cols = full_tile(order, order.num_full - 1 - i, BLOCK) + tile  # (R, T, V)
             x = load_raw(student, teacher, ptrs, cols, None, None)
-            inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM)
-    for i in range(0, num_masked):
-        cols = other_tile(i, num_full, skip_tile, BLOCK) + tile  # (R, T, V)
+            g = inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM)
+            if held_out >= 0:
+                rest += thread_sum(g)
+        rest = rest / (upstream * scales.factor * scales.inv_tau)
+        dominant = Dominant(dominant.token, rest, dominant.logit, dominant.slope)
+    for i in range(0, order.num_masked):
+        cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_pair(student, teacher, ptrs, cols, cols < V, cols < seen)
         dominant = gradient_tile(
             x, cols, row, y, label, scales, mix, student.softcap, grad, scalars, upstream, theta, dominant, TERM
@@ -148,8 +156,9 @@ def row_gradient(
 ):  # fmt: skip
     """Last sweep over a whole row, the entry of the dominant token included."""
     dominant = gradient_sweep(
-        student, teacher, row, y, label, V, scales, mix, grad, scalars, upstream, theta, TERM, BLOCK, THREADS
-    )
+        student, teacher, row, y, label, V, scales, mix, grad, scalars, scalars.top_col.to(tl.int32), upstream, theta,
+        TERM, BLOCK, THREADS,
+    )  # fmt: skip
     tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
     store_dominant(row, label, scales, grad, dominant, scalars.ce_lse, upstream)
 

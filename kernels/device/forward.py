@@ -29,7 +29,7 @@ from .args import (
 )
 from .loads import as_numbers, finite, load_logits, load_pair, load_raw, row_ptrs, row_values
 from .thread_sums import scatter_to_thread0, tile_columns
-from .tile_order import inner_tile, inner_tiles, other_tile
+from .tile_order import full_tile, masked_tile, tile_order
 
 
 @jit
@@ -106,8 +106,8 @@ def statistics_sweep(
 ):  # fmt: skip
     """First sweep: add a row's columns, the target's held out, to `acc` (RowSums) and `cross` (LogSumExp), all scalars.
 
-    Returns (target, RowSums, LogSumExp). With ARGMAX the target is searched: y is −1, and the teacher's argmax so far
-    is held out of the sums. Entropies are summed only where statistics are wanted.
+    Returns (target, RowSums, LogSumExp, RowScalars.top_col). With ARGMAX the target is searched: y is −1, and the
+    teacher's argmax so far is held out of the sums. Entropies are summed only where statistics are wanted.
     """
     best_s, best_t = -1e30, -1e30  # logits of the argmax so far
     width = V
@@ -122,14 +122,17 @@ def statistics_sweep(
     )  # each (T,)
     cross = LogSumExp(tl.where(thread == 0, cross.top, -1e20), tl.where(thread == 0, cross.total, 0.0))
     INNER: tl.constexpr = not ARGMAX and scales.ce is None
-    num_full, skip_tile, num_masked = inner_tiles(y, V, width, INNER, BLOCK)
+    order = tile_order(y, -1, V, width, INNER, BLOCK)
+    top_col = tl.full((tile.shape[1],), -1, tl.int32)  # (T,)
     if INNER:
-        for i in range(0, num_full):
-            cols = inner_tile(i, skip_tile, BLOCK) + tile  # (R, T, V)
-            x = load_raw(student, teacher, ptrs, cols, None, None)
+        for i in range(0, order.num_full):
+            start, top = full_tile(order, i, BLOCK), acc.maxima.s
+            x = load_raw(student, teacher, ptrs, start + tile, None, None)  # (R, T, V)
             acc = accumulate_raw_tile(x.s, x.t, x.live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
-    for i in range(0, num_masked):
-        cols = other_tile(i, num_full, skip_tile, BLOCK) + tile  # (R, T, V)
+            top_col = tl.where(acc.maxima.s > top, start, top_col)
+    for i in range(0, order.num_masked):
+        start, top = masked_tile(order, i, BLOCK), acc.maxima.s
+        cols = start + tile  # (R, T, V)
         x = load_raw(student, teacher, ptrs, cols, cols < V, cols < width)
         s, t, live = x.s, x.t, x.live  # (R, T, V)
         if scales.ce is not None:
@@ -152,8 +155,13 @@ def statistics_sweep(
         else:
             live = live & (cols != y)
         acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+        top_col = tl.where(acc.maxima.s > top, start, top_col)
+    if ARGMAX:
+        top_col = -1  # the logits that change places are not where they were loaded
+    else:
+        top_col = tl.max(tl.where(acc.maxima.s == tl.max(acc.maxima.s), top_col, -1))
     acc, cross = merge(acc, cross, thread, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
-    return y, acc, cross
+    return y, acc, cross, top_col
 
 
 @jit
@@ -171,14 +179,14 @@ def term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.co
     """Second sweep, for divergences without a one-sweep form: add a row's columns to `sums`, TermSums of scalars."""
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
     sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
-    num_full, skip_tile, num_masked = inner_tiles(ctx.y, ctx.V, ctx.V, True, BLOCK)
-    for i in range(0, num_full):
-        cols = inner_tile(i, skip_tile, BLOCK) + tile  # (R, T, V)
+    order = tile_order(ctx.y, -1, ctx.V, ctx.V, True, BLOCK)
+    for i in range(0, order.num_full):
+        cols = full_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_raw(student, teacher, ctx.ptrs, cols, None, None)
         s, t = finite(x.s), finite(x.t)
         sums = add_terms(sums, s, t, x.live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
-    for i in range(0, num_masked):
-        cols = other_tile(i, num_full, skip_tile, BLOCK) + tile  # (R, T, V)
+    for i in range(0, order.num_masked):
+        cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
         live = x.live & (cols != ctx.y)
         sums = add_terms(sums, x.s, x.t, live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
@@ -187,8 +195,9 @@ def term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.co
 
 @jit
 def finish_row(
-    row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED: tl.constexpr
-):
+    row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM,
+    DECOUPLED: tl.constexpr,
+):  # fmt: skip
     """Store loss and statistics of a row whose sums are complete. Returns its RowScalars."""
     terms = decompose(
         totals.total, totals.mass, norms.binary, target.in_support, theta, weights.target, weights.nontarget, TERM,
@@ -219,7 +228,7 @@ def finish_row(
     b = tl.where(no_columns, 0.0, terms.b)
     grad_y = tl.where(no_columns, 0.0, terms.grad_y)
     l_s, l_t, r = norms.log_norms
-    return RowScalars(centre.c_s, centre.c_t, centre.k, centre.m, l_s, l_t, r, a, b, grad_y, ce_lse)
+    return RowScalars(centre.c_s, centre.c_t, centre.k, centre.m, l_s, l_t, r, a, b, grad_y, ce_lse, top_col + 0.0)
 
 
 @jit
@@ -236,7 +245,7 @@ def row_value(
     if ARGMAX:
         y = tl.full((), -1, tl.int32)
     ptrs = row_ptrs(student, teacher, row)
-    y, acc, cross = statistics_sweep(
+    y, acc, cross, top_col = statistics_sweep(
         student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, no_sums(INIT), no_exponentials(),
         ADVANCE, ARGMAX, BLOCK, THREADS,
     )  # fmt: skip
@@ -263,7 +272,9 @@ def row_value(
     if scales.ce is not None:
         label_s, label_slope = load_logits(student, ptrs.student, label, label >= 0)
     totals = Totals(total, mass, cross, label_s)
-    scalars = finish_row(row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, theta, weights, TERM, DECOUPLED)
+    scalars = finish_row(
+        row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM, DECOUPLED
+    )
     return RowValue(y, mix, theta, extras, scalars)
 
 

@@ -188,7 +188,7 @@ def _finish(
         total, mass = SUMS(acc.state, norms.l_s, norms.l_t, norms.r, theta)
     totals = Totals(total, mass, shared.cross, tl.where(target.s <= -1e30, float("-inf"), target.s))
     return finish_row(
-        row, scales, loss_ptr, stats_ptr, acc, totals, target, shared.norms, theta, weights, TERM, DECOUPLED
+        row, scales, loss_ptr, stats_ptr, acc, totals, target, shared.norms, -1, theta, weights, TERM, DECOUPLED
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def _absorb(
         )
         y = label - first
         ptrs = row_ptrs(student, teacher, row)
-        _, acc, cross = statistics_sweep(
+        _, acc, cross, _ = statistics_sweep(
             student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, LogSumExp(carry.ce_top, carry.ce_total),
             ADVANCE, False, BLOCK, THREADS,
         )  # fmt: skip
@@ -114,8 +114,8 @@ def _gradient(
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
         y = label - first
         dominant = gradient_sweep(
-            student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, upstream, theta,
-            GRADIENT_TERM, BLOCK, THREADS,
+            student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, -1, upstream,
+            theta, GRADIENT_TERM, BLOCK, THREADS,
         )  # fmt: skip
         at = dominant_at(dominant_ptr, row)
         rest = dominant.rest + load_rest(at)
