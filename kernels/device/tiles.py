@@ -64,10 +64,10 @@ TABLE: dict[TileKey, Tile] = {
     TileKey(ANY, "light", 2): Tile(4096, 8),
     TileKey("sm_80", "light", 2): Tile(4096, 8, 128),  # else 8 bytes are spilled for a third block
     TileKey(ANY, "light", 4): Tile(2048, 8, 128),
-    TileKey(ANY, "heavy", 2): Tile(4096, 8, 128),
+    TileKey(ANY, "heavy", 2): Tile(2048, 4, 168),
     TileKey(ANY, "heavy", 4): Tile(2048, 8, 128),
-    TileKey(ANY, "two", 2): Tile(4096, 8, 128),
-    TileKey(ANY, "two", 4): Tile(2048, 4, 168),
+    TileKey(ANY, "two", 2): Tile(2048, 4, 168),
+    TileKey(ANY, "two", 4): Tile(1024, 4, 168),
     TileKey(ANY, "many", 2): Tile(2048, 8, 255),
     TileKey(ANY, "many", 4): Tile(1024, 8, 255),
 }

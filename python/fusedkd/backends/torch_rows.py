@@ -618,7 +618,7 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     if numbers.ce is not None:
         loss = loss + numbers.ce * (first.ce_lse - first.label_s)
     stats = _stats(first, norms, terms, only_target, numbers.inv_tau) if kind.with_stats else None
-    scalars = RowScalars._make((*norms.centre, *norms.log_norms, terms.a, terms.b, terms.grad_y, first.ce_lse))
+    scalars = RowScalars._make((*norms.centre, *norms.log_norms, terms.a, terms.b, terms.grad_y, first.ce_lse, -1.0))
     rest = [torch.zeros_like(loss)] * (SAVED - _SCALARS - 1 - len(extras))
     saved = torch.cat([x + torch.zeros_like(loss) for x in (*scalars, target.y, *extras, *rest)], -1)
     return RowResult(loss, stats, saved)

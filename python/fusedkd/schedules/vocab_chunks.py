@@ -159,7 +159,7 @@ def _row_norms(problem: Problem, memory: Tensor, labels: Tensor | None, with_sta
     )
     ce_lse = carry.ce_top + log_sum.torch(carry.ce_total)
     later = torch.zeros_like(ce_lse)
-    scalars = RowScalars(*c, *norms.log_norms, a=later, b=later, grad_y=later, ce_lse=ce_lse)
+    scalars = RowScalars(*c, *norms.log_norms, a=later, b=later, grad_y=later, ce_lse=ce_lse, top_col=later - 1)
     student = teacher = None
     if with_stats:
         own_t = log_sum.torch(carry.sum_t)
