@@ -145,8 +145,8 @@ def formula(fn: Callable[..., Any] | None = None, *, torch: Any = None, summand:
         compiled.traced = _twin(fn, "torch")
         compiled.torch = compiled.traced if torch is None else _unless_traced(torch, compiled.traced)
         compiled.slope = compiled.torch if torch is not None else _twin(fn, "slope")
-        if hasattr(torch, "traced"):
-            compiled.torch, compiled.slope = torch.torch, torch.slope
+        if isinstance(getattr(torch, "traced", None), types.FunctionType):
+            compiled.torch, compiled.slope = (getattr(torch, version) for version in ("torch", "slope"))
         if summand:
             compiled.slope = lambda *_: 0.0
         return compiled

@@ -393,6 +393,7 @@ EXACT = {"torch": 1e-6, "triton": 1e-6}
 # exp rounds x·log2(e) once, and the constant: half a unit of 115 and of 1.44, at x = 80. Compiled, so does tl.exp, from
 # which expm1 and softplus are made; the interpreter's is exact.
 EXP = 4e-6
+HALF = 1e-4  # what gradients in half precision are calculated to; bfloat16 rounds by 4e-3, float16 by 5e-4
 FORMULAS: dict[str, Formula] = {
     "exp": (lambda: (torch.cat((X, FAR)),), torch.exp, {"torch": EXP, "triton": EXP}),
     "expm1": (lambda: (torch.cat((X, FAR)),), torch.expm1, EXACT | {"triton": EXP}),
@@ -405,15 +406,26 @@ FORMULAS: dict[str, Formula] = {
     "tanh": (lambda: (torch.cat((X, FAR)),), torch.tanh, EXACT),
     "expm1_ratio": (lambda: (X[X.abs() < 0.5],), exact_expm1_ratio, EXACT),
     "expm1_product": (weighted, exact_expm1_product, EXACT),
+    "rem2_ratio": (lambda: (X[(X.abs() < 0.5) & (X != 0)],), lambda x: remainder(x) / x**2, EXACT),
     "rem2_product": (weighted, exact_rem2_product, {"torch": 1.5e-5, "triton": 2e-6}),
+    "log1p_exp": (lambda: (torch.cat((X, FAR)),), lambda x: torch.log1p(torch.exp(-x.abs())), EXACT | {"triton": EXP}),
+    "half_log1p_exp": (
+        lambda: (torch.cat((X, FAR)),),
+        lambda x: torch.log1p(torch.exp(-x.abs())),
+        EXACT | {"triton": 1.5e-5},
+    ),
+    "half_expm1_ratio": (lambda: (X[X.abs() < 0.125],), exact_expm1_ratio, dict.fromkeys(EXACT, HALF)),
+    "half_expm1_product": (weighted, exact_expm1_product, dict.fromkeys(EXACT, HALF)),
 }
+OTHERS = {"horner"}  # takes the coefficients of a series: the formulas above and test_kernel_terms are made of it
 
 
 def test_every_formula_is_checked() -> None:
     """A new elementary function needs a line above."""
-    assert {name for name, value in vars(elementary).items() if callable(getattr(value, "torch", None))} == set(
-        FORMULAS
-    )
+    assert {name for name, value in vars(elementary).items() if callable(getattr(value, "torch", None))} == {
+        *FORMULAS,
+        *OTHERS,
+    }
 
 
 @jit
@@ -505,6 +517,24 @@ def test_traced_term(
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for ours, truth in zip(evaluate(definition, theta, logp, logq, more=more), expected, strict=True):
         assert error(ours, truth) < SERIES
+
+
+@every_definition
+@each("spread", SPREADS)
+@each("far", [0.0, 1.0])
+def test_kernel_terms(definition: Definition, theta: tuple[float, ...], spread: float, far: float) -> None:
+    """What kernels run in the place of `term`: series, plain powers; for gradients in half precision, shorter series."""
+    teacher, student = pair(spread)
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    more = extras(definition, theta, logp, logq, far)
+    f, phi = evaluate(definition, theta, logp, logq, more=more)
+    given = (logq.exp(), logp.exp(), logq, logp, logp - logq, (*numbers_of(theta), *more))
+    online = definition.sweep(theta)
+    for ours, truth in zip(definition.summand(online).traced(*given), (f, phi), strict=True):
+        assert error(ours, truth) < SERIES
+    for half, bound in ((False, SERIES), (True, HALF)):
+        _, ours = definition.gradient_summand(online, half).traced(*given)
+        assert error(ours, phi) < bound
 
 
 @each("name", ["expm1_product", "rem2_product"])

@@ -15,17 +15,8 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, horner, rem2_product
-from ..maths.mixture import (
-    SATURATING,
-    cumulants,
-    exp_times_cumulants,
-    factor,
-    half_log1p_exp,
-    log1p_exp,
-    log_mixture,
-    log_weights,
-)
+from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
+from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, log_mixture, log_weights
 
 
 @formula

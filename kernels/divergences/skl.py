@@ -12,8 +12,8 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, expm1_ratio, half_expm1_ratio, horner, rem2_product
-from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, log1p_exp, log_mixture, log_weights
+from ..maths.elementary import expm1_product, expm1_ratio, half_expm1_ratio, horner, log1p_exp, rem2_product
+from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, log_mixture, log_weights
 
 
 @formula

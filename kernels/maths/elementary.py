@@ -65,6 +65,10 @@ def _rem2_product(w, v, x):
     return plain.mul_(far).addcmul_(series.mul_(near).mul_(near), w)
 
 
+def _log1p_exp(x):
+    return x.abs().neg_().exp_().log1p_()
+
+
 def _softplus(x):
     return torch.logaddexp(x, torch.zeros_like(x))
 
@@ -93,7 +97,7 @@ def expm1_ratio(x):
 
 @formula
 def half_expm1_ratio(x):
-    """(e^x − 1)/x for |x| < 1/8 to 5e-6: for what is rounded to half precision."""
+    """(e^x − 1)/x for |x| < 1/8 to 1e-4: for what is rounded to half precision."""
     return 1.0 + x * (0.5 + x * 0.16666667163372)
 
 
@@ -134,6 +138,23 @@ def log1p(x):
     u = 1.0 + x
     lost = u == 1.0
     return tl.where(lost, x, tl.log(u) * (x / tl.where(lost, 1.0, u - 1.0)))
+
+
+@formula(torch=_log1p_exp)
+def log1p_exp(x):
+    """log(1 + e^−|x|): a polynomial in e^−|x| ∈ [0, 1], minimax of the relative error, 3e-8."""
+    e = exp(-tl.abs(x))
+    series = 0.0782254934310913 + e * (-0.029504956677556038 + e * 0.005232624243944883)
+    series = -0.2484297752380371 + e * (0.1910598874092102 + e * (-0.1366320699453354 + e * series))
+    return e * (0.9999999403953552 + e * (-0.4999949336051941 + e * (0.3331909477710724 + e * series)))
+
+
+@formula(torch=_log1p_exp)
+def half_log1p_exp(x):
+    """The same to 9e-6, for what is rounded to half precision."""
+    e = exp(-tl.abs(x))
+    series = 0.325206458568573 + e * (-0.21004803478717804 + e * (0.10122154653072357 - e * 0.023868856951594353))
+    return e * (0.9999915957450867 + e * (-0.4993613362312317 + e * series))
 
 
 @formula(torch=_softplus)

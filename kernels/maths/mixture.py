@@ -12,7 +12,7 @@ import torch
 
 from ..language import formula, jit, rowwise, tl
 from .definition import RowParameters
-from .elementary import exp, horner, is_tile, loses_nothing
+from .elementary import horner, is_tile, log1p_exp, loses_nothing
 
 NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
 
@@ -49,28 +49,11 @@ def log_weights(weight):
     return part, tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)), -2e30)
 
 
-@jit
+@formula
 def factor(n: tl.constexpr):
     """1/n!."""
     FACTORIALS: tl.constexpr = (1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880)
     return 1.0 / FACTORIALS[n]
-
-
-@formula(torch=lambda x: torch.log1p(torch.exp(-x.abs())))
-def log1p_exp(x):
-    """log(1 + e^−|x|): a polynomial in e^−|x| ∈ [0, 1], minimax of the relative error, 3e-8."""
-    e = exp(-tl.abs(x))
-    series = 0.0782254934310913 + e * (-0.029504956677556038 + e * 0.005232624243944883)
-    series = -0.2484297752380371 + e * (0.1910598874092102 + e * (-0.1366320699453354 + e * series))
-    return e * (0.9999999403953552 + e * (-0.4999949336051941 + e * (0.3331909477710724 + e * series)))
-
-
-@formula(torch=lambda x: torch.log1p(torch.exp(-x.abs())))
-def half_log1p_exp(x):
-    """The same to 9e-6, for what is rounded to half precision."""
-    e = exp(-tl.abs(x))
-    series = 0.325206458568573 + e * (-0.21004803478717804 + e * (0.10122154653072357 - e * 0.023868856951594353))
-    return e * (0.9999915957450867 + e * (-0.4993613362312317 + e * series))
 
 
 @formula
