@@ -31,13 +31,13 @@ def chi_squared_term(q, p, logq, logp, delta, theta):
     return f, -f - 2.0 * gap
 
 
-@jit
+@formula
 def chi_squared_init():
     """Z_s, Z_t, E = Σ w·expm1(d), S = Σ w·expm1(d)² with w = e^z."""
     return 0.0, 0.0, 0.0, 0.0
 
 
-@jit
+@formula
 def _shifted(zeroth, first, second, x):
     """Σ w·expm1(d − x) and Σ w·expm1(d − x)²: expm1(d − x) = g·expm1(d) + h."""
     g = tl.exp(-x)
@@ -45,7 +45,7 @@ def _shifted(zeroth, first, second, x):
     return g * first + h * zeroth, g * g * second + 2.0 * g * h * first + h * h * zeroth
 
 
-@jit
+@formula
 def chi_squared_advance(state, move, z, u, d, ez, eu, live, theta):
     """Rescale, shift, add a tile."""
     z_s, z_t, first, second = state
@@ -60,7 +60,7 @@ def chi_squared_advance(state, move, z, u, d, ez, eu, live, theta):
     return z_s, z_t, first, second
 
 
-@jit
+@formula
 def chi_squared_ratio(state):
     """r = log(Z_t/Z_s): Z_t = Z_s + E where the two are close."""
     z_s, z_t, first, second = state
@@ -68,7 +68,7 @@ def chi_squared_ratio(state):
     return tl.where(near, log1p(tl.where(near, first / z_s, 0.0)), log_sum(z_t) - log_sum(z_s))
 
 
-@jit
+@formula
 def chi_squared_sums(state, l_s, l_t, r, theta):
     """F and Φ = −F − 2 Σ (p − q) at the row's own offsets."""
     z_s, _, first, second = state

@@ -39,7 +39,8 @@ def sums(state, l_s, l_t, r, theta):
     total, slope = remainder_sums(z_t, z_s, first, second, l_t, l_s, -r)
     near = second < 0.5 * z_t
     mass = tl.where(near, total + slope, z_s * tl.exp(-l_s) - z_t * tl.exp(-l_t))
-    return tl.where(total > 1e10, float("inf"), total), mass  # 1e10: only a column with q = 0 < p gets there
+    # Between the two, only a column with q = 0 < p gets there, whose d is 1e30; beyond, float64's largest logits do.
+    return tl.where((total > 1e10) & (total < 2e30), float("inf"), total), mass
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:

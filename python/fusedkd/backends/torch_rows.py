@@ -31,12 +31,13 @@ from ..kernels.maths.reductions import thread_max, thread_sum
 
 BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py take at a time
 PIECE = 5 << 16  # logits per side of which a cache holds the temporaries
-GROUP = (
-    3 << 19
-)  # logits per side between which the numbers of rows are calculated, and which a second sweep reads again
+# Logits per side between which the numbers of rows are calculated, and which a second sweep reads again.
+GROUP = 3 << 19
 _WORKERS = 8  # threads that take groups: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 _SCALARS = len(RowScalars._fields)
+# A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
+_LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
 
 Rows = slice | Tensor  # which of a call's
 
@@ -457,7 +458,7 @@ def _columns(inputs: Inputs, kind: Kind) -> Columns:
     full, slope = shaped(inputs.student.x.to(kind.dtype), *inputs.student[1:])
     t, _ = shaped(inputs.teacher.x.to(kind.dtype), *inputs.teacher[1:])
     s = full[:, : t.shape[1]]
-    if _at_hand(t) and bool((torch.minimum(s.amin(-1), t.amin(-1)) > ABSENT).all()):
+    if _at_hand(t) and bool((torch.minimum(s.amin(-1), t.amin(-1)) > _LEAST[kind.dtype]).all()):
         return Columns(s, t, None, full, slope, holes=False)
     outside = t == -torch.inf  # not a NaN, which must show
     if inputs.floor is not None:
@@ -502,8 +503,9 @@ def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
     numbers, columns = inputs.numbers, _columns(inputs, kind)
     s, t, inv_tau, mix = columns.s, columns.t, numbers.inv_tau, numbers.mix
     target, y = _target(columns, inputs.label, kind.argmax)
+    tops = [_maximum(x, y, x_y) for x, x_y in ((s, target.s), (t, target.t))]
     least = no_maxima.torch().s
-    tops = [_maximum(x, y, x_y).clamp(min=least) for x, x_y in ((s, target.s), (t, target.t))]
+    tops = [torch.where(top == ABSENT, least, top) for top in tops]  # of no column; float64 goes far beyond
     unknown = [0.0 * top for top in tops]  # NaN where a side is not finite, and the other should not know
     tops = [torch.where(nan == 0, top, 0.0) for nan, top in zip(unknown, tops, strict=True)]
     maxima = Maxima(tops[0], tops[1], torch.zeros_like(target.s))
