@@ -523,7 +523,7 @@ def test_traced_term(
 @each("spread", SPREADS)
 @each("far", [0.0, 1.0])
 def test_kernel_terms(definition: Definition, theta: tuple[float, ...], spread: float, far: float) -> None:
-    """What kernels run in the place of `term`: series, plain powers; for gradients in half precision, shorter series."""
+    """What kernels run in the place of `term`: series, plain powers; shorter series for half-precision gradients."""
     teacher, student = pair(spread)
     logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
     more = extras(definition, theta, logp, logq, far)

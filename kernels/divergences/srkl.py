@@ -33,7 +33,7 @@ def _value_series(lam):
     """f/(q δ²) as a series of δ: f/q = e^K − 1 − K, K = log(M/q)."""
     kappa = cumulants(1.0 - lam)
     series = ()
-    for n in tl.static_range(2, 9):
+    for n in tl.static_range(2, 10):
         series = series + ((1.0 - lam) * factor(n) - kappa[n - 1],)
     return series
 
@@ -66,7 +66,7 @@ def term(q, p, logq, logp, delta, theta):
     above = tl.maximum(delta + other, part) + log1p_exp(delta + (other - part))
     near = q * (delta * delta) * horner(_value_series(lam), delta)
     f = tl.where(tl.abs(delta) < 0.5, near, lam * q + (1.0 - lam) * p - q - q * above)
-    return f, _slope(q, p, delta, theta, 7, log1p_exp)
+    return f, _slope(q, p, delta, theta, 8, log1p_exp)
 
 
 @formula(torch=_by_logs)

@@ -58,7 +58,7 @@ def factor(n: tl.constexpr):
 
 @formula
 def cumulants(weight):
-    """κ_n/n!, n = 1 to 8, of a Bernoulli variable: log(1 − weight + weight·e^x) = Σ κ_n x^n/n!."""
+    """κ_n/n!, n = 1 to 9, of a Bernoulli variable: log(1 − weight + weight·e^x) = Σ κ_n x^n/n!."""
     v = weight * (1.0 - weight)
     skew = v * (1.0 - 2.0 * weight)
     return (
@@ -70,6 +70,7 @@ def cumulants(weight):
         v * (1.0 + v * (-30.0 + v * 120.0)) / 720,
         skew * (1.0 + v * (-60.0 + v * 360.0)) / 5040,
         v * (1.0 + v * (-126.0 + v * (1680.0 - v * 5040.0))) / 40320,
+        skew * (1.0 + v * (-252.0 + v * (5040.0 - v * 20160.0))) / 362880,
     )
 
 
