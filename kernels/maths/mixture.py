@@ -1,5 +1,9 @@
 """The logarithm of a mixture m = λp + (1 − λ)q relative to each of its parts, from δ = log p − log q alone.
 
+K(δ) = log(m/q) = log(1 − λ + λe^δ) is the cumulant function of a Bernoulli variable: a power series with coefficients
+that depend on λ alone near δ = 0, max(δ + log λ, log(1 − λ)) + log(1 + e^−|δ + log λ − log(1 − λ)|) elsewhere. Kernels
+write summands and slopes in K (`cumulants`, `log1p_exp`); torch, which has log1p and expm1, by `log_mixture`.
+
 Divergences from a mixture saturate: where p and q hardly overlap, log(m/q) is log(1 − λ) at almost every token that the
 student likes, and the gradient q_k (h_k − Σ q h) is what is left of a difference of equal numbers. Adding a multiple of
 q to phi changes no gradient (Σ phi moves with it), so on such rows (`far`) the terms leave that constant out. The first
