@@ -99,7 +99,7 @@ def gradient(
         idle = up == 0  # its gradient is 0, whatever the row holds
         label = _local(labels, rows, first)
         g = torch.zeros_like(s)
-        before = Dominant._make(dominant[rows].split(1, -1))
+        before = Dominant._make(torch.split(dominant[rows], 1, -1))
         rest = before.rest
         dominates = torch.zeros_like(s, dtype=torch.bool)
         if V:

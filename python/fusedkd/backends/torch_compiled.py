@@ -61,7 +61,11 @@ def check_rows(definition: Definition, dtype: torch.dtype) -> None:
 
 
 def _value(inputs: Inputs, kind: Kind) -> RowResult:
-    return row_values(inputs.numbers, kind, lambda function, *row_numbers: function(inputs, kind, *row_numbers))
+
+    def sweep(function: Callable[..., Any], *row_numbers: Any) -> Any:
+        return function(inputs, kind, *row_numbers)
+
+    return row_values(inputs.numbers, kind, sweep)
 
 
 def _gradient(inputs: Inputs, saved: Tensor, upstream: Tensor | None, out: Tensor | None, kind: Kind) -> Any:
@@ -77,7 +81,9 @@ def _graph(sweep: Callable[..., Any], inputs: Inputs, kind: Kind, out: Tensor | 
         # A code object of its own: torch.compile counts the versions of each, and stops at eight.
         name = f"{sweep.__name__.strip('_')}_{kind.definition.name}_{len(_graphs)}"
         own = types.FunctionType(sweep.__code__.replace(co_name=name), sweep.__globals__, name, (kind,))
-        _graphs[key] = torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
+        _graphs[key] = torch.compile(  # pyright: ignore[reportUnknownMemberType]
+            own, dynamic=True, fullgraph=True, options=_OPTIONS
+        )
     return _graphs[key]
 
 

@@ -14,7 +14,7 @@ logits). Rows that do not count are not read.
 import operator
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -296,10 +296,14 @@ def part_of(rows: Rows, i: int, j: int) -> Rows:
     return slice(first, last + 1) if last - first + 1 == len(part) else part
 
 
+def _is_tuple(x: Any) -> TypeGuard[tuple[Any, ...]]:
+    return isinstance(x, tuple)
+
+
 def tree(fn: Callable[..., Any], *trees: Any) -> Any:
     """`fn` of the tensors that stand in the same place of nested tuples; anything else is the first's."""
-    first = trees[0]
-    if isinstance(first, tuple):
+    first: Any = trees[0]
+    if _is_tuple(first):
         members = [tree(fn, *members) for members in zip(*trees, strict=True)]
         return type(first)(*members) if hasattr(first, "_fields") else tuple(members)
     return fn(*trees) if isinstance(first, Tensor) else first
@@ -438,7 +442,7 @@ def likeliest(q: Tensor) -> Tensor:
     if width <= _RUN:
         return q.argmax(-1)
     whole = width - width % _RUN
-    largest = q[:, :whole].unflatten(-1, (-1, _RUN)).amax(-1)
+    largest = q[:, :whole].view(len(q), -1, _RUN).amax(-1)
     if whole < width:
         largest = torch.cat((largest, q[:, whole:].amax(-1, keepdim=True)), -1)
     first = largest.argmax(-1, keepdim=True) * _RUN
@@ -615,7 +619,11 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
         kind.decoupled,
     )  # fmt: skip
     only_target = (state[1] == 0) & ~(target.s + target.t).isnan()  # nothing to compare but the target: all is 0
-    terms = tree(lambda x: torch.where(only_target, 0.0, x), terms)
+
+    def unless_only_target(x: Tensor) -> Tensor:
+        return torch.where(only_target, 0.0, x)
+
+    terms = tree(unless_only_target, terms)
     loss = terms.loss * numbers.factor
     if numbers.ce is not None:
         loss = loss + numbers.ce * (first.ce_lse - first.label_s)
@@ -691,12 +699,12 @@ def row_gradients(
 
 def row_scalars(saved: Tensor) -> RowScalars:
     """RowScalars (n, 1) of rows of `saved` (n, SAVED)."""
-    return RowScalars(*saved[:, :_SCALARS].split(1, -1))
+    return RowScalars(*torch.split(saved[:, :_SCALARS], 1, -1))
 
 
 def row_extras(saved: Tensor, definition: Definition) -> tuple[Tensor, ...]:
     """The parameters (n, 1) that rows of `saved` (n, SAVED) found for themselves."""
-    return saved[:, _SCALARS + 1 :].split(1, -1)[: definition.extras]
+    return torch.split(saved[:, _SCALARS + 1 :], 1, -1)[: definition.extras]
 
 
 def write_gradient(
