@@ -33,14 +33,24 @@ def half_term(q, p, logq, logp, delta, theta):
 
 
 @formula
-def sums(state, l_s, l_t, r, theta):
-    """F = Σ p·rem2(−δ) and Φ = Σ (q − p)."""
+def _finite_sums(state, l_s, l_t, r, theta):
     z_s, z_t, first, second = state
     total, slope = remainder_sums(z_t, z_s, first, second, l_t, l_s, -r)
     near = second < 0.5 * z_t
-    mass = tl.where(near, total + slope, z_s * tl.exp(-l_s) - z_t * tl.exp(-l_t))
-    # Between the two, only a column with q = 0 < p gets there, whose d is 1e30; beyond, float64's largest logits do.
-    return tl.where((total > 1e10) & (total < 2e30), float("inf"), total), mass
+    return total, tl.where(near, total + slope, z_s * tl.exp(-l_s) - z_t * tl.exp(-l_t))
+
+
+def _sums(state, l_s, l_t, r, theta):
+    # float64 holds logits as far apart as a column with q = 0 seems to be: who calls knows whether there is one.
+    found = sums.traced(state, l_s, l_t, r, theta)
+    return _finite_sums.torch(state, l_s, l_t, r, theta) if found[0].dtype == torch.float64 else found
+
+
+@formula(torch=_sums)
+def sums(state, l_s, l_t, r, theta):
+    """F = Σ p·rem2(−δ) and Φ = Σ (q − p)."""
+    total, mass = _finite_sums(state, l_s, l_t, r, theta)
+    return tl.where(total > 1e10, float("inf"), total), mass  # 1e10: only a column with q = 0 < p gets there
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,7 @@ class Statistics(NamedTuple):
     target: Target
     ce_lse: Tensor  # log-sum-exp of all the student's logits at temperature 1, 0 without a cross-entropy
     label_s: Tensor
+    hole: Tensor  # whether the student excludes a column of the support
 
 
 class RowResult(NamedTuple):
@@ -509,7 +510,7 @@ def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
     target, y = _target(columns, inputs.label, kind.argmax)
     tops = [_maximum(x, y, x_y) for x, x_y in ((s, target.s), (t, target.t))]
     least = no_maxima.torch().s
-    tops = [torch.where(top == ABSENT, least, top) for top in tops]  # of no column; float64 goes far beyond
+    tops = [top.masked_fill(top == ABSENT, least) for top in tops]  # of no column; float64 goes far beyond
     unknown = [0.0 * top for top in tops]  # NaN where a side is not finite, and the other should not know
     tops = [torch.where(nan == 0, top, 0.0) for nan, top in zip(unknown, tops, strict=True)]
     maxima = Maxima(tops[0], tops[1], torch.zeros_like(target.s))
@@ -533,7 +534,10 @@ def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
     if numbers.ce is not None and inputs.label is not None:
         ce_lse = or_unknown(columns.full.logsumexp(-1, keepdim=True))
         label_s = columns.full.gather(1, inputs.label)
-    return Statistics(maxima, state, entropy_sums, target, ce_lse, label_s)
+    hole = torch.zeros_like(target.in_support)
+    if columns.holes and columns.outside is not None:
+        hole = ((s <= ABSENT) & ~columns.outside).any(-1, keepdim=True)
+    return Statistics(maxima, state, entropy_sums, target, ce_lse, label_s, hole)
 
 
 class Whole(NamedTuple):
@@ -611,9 +615,12 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     theta = (*numbers.theta, *extras)
     if online.sums is None:
         sums = sweep(_term_sums, target, norms.centre, norms.log_norms, extras)
-        total, mass = or_infinite.torch(sums.total, sums.widest), sums.mass
+        widest = sums.widest if kind.dtype == torch.float32 else torch.where(first.hole, 1e30, 0.0)
+        total, mass = or_infinite.torch(sums.total, widest), sums.mass
     else:
         total, mass = online.sums.torch(state, *norms.log_norms, theta)
+        if kind.dtype == torch.float64:
+            total = torch.where(first.hole & (total > 1e10), torch.inf, total)
     terms = decompose.torch(
         total, mass, norms.binary, target.in_support, theta, *numbers.weights, kind.definition.term.torch,
         kind.decoupled,

@@ -135,7 +135,7 @@ def forward(call: LossCall) -> Rows:
     else:
         scalars = columns_of(RowScalars, norms.saved)
         theta = (*values_at(problem.parameters, slice(None), carry), *norms.extras)
-        total, mass = sums_of.torch(norms.state, scalars.l_s, scalars.l_t, scalars.r, theta)
+        total, mass = sums_of.traced(norms.state, scalars.l_s, scalars.l_t, scalars.r, theta)
     return _finish_rows(problem, columns_of(Carry, carry), norms, total, mass, labels)
 
 
