@@ -24,7 +24,7 @@ def _by_logs(q, p, logq, logp, delta, theta):
     far = tl.where(lam > 0, far, 0.0)
     above, _, excess = log_mixture(1.0 - lam, delta, far)
     inverse = q * tl.exp(tl.where(excess < -80.0, 80.0, -excess))  # q²/M; a ≥ log λ, so the bound only meets λ = 0
-    inside = tl.where(far == 0, lam, 1.0) * (1.0 - detach_mixture) * expm1_product(q, inverse, -excess)
+    inside = (lam + far * (1.0 - lam)) * (1.0 - detach_mixture) * expm1_product(q, inverse, -excess)
     return rem2_product(q, lam * q + (1.0 - lam) * p, above), -q * excess - inside
 
 

@@ -651,7 +651,7 @@ def _stats(first: Statistics, norms: RowNorms, terms: Decomposition, only_target
     teacher = side_stats.torch(log_zt, sums.teacher, own.own_u_y, (c_t + k) * inv_tau, target.t * inv_tau, *about)
     sides = [x for both in zip(student, teacher, strict=True) for x in both]
     stats = TokenStats(*terms[:5], *sides)
-    unknown = torch.where(target.y < 0, torch.nan, 0.0)
+    unknown = torch.zeros_like(target.y).masked_fill(target.y < 0, torch.nan)
     of_target = ("target_loss", "nontarget_loss", "target_grad", "nontarget_grad")
     of_target += ("student_logprob", "teacher_logprob")
     return torch.cat(stats._replace(**{name: getattr(stats, name) + unknown for name in of_target}), -1)
@@ -732,11 +732,11 @@ def write_gradient(
 
 def keep(result: RowResult, rows: Rows, loss: Tensor, saved: Tensor | None, stats: Tensor | None) -> None:
     """Puts what some rows have come to in its place."""
-    loss[rows] = result.loss.squeeze(-1)
+    loss[rows] = result.loss.squeeze(-1).to(loss.dtype)
     if saved is not None:
-        saved[rows] = result.saved
+        saved[rows] = result.saved.to(saved.dtype)
     if stats is not None and result.stats is not None:
-        stats[rows] = result.stats
+        stats[rows] = result.stats.to(stats.dtype)
 
 
 # For rows that were never whole (schedules/vocab_chunks.py)
