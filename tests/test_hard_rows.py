@@ -290,6 +290,22 @@ def test_student_without_columns(case: Case, support: str, backend: str) -> None
     check_logits(without(supported(5, 129), student=slice(1, None, 6)), case, backend, support=support)
 
 
+@each("case", SWEEPS)
+@each("excluded", [(), (100, 8200, 17_000)])
+@pytest.mark.usefixtures("wide_tiles")
+def test_certain_student(case: Case, excluded: tuple[int, ...], backend: str) -> None:
+    """A token above 1/2 in a tile without the label, its entry the sum of what other tiles have.
+
+    Likely columns that the student excludes among them: their gradient is 0, their share of that entry is not.
+    """
+    rows = unrelated(3, SEVERAL_TILES, ignored=False)
+    labels = torch.tensor([9000, 12_000, 24_580])
+    teacher = rows.teacher.clone()
+    teacher[:, excluded] = teacher.amax() + 2
+    rows = peak(Rows.of(rows.student, teacher, labels), torch.tensor([20, 16_390, 8191]), 14.0, sides="student")
+    check_logits(without(rows, student=excluded), case, backend, per_row=ROW)
+
+
 @each("case", DISTINCT)
 def test_student_without_label(case: Case, backend: str) -> None:
     """The label's is the only logit of −inf in the student's row, beside rows that have none."""

@@ -48,12 +48,16 @@ def store_gradient(grad, row, cols, g, slope, width):
 
 @jit
 def inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM):
-    """Store the gradient of a full tile (R, T, V) in which no token is the target or the dominant one. Returns it."""
-    q, phi = slopes(x.s, finite(x.t), scalars, scales.inv_tau, mix, theta, TERM)
+    """Store the gradient of a full tile (R, T, V) in which no token is the target or the dominant one.
+
+    Returns it, (R, T, V), times upstream. Logits of −inf have their share too, which is stored as 0: of the dominant
+    token's entry it is a part.
+    """
+    q, phi = slopes(finite(x.s), x.t, scalars, scales.inv_tau, mix, theta, TERM)
     scale = upstream * scales.factor * scales.inv_tau
     g = tl.where(x.live, (scalars.a * scale) * phi + (scalars.b * scale) * q, 0.0)
-    g = tl.where(x.s <= -1e30, 0.0, g)  # not `s > -1e30` the other way round: NaN has to pass
-    store_gradient(grad, row, cols, g, x.slope, None)
+    # Not `s > -1e30` the other way round: NaN has to pass.
+    store_gradient(grad, row, cols, tl.where(x.s <= -1e30, 0.0, g), x.slope, None)
     return g
 
 
@@ -98,10 +102,13 @@ def merge_dominant(dominant, student):
 
 
 @jit
-def store_dominant(row, label, scales, grad, dominant, ce_lse, upstream):
-    """Store the gradient's entry of the dominant token, if there is one: minus the sum of all others."""
+def store_dominant(row, label, scales, grad, dominant, full_tiles, ce_lse, upstream):
+    """Store the gradient's entry of the dominant token, if there is one: minus the sum of all others.
+
+    full_tiles: the sum of those that dominant.rest lacks, already times upstream.
+    """
     if dominant.token >= 0:
-        g = -upstream * scales.factor * scales.inv_tau * dominant.rest
+        g = -upstream * scales.factor * scales.inv_tau * dominant.rest - full_tiles
         if scales.ce is not None:
             q = tl.exp(dominant.logit - ce_lse)
             g += upstream * scales.ce.weight * (q - tl.where(dominant.token == label, 1.0, 0.0))
@@ -116,8 +123,8 @@ def gradient_sweep(
     """Last sweep, tiles in reverse: store upstream · dL/d(stored student number) over the student's width.
 
     Returns Dominant of the row, scalars, whose entry is stored as 0: a·phi + b·q cancels there. The gradient of a row
-    sums to 0, and the sum of the others does not cancel. It can be nowhere but in the tile of top_col; with a top_col
-    of −1 it is looked for in every tile.
+    sums to 0, and the sum of the others does not cancel; of the tiles without a mask it comes beside, times upstream.
+    The dominant token can be nowhere but in the tile of top_col; with a top_col of −1 it is looked for in every tile.
     """
     seen = V
     if scales.ce is not None:
@@ -130,23 +137,20 @@ def gradient_sweep(
     none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
     held_out = tl.where(none_dominates, -1, top_col)
     order = tile_order(y, held_out, V, grad.width, INNER & (none_dominates | (top_col >= 0)), BLOCK)
+    full_tiles = dominant.rest  # (T,)
     if INNER:
-        rest = dominant.rest
         for i in range(0, order.num_full):
             cols = full_tile(order, order.num_full - 1 - i, BLOCK) + tile  # (R, T, V)
             x = load_raw(student, teacher, ptrs, cols, None, None)
             g = inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM)
-            if held_out >= 0:
-                rest += thread_sum(g)
-        rest = rest / (upstream * scales.factor * scales.inv_tau)
-        dominant = Dominant(dominant.token, rest, dominant.logit, dominant.slope)
+            full_tiles += thread_sum(g)
     for i in range(0, order.num_masked):
         cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_pair(student, teacher, ptrs, cols, cols < V, cols < seen)
         dominant = gradient_tile(
             x, cols, row, y, label, scales, mix, student.softcap, grad, scalars, upstream, theta, dominant, TERM
         )
-    return merge_dominant(dominant, student)
+    return merge_dominant(dominant, student), tl.sum(full_tiles)
 
 
 @jit
@@ -155,12 +159,12 @@ def row_gradient(
     THREADS: tl.constexpr,
 ):  # fmt: skip
     """Last sweep over a whole row, the entry of the dominant token included."""
-    dominant = gradient_sweep(
+    dominant, full_tiles = gradient_sweep(
         student, teacher, row, y, label, V, scales, mix, grad, scalars, scalars.top_col.to(tl.int32), upstream, theta,
         TERM, BLOCK, THREADS,
     )  # fmt: skip
     tl.debug_barrier()  # the zero that the sweep wrote there may be another warp's, and still on its way
-    store_dominant(row, label, scales, grad, dominant, scalars.ce_lse, upstream)
+    store_dominant(row, label, scales, grad, dominant, full_tiles, scalars.ce_lse, upstream)
 
 
 @jit

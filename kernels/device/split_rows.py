@@ -213,7 +213,7 @@ def _write_gradient(
         each = Dominant(*_load_splits(each_at, mask, len(dominant), 0.0))  # (NUM_SPLITS,)
         token = tl.max(tl.where(mask, each.token, -1.0)).to(tl.int32)
         whole = Dominant(token, tl.sum(each.rest), tl.sum(each.logit), tl.sum(each.slope))
-        store_dominant(row, label, scales, grad, whole, scalars.ce_lse, upstream)
+        store_dominant(row, label, scales, grad, whole, 0.0, scalars.ce_lse, upstream)
 
 
 @jit

@@ -113,7 +113,7 @@ def _gradient(
         theta = row_values(numbers.theta, row)
         theta = theta + load_extras(saved_ptr, row, EXTRAS)
         y = label - first
-        dominant = gradient_sweep(
+        dominant, _ = gradient_sweep(
             student, teacher, row, y, y, V, scales, row_values(numbers.mix, row), grad, scalars, -1, upstream,
             theta, GRADIENT_TERM, BLOCK, THREADS,
         )  # fmt: skip

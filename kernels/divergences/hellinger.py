@@ -29,7 +29,7 @@ def half_term(q, p, logq, logp, delta, theta):
     (far,) = theta
     root, other = tl.sqrt(q), tl.sqrt(p)
     gap = half_expm1_product(root, other, 0.5 * delta)
-    return 0.5 * gap * gap, -0.5 * root * tl.where(far == 0, gap, other)
+    return 0.0 * q, root * tl.where(far == 0, -0.5 * gap, -0.5 * other)
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
