@@ -113,11 +113,13 @@ rowwise: Any = _Rowwise()
 
 def _twin(fn: Callable[..., Any], version: str) -> Callable[..., Any]:
     """The code of `fn` with `tl` replaced by `rowwise`, and every formula that it names by a version of it."""
-    names = {
-        name: rowwise if value is tl else getattr(value, version, value)
-        for name, value in fn.__globals__.items()
-        if name in fn.__code__.co_names
-    }
+
+    def plain(value: Any) -> Any:
+        if HAS_TRITON and isinstance(value, tl.constexpr):
+            return value.value
+        return rowwise if value is tl else getattr(value, version, value)
+
+    names = {name: plain(value) for name, value in fn.__globals__.items() if name in fn.__code__.co_names}
     return types.FunctionType(fn.__code__, {"__builtins__": __builtins__, **names}, fn.__name__, fn.__defaults__)
 
 

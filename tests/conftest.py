@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how kernels run, register the suite's markers, and save the interpreter repeated work."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that starts them
+        # Inductor finds a graph by its operators' names: another version's graph knows other shapes of their results.
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fusedkd-inductor-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # TRITON_INTERPRET is read when fusedkd, and with it Triton, is first imported.
     if (capability := config.getoption("--emulate")) is not None:
         os.environ["TRITON_INTERPRET"] = "0"

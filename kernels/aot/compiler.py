@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..device import rows, split_rows, token_logprobs, vocab_chunks
-from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, WeightsArg, WorkspaceArg
+from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
 from ..device.tiles import FUSION, Tile, TileKey, table_tile
 from ..divergences import definitions
 from ..language import triton
@@ -111,12 +111,14 @@ def specialization(
     definition, online = variant.definition, variant.online
     row_parameters = None if definition is None else definition.row_parameters
     given = 0 if definition is None else len(definition.parameters)
+    stats = "*fp32" if call.stats else "constexpr"
     types: dict[str, Any] = {
         **dict.fromkeys(("student", "teacher", "side"), side),
         **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
         **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "dominant_ptr"), "*fp32"),
         "saved_ptr": "*fp32" if call.saved else "constexpr",
-        "stats_ptr": "*fp32" if call.stats else "constexpr",
+        "stats_ptr": stats,
+        "out": ValueArg("*fp32", stats),
         "grad": GradArg(element, "i64", apart, "i32"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
         **dict.fromkeys(("V", "first"), "i32"),
@@ -154,6 +156,8 @@ def specialization(
         at, kind = names.index(name), types.get(name)
         if isinstance(kind, tuple) and hasattr(kind, "_fields"):
             constexprs |= {(at, i): None for i, member in enumerate(kind) if member == "constexpr"}
+            if isinstance(kind, ValueArg) and call.aligned == "all":
+                aligned |= {(at, i): _ALIGNED for i, member in enumerate(kind) if member != "constexpr"}
         if isinstance(kind, LogitsArg | GradArg):
             column = kind._fields.index("stride_v")
             if apart == "constexpr":

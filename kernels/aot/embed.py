@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # source lines would be two thirds of every cubin
 
-from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, WeightsArg
+from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, ValueArg, WeightsArg
 from ..device.tiles import REGISTER_FILE
 from ..divergences import REGISTRY
 from ..language import triton
@@ -40,8 +40,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "student": LogitsArg("student", "zero", "rows", "zero_stride", "student_row", "student_column"),
     "teacher": LogitsArg("teacher", "zero", "rows", "zero_stride", "teacher_row", "teacher_column"),
     "label_ptr": ("labels",),
-    "loss_ptr": ("loss",),
-    "stats_ptr": ("stats",),
+    "out": ValueArg("loss", "stats"),
     "upstream_ptr": ("weights",),
     "grad": GradArg("grad", "grad_row", "grad_column", "width"),
     "V": ("vocab_size",),

@@ -77,6 +77,13 @@ class ParametersArg(NamedTuple):
     mix: Any
 
 
+class ValueArg(NamedTuple):
+    """Where the value of each row goes."""
+
+    loss_ptr: Any  # (N,)
+    stats_ptr: Any  # (N, STATS), or None
+
+
 class WorkspaceArg(NamedTuple):
     """What the programs that share a row leave each other (split_rows.py)."""
 
@@ -278,15 +285,27 @@ DOMINANT = len(Dominant._fields)
 _Numbers = TypeVar("_Numbers", bound=NamedTuple)
 
 
-def columns_of(kind: type[_Numbers], memory: torch.Tensor) -> _Numbers:
-    """The numbers (N,) of a kind that each row of `memory` (N, its fields or more) begins with, as views."""
-    return kind._make(memory[:, i] for i in range(len(kind._fields)))
+def columns_of(kind: type[_Numbers], memory: torch.Tensor, keepdim: bool = False) -> _Numbers:
+    """The numbers of a kind that each row of `memory` (N, its fields or more) begins with, as views.
+
+    (N,) each; with keepdim (N, 1), which stands beside columns.
+    """
+    return kind._make(_column(memory, i, keepdim) for i in range(len(kind._fields)))
 
 
-def extras_of(saved: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """The parameters (N,) that rows found for themselves, as views of `saved` (N, SAVED)."""
+def extras_of(saved: torch.Tensor, count: int, keepdim: bool = False) -> tuple[torch.Tensor, ...]:
+    """The parameters that rows found for themselves, as views of `saved` (N, SAVED), likewise."""
     first = len(RowScalars._fields) + 1
-    return tuple(saved[:, first + i] for i in range(count))
+    return tuple(_column(saved, first + i, keepdim) for i in range(count))
+
+
+def target_of(saved: torch.Tensor) -> torch.Tensor:
+    """The token that was the row's target, (N, 1), a view of `saved` (N, SAVED)."""
+    return _column(saved, len(RowScalars._fields), True)
+
+
+def _column(memory: torch.Tensor, i: int, keepdim: bool) -> torch.Tensor:
+    return memory[:, i : i + 1] if keepdim else memory[:, i]
 
 
 # The same for kernels, which take constants of compile time only.

@@ -30,6 +30,7 @@ from .args import (
     LogitsArg,
     ParametersArg,
     ScalesArg,
+    ValueArg,
     WeightsArg,
     load_extras,
     load_scalars,
@@ -76,7 +77,7 @@ class Problem(NamedTuple):
 
 @jit
 def _value(
-    student, teacher, label_ptr, loss_ptr, saved_ptr, stats_ptr, V, scales, numbers,
+    student, teacher, label_ptr, out, saved_ptr, V, scales, numbers,
     TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
     ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
@@ -85,13 +86,13 @@ def _value(
     label, counted = label_of(label_ptr, row)
     if counted:
         of_row = row_value(
-            student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
+            student, teacher, row, label, V, scales, out.loss_ptr, out.stats_ptr, numbers,
             TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         if saved_ptr is not None:
             store_saved(saved_ptr, row, of_row.scalars, of_row.y, of_row.extras)
     else:
-        store_ignored(row, loss_ptr, stats_ptr)
+        store_ignored(row, out.loss_ptr, out.stats_ptr)
         if saved_ptr is not None:
             store_nothing_saved(saved_ptr, row)
 
@@ -123,7 +124,7 @@ def _gradient(
 
 @jit
 def _value_and_gradient(
-    student, teacher, label_ptr, loss_ptr, stats_ptr, upstream_ptr, grad, V, scales, numbers,
+    student, teacher, label_ptr, out, upstream_ptr, grad, V, scales, numbers,
     TERM: tl.constexpr, GRADIENT_TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr,
     SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr,
@@ -132,7 +133,7 @@ def _value_and_gradient(
     label, counted = label_of(label_ptr, row)
     if counted:
         of_row = row_value(
-            student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
+            student, teacher, row, label, V, scales, out.loss_ptr, out.stats_ptr, numbers,
             TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         # The gradient may lie over the logits: no warp writes before every warp has read the label's.
@@ -144,7 +145,7 @@ def _value_and_gradient(
                 of_row.theta, GRADIENT_TERM, BLOCK, THREADS,
             )  # fmt: skip
     else:
-        store_ignored(row, loss_ptr, stats_ptr)
+        store_ignored(row, out.loss_ptr, out.stats_ptr)
     if not (counted & (upstream_of(upstream_ptr, row) != 0)):  # loaded again: kept, it would cost registers
         store_zeros(grad, row, BLOCK)
 
@@ -227,7 +228,7 @@ def value(
     if n:
         best = tile(problem, student, teacher)
         return _value[(n,)](
-            label_ptr=labels, loss_ptr=loss, saved_ptr=saved, stats_ptr=stats,
+            label_ptr=labels, out=ValueArg(loss, stats), saved_ptr=saved,
             **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None
@@ -269,7 +270,7 @@ def value_and_gradient(
     if n:
         best = tile(problem, student, teacher)
         return _value_and_gradient[(n,)](
-            label_ptr=labels, loss_ptr=loss, stats_ptr=stats, upstream_ptr=upstream,
+            label_ptr=labels, out=ValueArg(loss, stats), upstream_ptr=upstream,
             grad=grad_arg(out), GRADIENT_TERM=gradient_term(problem, out),
             **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
         )  # fmt: skip

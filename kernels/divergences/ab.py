@@ -24,7 +24,7 @@ import torch
 
 from ..language import formula, rowwise, tl
 from ..maths.definition import Definition, OnlineForm, Parameter
-from ..maths.elementary import clear_difference, expm1_product, expm1_ratio, horner, is_tile, loses_nothing
+from ..maths.elementary import LOG2E, clear_difference, expm1_product, expm1_ratio, horner, is_tile, loses_nothing
 from ..maths.moments import moments_advance, moments_ratio
 from ..maths.reductions import thread_sum
 
@@ -49,6 +49,18 @@ def _mixed_power(alpha, logp, beta, logq):
 def mixed_power(alpha, logp, beta, logq):
     """p^α q^β."""
     return tl.exp(alpha * logp + beta * logq)
+
+
+@formula
+def plain_power(c, logs):
+    """`power` where nothing but flushed numbers is lost: one product, by a number of the row, before the power of 2."""
+    return tl.exp2((c * LOG2E) * logs)
+
+
+@formula
+def plain_mixed_power(alpha, logp, beta, logq):
+    """`mixed_power`, likewise."""
+    return tl.exp2((alpha * LOG2E) * logp + (beta * LOG2E) * logq)
 
 
 def _slope(w, v, a, x):
@@ -119,14 +131,23 @@ def _close(alpha, beta, x):
     return tl.abs(x) < 0.5 / (alpha + beta)
 
 
+@formula
+def _slope_by_series(w, v, a, x, close, TERMS: tl.constexpr):
+    """w·φ_a(x), given v = w·e^{a x}: by TERMS terms of (e^{a x} − 1)/(a x) where the series holds."""
+    a2 = a * a
+    a3 = a2 * a
+    all_terms = (1.0, a * (1 / 2), a2 * (1 / 6), a3 * (1 / 24), a2 * a2 * (1 / 120), a2 * a3 * (1 / 720))
+    all_terms = all_terms + (a3 * a3 * (1 / 5040),)
+    series = ()
+    for n in tl.static_range(TERMS):
+        series = series + (all_terms[n],)
+    return tl.where(close, w * x * horner(series, x), (v - w) * (1.0 / a))
+
+
 @formula(torch=lambda w, v, a, x, close: slope.torch(w, v, a, x))
 def plain_slope(w, v, a, x, close):
     """w·φ_a(x), given v = w·e^{a x}, for an exponent well away from 0."""
-    a2 = a * a
-    a3 = a2 * a
-    low = (1.0, a * (1 / 2), a2 * (1 / 6), a3 * (1 / 24))
-    series = horner(low + (a2 * a2 * (1 / 120), a2 * a3 * (1 / 720), a3 * a3 * (1 / 5040)), x)
-    return tl.where(close, w * x * series, (v - w) * (1.0 / a))
+    return _slope_by_series(w, v, a, x, close, 7)
 
 
 @formula(torch=lambda w, v, u, alpha, beta, x, close: bend.torch(w, v, u, alpha, beta, x), summand=True)
@@ -181,9 +202,9 @@ def plain_term(q, p, logq, logp, delta, theta):
     """`term` for exponents well away from 0: no division, and one choice between near and far."""
     alpha, beta = theta
     c = alpha + beta
-    qc = tl.exp2((c * 1.4426950408889634) * logq)
-    mixed = tl.exp2((alpha * 1.4426950408889634) * logp + (beta * 1.4426950408889634) * logq)
-    pc = tl.exp2((c * 1.4426950408889634) * logp)
+    qc = plain_power(c, logq)
+    mixed = plain_mixed_power(alpha, logp, beta, logq)
+    pc = plain_power(c, logp)
     close = _close(alpha, beta, delta)
     return plain_bend(qc, mixed, pc, alpha, beta, delta, close), -plain_slope(qc, mixed, alpha, delta, close)
 
@@ -192,11 +213,9 @@ def plain_term(q, p, logq, logp, delta, theta):
 def half_plain_term(q, p, logq, logp, delta, theta):
     """`plain_term` for a gradient in half precision."""
     alpha, beta = theta
-    qc = tl.exp2(((alpha + beta) * 1.4426950408889634) * logq)
-    mixed = tl.exp2((alpha * 1.4426950408889634) * logp + (beta * 1.4426950408889634) * logq)
-    a2 = alpha * alpha
-    series = horner((1.0, alpha * (1 / 2), a2 * (1 / 6), a2 * alpha * (1 / 24), a2 * a2 * (1 / 120)), delta)
-    return 0.0 * qc, -tl.where(_close(alpha, beta, delta), qc * delta * series, (mixed - qc) * (1.0 / alpha))
+    qc = plain_power(alpha + beta, logq)
+    mixed = plain_mixed_power(alpha, logp, beta, logq)
+    return 0.0 * qc, -_slope_by_series(qc, mixed, alpha, delta, _close(alpha, beta, delta), 5)
 
 
 @formula
@@ -225,9 +244,9 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     to_v = tl.exp(alpha * log_t + beta * log_s)
     to_u = tl.exp(c * log_t)
     moved = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
-    w = tl.exp2((c * 1.4426950408889634) * z)
-    v = tl.exp2((alpha * 1.4426950408889634) * u + (beta * 1.4426950408889634) * z)
-    p = tl.exp2((c * 1.4426950408889634) * u)
+    w = plain_power(c, z)
+    v = plain_mixed_power(alpha, u, beta, z)
+    p = plain_power(c, u)
     weight = to_w * weight + thread_sum(tl.where(live, w, 0.0))
     first = moved[0] + slope_sum(w, v, alpha, beta, d, live)
     second = moved[1] + bend_sum(w, v, p, alpha, beta, d, live)

@@ -28,12 +28,12 @@ def term(q, p, logq, logp, delta, theta):
 @formula(torch=term)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    x = -delta
-    return rem2_product(p, q, x), half_expm1_product(p, q, x)
+    return 0.0 * q, half_expm1_product(p, q, -delta)
 
 
 @formula
 def _finite_sums(state, l_s, l_t, r, theta):
+    """`sums`, F not yet infinite where a column has q = 0 < p."""
     z_s, z_t, first, second = state
     total, slope = remainder_sums(z_t, z_s, first, second, l_t, l_s, -r)
     near = second < 0.5 * z_t
@@ -42,8 +42,8 @@ def _finite_sums(state, l_s, l_t, r, theta):
 
 def _sums(state, l_s, l_t, r, theta):
     # float64 holds logits as far apart as a column with q = 0 seems to be: who calls knows whether there is one.
-    found = sums.traced(state, l_s, l_t, r, theta)
-    return _finite_sums.torch(state, l_s, l_t, r, theta) if found[0].dtype == torch.float64 else found
+    form = _finite_sums.torch if l_s.dtype == torch.float64 else sums.traced
+    return form(state, l_s, l_t, r, theta)
 
 
 @formula(torch=_sums)

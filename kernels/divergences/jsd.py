@@ -16,7 +16,16 @@ import torch
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
 from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
-from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, log_mixture, log_weights
+from ..maths.mixture import (
+    SATURATING,
+    cumulants,
+    exp_times_cumulants,
+    factor,
+    far_above,
+    far_beyond,
+    log_mixture,
+    log_weights,
+)
 
 
 @formula
@@ -54,7 +63,7 @@ def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP):
     for n in tl.static_range(1, TERMS + 1):
         series = series + (tl.where(beta == 0, factor(n), of_q * kappa[n - 1]),)
     shift = far * part
-    excess = tl.maximum(delta + (other - shift), part - shift) + LOG1P_EXP(delta + (other - part))
+    excess = far_above(part - shift, other - shift, delta, LOG1P_EXP(delta + (other - part)))
     near = q * (delta * horner(series, delta) - of_q * shift)
     return tl.where(tl.abs(delta) < 0.5, near, tl.where(beta == 0, p - q, of_q * q * excess))
 
@@ -68,8 +77,7 @@ def term(q, p, logq, logp, delta, theta):
     of_q = tl.where(beta == 1, 1.0, 1.0 - beta) * q
     of_p = tl.where(beta == 0, 1.0, beta) * p
     end = tl.where(beta == 0, 1.0, 0.0) - tl.where(beta == 1, 1.0, 0.0)
-    apart = end * (q - p) - of_q * (tl.maximum(delta + other, part) + tail)
-    apart = apart - of_p * (tl.maximum(other, part - delta) + tail)
+    apart = end * (q - p) - of_q * far_above(part, other, delta, tail) - of_p * far_beyond(part, other, delta, tail)
     near = q * (delta * delta) * horner(_value_series(beta), delta)
     return tl.where(tl.abs(delta) < 0.5, near, apart), -_slope(q, p, delta, theta, 8, log1p_exp)
 

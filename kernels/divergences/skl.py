@@ -13,7 +13,7 @@ import torch
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
 from ..maths.elementary import expm1_product, expm1_ratio, half_expm1_ratio, horner, log1p_exp, rem2_product
-from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, log_mixture, log_weights
+from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, far_beyond, log_mixture, log_weights
 
 
 @formula
@@ -52,7 +52,7 @@ def term(q, p, logq, logp, delta, theta):
     lam, far = theta
     part, other = log_weights(lam)
     near = tl.abs(delta) < 0.5
-    beyond = tl.maximum(other, part - delta) + log1p_exp(delta + (other - part))
+    beyond = far_beyond(part, other, delta, log1p_exp(delta + (other - part)))
     close = q * (delta * delta) * horner(_series(lam), delta)
     f = tl.where(near, close, lam * p + (1.0 - lam) * q - p - p * beyond)
     return f, _slope(q, p, delta, theta, near, expm1_ratio(delta))

@@ -13,7 +13,7 @@ import torch
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
 from ..maths.elementary import exp, expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
-from ..maths.mixture import SATURATING, cumulants, factor, log_mixture, log_weights
+from ..maths.mixture import SATURATING, cumulants, factor, far_above, log_mixture, log_weights
 from .skl import LAM
 
 
@@ -50,7 +50,7 @@ def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP):
     for n in tl.static_range(1, TERMS + 1):
         series = series + (attached * (n + 1) * kappa[n] - kappa[n - 1],)
     shift = far * part
-    excess = tl.maximum(delta + (other - shift), part - shift) + LOG1P_EXP(delta + (other - part))
+    excess = far_above(part - shift, other - shift, delta, LOG1P_EXP(delta + (other - part)))
     inverse = q * exp(tl.where(excess < -80.0, 80.0, -excess))  # q²/M; a ≥ log λ, so the bound only meets λ = 0
     inside = tl.where(far == 0, lam, 1.0) * attached
     apart = -q * excess - inside * expm1_product(q, inverse, -excess)
@@ -63,7 +63,7 @@ def term(q, p, logq, logp, delta, theta):
     """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
     lam, detach_mixture, far = theta
     part, other = log_weights(1.0 - lam)
-    above = tl.maximum(delta + other, part) + log1p_exp(delta + (other - part))
+    above = far_above(part, other, delta, log1p_exp(delta + (other - part)))
     near = q * (delta * delta) * horner(_value_series(lam), delta)
     f = tl.where(tl.abs(delta) < 0.5, near, lam * q + (1.0 - lam) * p - q - q * above)
     return f, _slope(q, p, delta, theta, 8, log1p_exp)

@@ -11,7 +11,7 @@ teacher's weight,), or () for the teacher itself.
 import torch
 
 from ..language import formula, tl
-from .elementary import exp
+from .elementary import LOG2E, exp
 from .quantities import Centre, Maxima, Move, NormalizedTile, Raised, TargetTerms
 from .reductions import broadcast_per_thread, thread_max
 
@@ -104,9 +104,8 @@ def exponentials(s, t, centre, inv_tau, mix, l_s, l_t):
         return exp(z - l_s), exp(u - l_t)
     else:
         c_s, c_t, k, m = centre
-        scale = inv_tau * 1.4426950408889634
-        above_t = k * scale + l_t * 1.4426950408889634
-        return tl.exp2((s - c_s) * scale - l_s * 1.4426950408889634), tl.exp2((t - c_t) * scale - above_t)
+        scale = inv_tau * LOG2E
+        return tl.exp2((s - c_s) * scale - l_s * LOG2E), tl.exp2((t - c_t) * scale - (k * scale + l_t * LOG2E))
 
 
 @formula

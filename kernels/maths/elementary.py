@@ -9,8 +9,9 @@ import math
 
 import torch
 
-from ..language import formula, tl
+from ..language import constant, formula, tl
 
+LOG2E = constant(math.log2(math.e))
 _PLAIN = 0.02  # relative size from which a plain difference of weights keeps its digits
 _EDGE = 0.5  # |x| below which e^x − 1 − x is a series
 _TERMS = {torch.float32: 7, torch.float64: 15}  # of the series at that edge
@@ -76,7 +77,7 @@ def _softplus(x):
 @formula(torch=torch.exp)
 def exp(x):
     """e^x for the elements of a row: flushing what is below 1e-38 takes two instructions, keeping it five."""
-    return tl.exp2(x * 1.4426950408889634)
+    return tl.exp2(x * LOG2E)
 
 
 @formula

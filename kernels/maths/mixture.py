@@ -18,8 +18,6 @@ from ..language import formula, jit, rowwise, tl
 from .definition import RowParameters
 from .elementary import horner, is_tile, log1p_exp, loses_nothing
 
-NEVER = -2e30  # log of a weight of 0: beyond every δ, absent columns (±1e30) included
-
 
 def _logs(part, other, delta):
     """log(m/q), log(m/p) and log(m/q) − part where they are far from 0."""
@@ -31,8 +29,7 @@ def _logs(part, other, delta):
 
 
 def _log_mixture(weight, delta, far):
-    part = rowwise.where(weight < 1, rowwise.log(rowwise.where(weight < 1, 1.0 - weight, 1.0)), NEVER)
-    other = rowwise.where(weight > 0, rowwise.log(rowwise.where(weight > 0, weight, 1.0)), NEVER)
+    part, other = log_weights.torch(weight)
     above, beyond, excess = _logs(part, other, delta)
     if is_tile(delta) and isinstance(far, torch.Tensor) and loses_nothing(far, torch.ones_like(far)):
         return above, beyond, excess
@@ -48,7 +45,7 @@ def _log_mixture(weight, delta, far):
 
 @formula
 def log_weights(weight):
-    """(log(1 − weight), log(weight)); NEVER for 0."""
+    """(log(1 − weight), log(weight)); −2e30 for log 0: beyond every δ, absent columns (±1e30) included."""
     part = tl.where(weight < 1, tl.log(tl.where(weight < 1, 1.0 - weight, 1.0)), -2e30)
     return part, tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)), -2e30)
 
@@ -88,11 +85,18 @@ def exp_times_cumulants(kappa, n: tl.constexpr):
 
 
 @formula
-def mixture_excess(weight, delta, far):
-    """K − far·log(1 − weight) where |δ| > 1/2, K = log(m/q)."""
-    part, other = log_weights(weight)
-    shift = far * part
-    return tl.maximum(delta + (other - shift), part - shift) + log1p_exp(delta + (other - part))
+def far_above(part, other, delta, tail):
+    """log(m/q) where |δ| > 1/2, given `log_weights` and tail = log1p_exp(δ + other − part).
+
+    Both weights' logs less some number give it less that number.
+    """
+    return tl.maximum(delta + other, part) + tail
+
+
+@formula
+def far_beyond(part, other, delta, tail):
+    """log(m/p), likewise."""
+    return tl.maximum(other, part - delta) + tail
 
 
 @formula(torch=_log_mixture)
@@ -106,9 +110,10 @@ def log_mixture(weight, delta, far):
     x = tl.where(near, delta, 0.0)
     close = x * horner(cumulants(weight), x)
     tail = log1p_exp(delta + (other - part))
-    above = tl.where(near, close, tl.maximum(delta + other, part) + tail)
-    beyond = tl.where(near, close - x, tl.maximum(other, part - delta) + tail)
-    excess = tl.where(near, close - far * part, mixture_excess(weight, delta, far))
+    above = tl.where(near, close, far_above(part, other, delta, tail))
+    beyond = tl.where(near, close - x, far_beyond(part, other, delta, tail))
+    shift = far * part
+    excess = tl.where(near, close - shift, far_above(part - shift, other - shift, delta, tail))
     return above, beyond, excess
 
 

@@ -3,15 +3,27 @@
 import torch
 
 from ..kernels.device import rows, token_logprobs, vocab_chunks
+from ..kernels.device.rows import Problem
 from ..kernels.language import HAS_TRITON, interpreted
 from . import torch_chunks, torch_compiled, torch_logprobs, torch_rows, triton
-from .protocol import Backend
+from .protocol import Backend, RowBackend
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+
+
+def _torch(row_backend: RowBackend) -> Backend:
+    """Row work by `row_backend`, and the rest by torch's own operations; no row is shared by several programs."""
+
+    def logits(problem: Problem, x: torch.Tensor) -> RowBackend:
+        return row_backend
+
+    return Backend(row_backend, logits, torch_chunks, torch_logprobs)
+
+
 _BACKENDS = {
-    "triton": Backend(rows=rows, logits=triton, chunks=vocab_chunks, tokens=token_logprobs),
-    "torch": Backend(rows=torch_rows, logits=torch_rows, chunks=torch_chunks, tokens=torch_logprobs),
-    "compiled": Backend(rows=torch_compiled, logits=torch_compiled, chunks=torch_chunks, tokens=torch_logprobs),
+    "triton": Backend(rows, triton.kernels, vocab_chunks, token_logprobs),
+    "torch": _torch(torch_rows),
+    "compiled": _torch(torch_compiled),
 }
 
 

@@ -5,6 +5,7 @@ side. Rows whose label (or token) is negative do not count: nothing of theirs is
 What a launcher of Triton kernels returns, the compiled kernel, is of no interest here.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -108,12 +109,12 @@ class ChunkBackend(Protocol):
         labels: Tensor | None,
         saved: Tensor,
         upstream: Tensor,
-        found: Tensor,
+        dominant: Tensor,
         out: Tensor,
         first: int,
         /,
     ) -> object:
-        """Writes a chunk's dZ into `out` (N, chunk); the dominant token is left out and noted in `found` (N, FOUND)."""
+        """Writes a chunk's dZ into `out` (N, chunk), without the dominant token, kept in `dominant` (N, DOMINANT)."""
         ...
 
 
@@ -135,6 +136,7 @@ class Backend(NamedTuple):
     """Who does the row work."""
 
     rows: RowBackend  # some rows, a chunk of a schedule
-    logits: RowBackend  # all rows of logits that a caller gave: a row may be shared by several programs
+    # (problem, student's logits (outer, inner, V)) -> what serves all rows of logits that a caller gave.
+    logits: Callable[[Problem, Tensor], Sweeps]
     chunks: ChunkBackend
     tokens: TokenBackend

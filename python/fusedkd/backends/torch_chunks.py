@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.device.args import Carry, Dominant
+from ..kernels.device.args import Carry, Dominant, RowScalars, columns_of, extras_of
 from ..kernels.device.rows import Logits, Problem
 from ..kernels.device.vocab_chunks import CARRY, online_of
 from ..kernels.maths.centering import centred, raise_maxima
@@ -16,7 +16,7 @@ from ..kernels.maths.decomposition import ABSENT
 from ..kernels.maths.elementary import exp
 from ..kernels.maths.moments import cross_entropy_advance, entropies_advance
 from ..kernels.maths.quantities import Centre
-from .torch_rows import columnwise, logits, or_unknown, row_blocks, row_extras, row_scalars
+from .torch_rows import columnwise, logits, or_unknown, row_blocks
 
 
 def absorb(
@@ -31,7 +31,7 @@ def absorb(
     """Adds a chunk to `carry`, as device.vocab_chunks.absorb."""
     advance = online_of(problem).advance.torch
     for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, carry):
-        own: Any = Carry._make(carry[rows, :CARRY].unsqueeze(-1).unbind(1))
+        own: Any = columns_of(Carry, carry[rows], keepdim=True)
         maxima, entropy_sums, ce = own[:3], own[3:6], own[6:8]
         state: Any = tuple(carry[rows, CARRY:].unsqueeze(-1).unbind(1))
         if problem.ce_weight:
@@ -93,13 +93,13 @@ def gradient(
     """A chunk's dZ without the dominant token, as device.vocab_chunks.gradient."""
     V = problem.vocab_size
     for rows, s, t, live, slope in _blocks(problem, student, teacher, labels, saved, out):
-        scalars = row_scalars(saved[rows])
+        scalars = columns_of(RowScalars, saved[rows], keepdim=True)
         a, b, grad_y, ce_lse = scalars.a, scalars.b, scalars.grad_y, scalars.ce_lse
         up = upstream[rows].unsqueeze(-1)
         idle = up == 0  # its gradient is 0, whatever the row holds
         label = _local(labels, rows, first)
         g = torch.zeros_like(s)
-        before = Dominant._make(torch.split(dominant[rows], 1, -1))
+        before = columns_of(Dominant, dominant[rows], keepdim=True)
         rest = before.rest
         dominates = torch.zeros_like(s, dtype=torch.bool)
         if V:
@@ -154,10 +154,10 @@ def _terms(
     problem: Problem, rows: torch.Tensor | slice, s: torch.Tensor, t: torch.Tensor, saved: torch.Tensor
 ) -> tuple[Any, ...]:
     """q, d, f and phi at the final offsets."""
-    scalars = row_scalars(saved[rows])
+    scalars = columns_of(RowScalars, saved[rows], keepdim=True)
     z, u, d = centred.torch(s, t, Centre(*scalars[:4]), 1.0 / problem.temperature, _mix(problem, rows, saved))
     logq, logp = z - scalars.l_s, u - scalars.l_t
-    theta = (*_theta(problem, rows, saved), *row_extras(saved[rows], problem.definition))
+    theta = (*_theta(problem, rows, saved), *extras_of(saved[rows], problem.definition.extras, keepdim=True))
     q = exp.torch(logq)
     f, phi = problem.definition.term.torch(q, exp.torch(logp), logq, logp, d - scalars.r, theta)
     return q, d, f, phi

@@ -91,7 +91,7 @@ def _blocks(call: Call, rows: Rows) -> Iterator[tuple[Rows, Inputs]]:
     """Rows for one run of a graph, which shares them out among the threads in a few parallel regions."""
     zero = torch.zeros((), device=call.student.x.device)
     step = max(torch.get_num_threads(), _BLOCK // max(call.problem.vocab_size, 1))
-    for i in range(0, call.count(rows), step):
+    for i in range(0, torch_rows.count_of(rows), step):
         part = torch_rows.part_of(rows, i, i + step)
         yield part, call.inputs(part, lambda x: zero + x)
 

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from ..kernels.device.args import SAVED, RowScalars, TermSums, TokenStats
+from ..kernels.device.args import (
+    MOST_EXTRAS,
+    SAVED,
+    RowScalars,
+    TermSums,
+    TokenStats,
+    columns_of,
+    extras_of,
+    target_of,
+)
 from ..kernels.device.rows import Logits, Problem
 from ..kernels.maths.centering import above_centre, centre_of, centred, mixed, no_maxima
 from ..kernels.maths.decomposition import ABSENT, decompose, finalize_normalizers, or_infinite, side_stats
@@ -35,7 +44,6 @@ PIECE = 5 << 16  # logits per side of which a cache holds the temporaries
 GROUP = 3 << 19
 _WORKERS = 8  # threads that take groups: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
-_SCALARS = len(RowScalars._fields)
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
 _LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
 
@@ -213,14 +221,10 @@ class Call(NamedTuple):
     labels: Tensor | None
     dtype: torch.dtype
 
-    def count(self, rows: Rows) -> int:
-        """How many rows these are."""
-        return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
     def parts(self, rows: Rows, size: int) -> list[Rows]:
         """Rows that have about `size` logits per side, at least one."""
         step = max(1, size // max(self.problem.vocab_size, 1))
-        return [part_of(rows, i, i + step) for i in range(0, self.count(rows), step)]
+        return [part_of(rows, i, i + step) for i in range(0, count_of(rows), step)]
 
     def inputs(self, rows: Rows, number: Callable[[float], Any] = float) -> Inputs:
         """Some rows, views where they are neighbours; `number` makes a parameter that is not per row."""
@@ -271,9 +275,7 @@ def counted(labels: Tensor | None, upstream: Tensor | None, n: int) -> Rows:
         counts = upstream != 0 if counts is None else counts & (upstream != 0)
     if counts is None or bool(counts.all()):
         return slice(0, n)
-    rows = counts.nonzero().squeeze(-1)
-    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+    return _as_slice(counts.nonzero().squeeze(-1))
 
 
 def uncounted_zeroed(labels: Tensor | None, upstream: Tensor | None, out: Tensor) -> Rows:
@@ -292,9 +294,18 @@ def part_of(rows: Rows, i: int, j: int) -> Rows:
     """The i-th to j-th of some rows, as a slice where they are neighbours."""
     if isinstance(rows, slice):
         return slice(rows.start + i, min(rows.start + j, rows.stop))
-    part = rows[i:j]
-    first, last = int(part[0]), int(part[-1])
-    return slice(first, last + 1) if last - first + 1 == len(part) else part
+    return _as_slice(rows[i:j])
+
+
+def _as_slice(rows: Tensor) -> Rows:
+    """Ascending rows as a slice where they are neighbours."""
+    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+def count_of(rows: Rows) -> int:
+    """How many rows these are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _is_tuple(x: Any) -> TypeGuard[tuple[Any, ...]]:
@@ -315,10 +326,10 @@ def _value(call: Call, kind: Kind, rows: Rows) -> RowResult:
     pieces = call.parts(rows, PIECE)
 
     def sweep(function: Callable[..., Any], *row_numbers: Any) -> Any:
-        step = call.count(pieces[0])
+        step = count_of(pieces[0])
         found = [
             function(call.inputs(piece), kind, *tree(operator.itemgetter(slice(i, i + step)), row_numbers))
-            for i, piece in zip(range(0, call.count(rows), step), pieces, strict=True)
+            for i, piece in zip(range(0, count_of(rows), step), pieces, strict=True)
         ]
         return tree(lambda *x: torch.cat(x), *found) if len(found) > 1 else found[0]
 
@@ -335,7 +346,7 @@ def _each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a group at a time, by several threads on a CPU."""
     threads = torch.get_num_threads()
     workers = min(threads, _WORKERS) if call.student.x.is_cpu else 1
-    share = -(-call.count(rows) * call.problem.vocab_size // workers)
+    share = -(-count_of(rows) * call.problem.vocab_size // workers)
     groups = call.parts(rows, max(PIECE, min(GROUP, share)))
     if min(workers, len(groups)) <= 1:
         for group in groups:
@@ -362,9 +373,8 @@ def row_blocks(
 ) -> Iterator[Rows]:
     """The rows with a label, some of about BLOCK columns at a time; other rows of `out` are zeroed."""
     rows = counted(labels, None, n) if out is None else uncounted_zeroed(labels, None, out)
-    total = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     step = max(2, BLOCK // max(width, 1))
-    yield from (part_of(rows, i, i + step) for i in range(0, total, step))
+    yield from (part_of(rows, i, i + step) for i in range(0, count_of(rows), step))
 
 
 # Logits
@@ -604,7 +614,7 @@ def _exps(x: Tensor, y: Tensor, with_logs: bool) -> tuple[tuple[Any, Any], tuple
 
 
 def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
-    """All sweeps of the value, as `_row_scalars` of device/rows.py."""
+    """All sweeps of the value, as `row_value` of device/forward.py."""
     first: Statistics = sweep(_statistics)
     state, target, online = first.state, first.target, kind.online
     norms = finalize_normalizers.torch(
@@ -636,7 +646,7 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
         loss = loss + numbers.ce * (first.ce_lse - first.label_s)
     stats = _stats(first, norms, terms, only_target, numbers.inv_tau) if kind.with_stats else None
     scalars = RowScalars._make((*norms.centre, *norms.log_norms, terms.a, terms.b, terms.grad_y, first.ce_lse, -1.0))
-    rest = [torch.zeros_like(loss)] * (SAVED - _SCALARS - 1 - len(extras))
+    rest = (0.0,) * (MOST_EXTRAS - len(extras))
     saved = torch.cat([x + torch.zeros_like(loss) for x in (*scalars, target.y, *extras, *rest)], -1)
     return RowResult(loss, stats, saved)
 
@@ -665,8 +675,9 @@ def row_gradients(
     Returns that token (−1: there is none) and its entry, minus the sum of the others, which does not cancel: (n, 1).
     """
     numbers, columns = inputs.numbers, _columns(inputs, kind)
-    scalars, extras = row_scalars(saved), row_extras(saved, kind.definition)
-    y = saved[:, _SCALARS : _SCALARS + 1].long() if kind.argmax else inputs.label
+    scalars = columns_of(RowScalars, saved, keepdim=True)
+    extras = extras_of(saved, kind.definition.extras, keepdim=True)
+    y = target_of(saved).long() if kind.argmax else inputs.label
     to, V, slope = inputs.student.x if out is None else out, columns.s.shape[1], columns.slope
     direct = numbers.ce is None and not isinstance(slope, Tensor)
     up = torch.ones_like(scalars.a) if upstream is None else upstream
@@ -702,16 +713,6 @@ def row_gradients(
         g = g + whole[:, :V]
     to[:, :V].copy_(g * (slope[:, :V] if isinstance(slope, Tensor) else slope))
     return token, entry * (slope.gather(1, at) if isinstance(slope, Tensor) else slope)
-
-
-def row_scalars(saved: Tensor) -> RowScalars:
-    """RowScalars (n, 1) of rows of `saved` (n, SAVED)."""
-    return RowScalars(*torch.split(saved[:, :_SCALARS], 1, -1))
-
-
-def row_extras(saved: Tensor, definition: Definition) -> tuple[Tensor, ...]:
-    """The parameters (n, 1) that rows of `saved` (n, SAVED) found for themselves."""
-    return torch.split(saved[:, _SCALARS + 1 :], 1, -1)[: definition.extras]
 
 
 def write_gradient(

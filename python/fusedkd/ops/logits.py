@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.protocol import Sweeps
 from ..call import LossCall, empty_rows
 from ..kernels.device.rows import SAVED, Logits, Problem
 from ..schedules.operands import comparison_of
@@ -65,8 +66,12 @@ class _Whole(NamedTuple):
         """With the teacher raised to `floors`, which are filled in, if there are any."""
         if not floors.numel():
             return self
-        backends.get(call.backend).logits.floor_rows(self.problem, self.teacher, call.labels, floors, FLOOR_DEPTH)
+        backends.get(call.backend).rows.floor_rows(self.problem, self.teacher, call.labels, floors, FLOOR_DEPTH)
         return self.at_floors(floors)
+
+    def sweeps(self, call: LossCall) -> Sweeps:
+        """What serves them."""
+        return backends.get(call.backend).logits(self.problem, call.student)
 
     def at_floors(self, floors: Tensor) -> "_Whole":
         """With the teacher raised to `floors`, if there are any."""
@@ -79,7 +84,7 @@ def rows(call: LossCall) -> Rows:
     made = _empty_rows(call)
     whole = _Whole.of(call).raised(call, made.floors)
     stats = made.stats if call.return_stats else None
-    backends.get(call.backend).logits.value(*whole, call.labels, made.loss, made.saved, stats)
+    whole.sweeps(call).value(*whole, call.labels, made.loss, made.saved, stats)
     return made
 
 
@@ -88,7 +93,7 @@ def rows_gradient(call: LossCall, saved: Tensor, floors: Tensor, upstream: Tenso
     """upstream_n · dloss_n/dstudent, contiguous, in the student's shape and dtype."""
     whole, gradient = _Whole.of(call).at_floors(floors), _empty_gradient(call)
     out = gradient.view(-1, gradient.shape[2])
-    backends.get(call.backend).logits.gradient(*whole, call.labels, saved, upstream, out)
+    whole.sweeps(call).gradient(*whole, call.labels, saved, upstream, out)
     return gradient
 
 
@@ -98,9 +103,8 @@ def rows_both(call: LossCall) -> RowsBoth:
     (loss, stats), gradient = empty_rows(call), _empty_gradient(call)
     whole = _Whole.of(call).raised(call, _empty_floors(call, loss))
     out = gradient.view(-1, gradient.shape[2])
-    backends.get(call.backend).logits.value_and_gradient(
-        *whole, call.labels, call.token_weights, out, loss, stats if call.return_stats else None
-    )
+    made = stats if call.return_stats else None
+    whole.sweeps(call).value_and_gradient(*whole, call.labels, call.token_weights, out, loss, made)
     return RowsBoth(loss, stats, gradient)
 
 
