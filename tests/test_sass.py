@@ -9,6 +9,7 @@ import pytest
 from fusedkd.kernels.aot import sass
 
 PAIR = ["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x1000]"]  # one tile of two sides
+STORE = "STG.E.128 desc[UR4][R2.64], R4"
 ELEMENTS = 8  # bfloat16 numbers in 16 bytes
 
 
@@ -39,7 +40,7 @@ def listing(*lines: str) -> str:
 
 def counts(*lines: str, sides: int = 2) -> list[float]:
     """Instructions per loop, as they are counted for one bfloat16 tile of ELEMENTS a thread."""
-    return [round(x * ELEMENTS) for x in sass.per_element(listing(*lines), ELEMENTS, 2, sides)]
+    return [round(x.instructions * ELEMENTS) for x in sass.per_element(listing(*lines), ELEMENTS, 2 * sides, 2)]
 
 
 def test_one_loop() -> None:
@@ -88,7 +89,18 @@ def test_unrolled_copies_are_divided_out() -> None:
     loop = ["top:", *PAIR, "FADD R4, R4, R8", *PAIR, "FADD R5, R4, R8", scalar, "@P0@ BRA <top>", "EXIT"]
     assert counts(*loop) == [4]
     zeros = ["top:", *["STG.E.128 desc[UR4][R2.64], RZ"] * 4, "IADD3 R2, R2, 0x1, RZ", "@P0@ BRA <top>", "EXIT"]
-    assert sass.per_element(listing(*zeros), ELEMENTS, 2, 2) == [round(6 / (4 * ELEMENTS), 1)]
+    (found,) = sass.per_element(listing(*zeros), ELEMENTS, 4, 2)
+    assert (found.instructions, found.bytes) == (round(6 / (4 * ELEMENTS), 1), 2)
+    wide = [line.replace("STG.E.128", "STG.E.256") for line in zeros]
+    assert sass.per_element(listing(*wide), ELEMENTS, 4, 4) == [found._replace(bytes=4)]
+
+
+def test_units() -> None:
+    """Special functions and float32 operations, of which a packed one is two; the bytes of a tile, read and written."""
+    work = ["MUFU.EX2 R4, R4", "MUFU.RCP R5, R4", "FFMA R4, R4, R8, R5", "FADD.FTZ R4, R4, R8", "FFMA2 R4, R4, R8, R6"]
+    rest = ["FMNMX R4, R4, R8, !PT", "IMAD R4, R4, R8, R5", "NOP", "LDG.E R20, desc[UR4][R6.64]"]
+    (found,) = sass.per_element(listing("top:", *PAIR, *work, *rest, STORE, "@P0@ BRA <top>", "EXIT"), ELEMENTS, 4, 2)
+    assert found == sass.LoopCount(round(12 / ELEMENTS, 1), 2 / ELEMENTS, 4 / ELEMENTS, 4 + 2)
 
 
 def test_one_side() -> None:

@@ -2,7 +2,7 @@
 
 `python -m fusedkd.kernels.aot.compiler ARCH DTYPE [NAME ...] [--instructions]` compiles every kernel of every
 divergence in this process and prints a JSON line for each: registers, stack and, asked for because they take as long as
-that, instructions per logit pair are read with the cuobjdump that ships in the Triton wheel.
+that, what the loops take per logit pair are read with the cuobjdump that ships in the Triton wheel.
 """
 
 import argparse
@@ -54,6 +54,7 @@ class Call(NamedTuple):
     stats: bool = False
     warp: int = 32  # threads
     saved: bool = True  # whether `value` keeps what `gradient` needs
+    gradient: str | None = None  # its dtype, if not that of the logits
 
 
 PLAIN = Call()
@@ -74,12 +75,12 @@ _VOCABULARY = 151_936  # says how many programs share a row
 
 def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
     """Every kernel × divergence × sweep that a logit of `width` bytes can launch, with the kernel's name."""
-    for name, definition in definitions().items():
+    for definition in definitions().values():
         for decoupled in (False, True):
             if decoupled and not definition.separable:
                 continue
             for online in definition.sweeps:
-                title = f"{'decoupled_' if decoupled else ''}{name}{'_two' if online.sums is None else ''}"
+                title = definition.variant(online, decoupled)
                 tile = table_tile(TileKey(architecture, online.tile, width))
                 kernels = dict(ROW_KERNELS)
                 if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
@@ -105,7 +106,7 @@ def specialization(
     variant: Variant, dtype: str, call: Call = PLAIN
 ) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Signature, constants and attributes of a variant with labels, and without bias, scale, softcap, floor and CE."""
-    element = "*" + DTYPES[dtype][0]
+    element, written = "*" + DTYPES[dtype][0], call.gradient or dtype
     apart = "i64" if call.aligned == "none" else "constexpr"  # columns
     side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
     definition, online = variant.definition, variant.online
@@ -119,7 +120,7 @@ def specialization(
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": stats,
         "out": ValueArg("*fp32", stats),
-        "grad": GradArg(element, "i64", apart, "i32"),
+        "grad": GradArg("*" + DTYPES[written][0], "i64", apart, "i32"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
@@ -130,7 +131,7 @@ def specialization(
         "stats_ptr": None,
         "saved_ptr": None,
         "TERM": None if definition is None else definition.summand(online),
-        "GRADIENT_TERM": None if definition is None else definition.gradient_summand(online, dtype != "float32"),
+        "GRADIENT_TERM": None if definition is None else definition.gradient_summand(online, written != "float32"),
         "INIT": online.init,
         "ADVANCE": online.advance,
         "RATIO": online.ratio,
@@ -184,19 +185,26 @@ def build(source: Any, tile: Tile, architecture: str) -> Any:
 
 
 def compile_variant(
-    kernel: str, variant: Variant, dtype: str, architecture: str, instructions: bool = False
+    kernel: str,
+    variant: Variant,
+    dtype: str,
+    architecture: str,
+    instructions: bool = False,
+    gradient: str | None = None,
 ) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes.
 
     "instructions", where asked for, are those of each loop over columns, in the order of the machine code, per logit
-    pair (sass.py); per logit where there is one side, and where a loop only writes.
+    pair (sass.py); per logit where there is one side, and where a loop only writes. "special", "fp32" and "bytes" are
+    the other counts of sass.LoopCount, "runs" as in `runs`.
     """
-    call = Call(warp=ARCHITECTURES[architecture][2])
+    call = Call(warp=ARCHITECTURES[architecture][2], gradient=gradient)
     built = build(source(variant, dtype, call), variant.tile, architecture)
     report: dict[str, Any] = {
         "name": variant.name,
         "kernel": kernel,
         "dtype": dtype,
+        "gradient_dtype": gradient or dtype,
         "architecture": architecture,
         "block": variant.tile.block,
         "num_warps": variant.tile.num_warps,
@@ -208,7 +216,9 @@ def compile_variant(
             listing = disassembly(built.asm["cubin"])
             elements = variant.tile.block // (32 * variant.tile.num_warps)
             sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
-            report["instructions"] = sass.per_element(listing, elements, DTYPES[dtype][1], sides)
+            counts = sass.per_element(listing, elements, DTYPES[dtype][1] * sides, DTYPES[gradient or dtype][1])
+            report |= {field: [x[i] for x in counts] for i, field in enumerate(sass.LoopCount._fields)}
+            report["runs"] = runs(kernel, variant, len(counts))
         loads = re.findall(r"ld\.global[\w.:]*?\.v(\d)\.b(\d+)", built.asm["ptx"])
         widths = [int(n) * int(bits) // 8 for n, bits in loads]
         report["load_bytes"] = max(widths, default=0)
@@ -216,6 +226,27 @@ def compile_variant(
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"])
         report["stack"] = int(spilled.group(1)) if spilled else 0
     return report
+
+
+def runs(kernel: str, variant: Variant, loops: int) -> list[int]:
+    """How often a tile in the middle of a row goes through each loop of a kernel, in the order of the machine code.
+
+    A sweep has two loops, of which the first takes the inner tiles; row parameters have theirs behind the first sweep;
+    the last loop of a gradient writes the zeros of an ignored row. A sweep of log-probabilities has one loop.
+
+    Raises:
+        ValueError: the kernel has other loops.
+    """
+    zeros = [0] * ("gradient" in kernel and loops > 0)
+    sweeps = loops - len(zeros)
+    if variant.definition is None or not loops:
+        return [1] * sweeps + zeros
+    found = variant.definition.row_parameters
+    reads = found.reads if found is not None and kernel.startswith("value") else ()
+    after = sweeps - len(reads) - 2
+    if after < 0 or after % 2:
+        raise ValueError(f"{kernel} of {variant.name} has {loops} loops, which are not those of its sweeps")
+    return [1, 0, *reads, *[1, 0] * (after // 2), *zeros]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -245,12 +276,14 @@ def main() -> None:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="of a divergence's variant, such as decoupled_rkl")
+    parser.add_argument("--kernels", metavar="KERNEL", nargs="+", help="of those kernels alone, such as value")
     parser.add_argument("--instructions", action="store_true", help="count them in each loop (NVIDIA only)")
+    parser.add_argument("--gradient", choices=DTYPES, help="dtype of gradients, if not that of logits")
     args = parser.parse_args()
+    about = args.dtype, args.architecture, args.instructions, args.gradient
     for kernel, variant in variants(DTYPES[args.dtype][1], args.architecture):
-        if not args.names or variant.name in args.names:
-            report = compile_variant(kernel, variant, args.dtype, args.architecture, args.instructions)
-            print(json.dumps(report), flush=True)
+        if variant.name in (args.names or [variant.name]) and kernel in (args.kernels or [kernel]):
+            print(json.dumps(compile_variant(kernel, variant, *about)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Instructions per element of the loops in a kernel's machine code, counted in what cuobjdump --dump-sass prints.
+"""What the loops in a kernel's machine code take per element, counted in what cuobjdump --dump-sass prints.
 
 A loop is a strongly connected part of the control-flow graph: a block that ptxas moved out of line belongs to it, one
 that is entered in its middle counts whole. An instruction counts once, on whichever path it lies and whatever its
 predicate: reductions, barriers, both arms of a branch. Padding (NOP) does not count, and of a slow path that is called
-only the call. What ptxas peeled lies outside; what it unrolled shows in the bytes that one turn moves.
+only the call. What ptxas peeled lies outside; what it unrolled shows in the bytes that one turn moves. Beside all
+instructions two kinds of them count by themselves: special functions, and float32 sums and products.
 
 Each instruction of 128 bits also says which of six scoreboards it waits for, and which one its result releases.
 """
@@ -18,8 +19,19 @@ _LINE = re.compile(
 )
 _LOADS, _STORES = {"LDG", "LDGSTS", "LD"}, {"STG", "ST"}  # of global memory
 _ENDS = {"BRA", "EXIT", "RET"}
+_SPECIAL = "MUFU"  # exp2, log2, 1/x, tanh ...
+_FP32 = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FADD2": 2, "FMUL2": 2, "FFMA2": 2}  # operations of each, two if packed
 _BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _Graph = dict[int, list[int]]  # an instruction's address -> those that may follow it
+
+
+class LoopCount(NamedTuple):
+    """What one loop takes per element: instructions to 0.1, the others to 0.01."""
+
+    instructions: float
+    special: float  # of them special functions
+    fp32: float  # float32 operations: sums, products, and both at once
+    bytes: float  # of global memory that the loads and stores of a tile ask for
 
 
 class Instruction(NamedTuple):
@@ -70,23 +82,29 @@ def loops(code: dict[int, Instruction]) -> list[list[Instruction]]:
     return [[code[address] for address in loop] for loop in found]
 
 
-def per_element(listing: str, elements: int, width: int, sides: int) -> list[float]:
-    """Instructions per element, of every loop in program order, rounded to 0.1.
+def per_element(listing: str, elements: int, read: int, written: int) -> list[LoopCount]:
+    """Counts per element, of every loop in program order.
 
     Args:
         listing: what `cuobjdump --dump-sass` prints of a cubin with one kernel.
         elements: the elements (pairs, for two sides) of a tile that one thread holds.
-        width: bytes of one number in memory.
-        sides: how many numbers the kernel reads for an element.
+        read, written: bytes of an element that the kernel reads, of all sides together, and writes.
     """
-    return [_per_element(loop, elements, width, sides) for loop in loops(parse(listing))]
+    return [_per_element(loop, elements, read, written) for loop in loops(parse(listing))]
 
 
-def _per_element(loop: list[Instruction], elements: int, width: int, sides: int) -> float:
-    tiles = max(1.0, _moved(loop, _LOADS) / (elements * width * sides) or _moved(loop, _STORES) / (elements * width))
+def _per_element(loop: list[Instruction], elements: int, read: int, written: int) -> LoopCount:
+    loads, stores = _moved(loop, _LOADS), _moved(loop, _STORES)
+    tiles = max(1.0, loads / (elements * read) or stores / (elements * written))
     if tiles != int(tiles):
         raise ValueError(f"the loop at {loop[0].address:#x} moves {tiles} tiles of {elements} elements at a time")
-    return round(sum(x.opcode[0] != "NOP" for x in loop) / (elements * tiles), 1)
+    opcodes, turns = [x.opcode[0] for x in loop], elements * tiles
+    return LoopCount(
+        round(sum(opcode != "NOP" for opcode in opcodes) / turns, 1),
+        round(opcodes.count(_SPECIAL) / turns, 2),
+        round(sum(_FP32.get(opcode, 0) for opcode in opcodes) / turns, 2),
+        round((loads + stores) / turns, 2),
+    )
 
 
 def loaded_ahead(listing: str) -> int:

@@ -150,7 +150,7 @@ ADAPTIVE = Definition(
     parameters=(HEAD,),
     online=FRKL.online._replace(sums=sums),
     reads_logs=False,
-    row_parameters=RowParameters(row_parameters, _row_parameters_torch, 2),
+    row_parameters=RowParameters(row_parameters, _row_parameters_torch, 2, reads=(16, 1)),
     separable=False,
 )
 

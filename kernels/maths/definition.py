@@ -33,11 +33,13 @@ class RowParameters(NamedTuple):
     kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK) -> (extras, sums): from the online state or
         further sweeps (device/loads.py); sums is (F, Φ) without the label's column if these sweeps found them, else ().
     torch(whole, theta) -> extras: the same from whole rows (backends/torch_rows.py, `Whole`).
+    reads: how often each loop of `kernel` over the columns runs for a row, in their order.
     """
 
     kernel: Any
     torch: Callable[..., tuple[Any, ...]]
     extras: int
+    reads: tuple[int, ...] = ()
 
 
 POSITIVE = math.ulp(0.0)  # the least float above 0
@@ -129,6 +131,10 @@ class Definition:
     def extras(self) -> int:
         """How many numbers each row adds to theta."""
         return 0 if self.row_parameters is None else self.row_parameters.extras
+
+    def variant(self, online: OnlineForm, decoupled: bool = False) -> str:
+        """What kernels compiled for a sweep and a structure are called."""
+        return f"{'decoupled_' if decoupled else ''}{self.name}{'_two' if online.sums is None else ''}"
 
     def summand(self, online: OnlineForm) -> Any:
         """`term` as it is where a sweep is used."""
