@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..cli.commands import Progress, make_folder, positive, require, usable_device
-from . import readme, report, tune
+from . import model, readme, report, tune
 from .measure import Deadline, machine
 from .results import empty, load, save, stem
 from .rivals import FAMILIES
@@ -43,9 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure nothing: write the results in --out as tables to FILE, and goals.md beside them",
     )
     summary = "time the tiles of the row kernels on a GPU and print lines for their table"
-    search = parser.add_subparsers(metavar="[tune]").add_parser("tune", help=summary, description=summary.capitalize())
+    commands = parser.add_subparsers(metavar="[tune | model]")
+    search = commands.add_parser("tune", help=summary, description=summary.capitalize())
     tune.add_arguments(search)
     search.set_defaults(run=tune.run, fail=search.error)
+    summary = "print what a model of the time says of GPUs that are not here, from counted instructions and bytes"
+    modelled = commands.add_parser("model", help=summary, description=summary.capitalize())
+    model.add_arguments(modelled)
+    modelled.set_defaults(run=model.run, fail=modelled.error)
 
 
 def run(args: argparse.Namespace) -> int:

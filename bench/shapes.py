@@ -54,6 +54,7 @@ def pair(student: str, teacher: str, rows: int = 8192) -> Shape:
 
 
 QWEN3 = pair("Qwen3-1.7B", "Qwen3-8B")
+QWEN3_WIDE = pair("Qwen3-8B", "Qwen3-8B")
 QWEN3_NARROW = pair("Qwen3-0.6B", "Qwen3-8B")
 LLAMA3 = pair("Llama-3.2-1B", "Llama-3.1-8B")
 LLAMA3_WIDE = pair("Llama-3.1-8B", "Llama-3.1-8B")

@@ -122,3 +122,36 @@ def within_budgets(instructions: dict[str, list[float]]) -> None:
             ceiling, reason = over_budget.get((kernel, sweep), (budget, ""))
             assert found <= ceiling, f"{kernel}, sweep {sweep}: {found} > {ceiling}, budget {budget}; {reason}"
             assert found > budget or not reason, f"{kernel}, sweep {sweep} is in its budget: take it out of OVER_BUDGET"
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "loops", "runs"),
+    [
+        ("rkl", "value", 2, [1, 0]),
+        ("rkl", "gradient", 3, [1, 0, 0]),
+        ("rkl", "value_and_gradient", 5, [1, 0, 1, 0, 0]),
+        ("jsd_two", "value_and_gradient", 7, [1, 0, 1, 0, 1, 0, 0]),
+        ("akl_rows", "value", 4, [1, 0, 16, 1]),
+        ("akl_rows", "gradient", 3, [1, 0, 0]),
+        ("amid_teacher_two", "value_and_gradient", 7, [1, 0, 1, 1, 1, 0, 0]),
+        ("token_logprobs", "gradient", 2, [1, 0]),
+        ("rkl", "split_gradient", 0, []),
+    ],
+)
+def test_runs(name: str, kernel: str, loops: int, runs: list[int]) -> None:
+    """How often an inner tile goes through each loop: not through those for masked tiles and for ignored rows."""
+    (variant,) = (found for key, found in aot.variants(2, "sm_90") if (key, found.name) == (kernel, name))
+    assert aot.runs(kernel, variant, loops) == runs
+    if loops and variant.definition:
+        with pytest.raises(ValueError, match=f"{kernel} of {name} has {loops + 1} loops"):
+            aot.runs(kernel, variant, loops + 1)
+
+
+def test_a_gradient_of_another_dtype() -> None:
+    """Float32 logits and a half-precision gradient, as such a model's heads have: the short summand, fewer bytes."""
+    about = ("jsd_two", "--kernels", "gradient", "--instructions")
+    (whole,) = compiled("sm_90", "float32", *about)
+    (half,) = compiled("sm_90", "float32", *about, "--gradient", "bfloat16")
+    assert [report["gradient_dtype"] for report in (whole, half)] == ["float32", "bfloat16"]
+    assert [report["bytes"][0] for report in (whole, half)] == [12, 10]
+    assert half["instructions"][0] < whole["instructions"][0]

@@ -266,11 +266,17 @@ def test_a_failing_program() -> None:
 @COMPILED
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Writes all files and says how far it is."""
-    some = [CASES[name] for name in RECOUNTED[:2]]
-    monkeypatch.setattr(instructions, "counted", lambda architecture, dtype: iter([]))
+    some, written = [CASES[name] for name in RECOUNTED[:2]], []
+    monkeypatch.setattr(instructions, "counted", lambda architecture, elements: iter([]))
+    monkeypatch.setattr(instructions.model, "write", written.append)
     monkeypatch.setattr(compiled, "counted", lambda: iter(some))
     monkeypatch.setattr(compiled, "names", lambda: RECOUNTED[:2])
     assert instructions.main(["--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / instructions.FILE).read_text())["kernels"] == []
     assert json.loads((tmp_path / compiled.FILE).read_text())["cases"] == some
     assert "| rkl | bf16 | unaligned | `_value_and_gradient` |" in (tmp_path / compiled.PAGE).read_text()
     assert "case 2 of 2: fused-rkl-bf16-unaligned" in capsys.readouterr().err
+    (tmp_path / compiled.FILE).unlink()
+    assert instructions.main(["--out", str(tmp_path), "--loops"]) == 0
+    assert written == [tmp_path, tmp_path]
+    assert not (tmp_path / compiled.FILE).exists()

@@ -1,7 +1,7 @@
-"""What a device can do at best: matrix products and memory traffic, for the planner's expected time.
+"""What a device can do at best: matrix products, memory traffic and instructions, for the model of the time (model.py).
 
 The table holds data-sheet peaks and what share of them large products and copies usually reach. A device that is not in
-it is measured once, with a product and a copy of a few milliseconds.
+it is measured once, with a product and a copy of a few milliseconds; of its instructions nothing is known.
 """
 
 import functools
@@ -12,24 +12,51 @@ from typing import Any, NamedTuple
 import torch
 
 
+class Part(NamedTuple):
+    """A GPU (SXM) by its data sheet. Peaks are per second, `flops_per_clock` and lanes those of a multiprocessor."""
+
+    architecture: str  # whose machine code was counted
+    multiprocessors: int
+    flops_per_clock: int  # dense, bfloat16
+    fp32_lanes: int
+    flops: float  # dense, bfloat16
+    bandwidth: float  # bytes
+
+    @property
+    def clock(self) -> float:
+        """Hz at which the data sheet counts `flops`: lower than the highest clock without tensor cores."""
+        return self.flops / (self.multiprocessors * self.flops_per_clock)
+
+
 class Ceiling(NamedTuple):
-    """Floating-point operations and bytes per second."""
+    """Floating-point operations and bytes per second; the part, for a device that is in the table."""
 
     flops: float  # half-precision products accumulated in float32 (on a CPU float32)
     bandwidth: float
     source: str
+    part: Part | None = None
 
 
-_REACHED = (0.74, 0.9)  # of peak FLOP/s by a large product, of peak bandwidth by a copy: the H200's; not measured here
-_PEAKS = {  # dense bfloat16 FLOP/s and bytes/s of the SXM parts, from their data sheets
-    "A100": (312e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "H200": (989e12, 4.8e12),
-    "B200": (2250e12, 8.0e12),
+# A100: NVIDIA's white paper of the Ampere architecture (108 SMs of 1024 FMA and 64 FP32 lanes), data sheet of the 80 GB
+# part. H100: white paper of the Hopper architecture (132 SMs of 2048 FMA and 128 FP32 lanes). H200: its data sheet, the
+# same chip with other memory. B200: data sheet of HGX B200 (eight of them); 148 SMs are what the CUDA runtime reports.
+PARTS = {
+    "A100": Part("sm_80", 108, 2048, 64, 312e12, 2.039e12),
+    "H100": Part("sm_90", 132, 4096, 128, 989.4e12, 3.35e12),
+    "H200": Part("sm_90", 132, 4096, 128, 989.4e12, 4.8e12),
+    "B200": Part("sm_100", 148, 8192, 128, 2250e12, 8.0e12),
 }
+# What a multiprocessor does in a clock cycle on all of them: its four schedulers issue an instruction of a warp each
+# (CUDA C++ Programming Guide, compute capabilities 8.0, 9.0 and 10.0); exp2, log2, 1/x and tanh in float32 give 16
+# results (the same, table of the throughput of native arithmetic instructions).
+ISSUED, SPECIAL = 4 * 32, 16
+# Shares of the peaks, on every part alike; none of it was measured here. Products: on an H200 others measured 661 to
+# 768 TFLOP/s in those of a head, 0.67 to 0.78 of its 989.4 (linkedin/Liger-Kernel#1422). Memory: what a long copy is
+# assumed to reach; a row kernel of others reached 0.84 on an H100 (2.8 TB/s, huggingface/trl#7244).
+REACHED_FLOPS, REACHED_BANDWIDTH = 0.74, 0.9
 TABLE = {
-    name: Ceiling(flops * _REACHED[0], bandwidth * _REACHED[1], "data sheet, not measured")
-    for name, (flops, bandwidth) in _PEAKS.items()
+    name: Ceiling(part.flops * REACHED_FLOPS, part.bandwidth * REACHED_BANDWIDTH, f"{name} by its data sheet", part)
+    for name, part in PARTS.items()
 }
 
 

@@ -7,7 +7,7 @@ do and cost; `kd_loss` follows the same functions.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from ..dtypes import logit_dtype
 from ..kernels.maths.definition import Form
 from .ceilings import TABLE, Ceiling, ceiling
 from .gemm import BLOCK_ROWS, BLOCK_TOKENS
+from .model import KernelTime, Product, RowWork, counted_as, table, time_of_product, time_of_rows
 
 _BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and torch_chunks.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
@@ -202,7 +203,9 @@ class Plan:
     schedule: "chunked" or "streaming". rows_per_chunk, rows_per_product: tokens per outer and inner chunk (chunked).
     columns_per_chunk: vocabulary per chunk (streaming). workspace: bytes beyond inputs, loss and gradients.
     gemm_flops: of all matrix products. bytes_moved: by products and row kernels, nothing assumed to stay in cache.
-    expected_ms: gemm_flops and the row kernels' bytes at the ceilings of the device: a floor, not a measurement.
+    expected_ms: the sum of `kernels`, a model (docs/model.md) and no measurement. ceilings: what the device was taken
+    for. kernels: every product and row kernel with the time of each of its limits. row_counts: whose compiled row
+    kernels were counted; empty where the device is no part by name, whose row kernels count as bound by memory.
     """
 
     schedule: str
@@ -214,6 +217,18 @@ class Plan:
     bytes_moved: float
     expected_ms: float
     ceilings: str
+    kernels: tuple[KernelTime, ...] = ()
+    row_counts: str = ""
+
+    @property
+    def products_ms(self) -> float:
+        """The part of `expected_ms` that is matrix products."""
+        return sum(kernel.ms for kernel in self.kernels if kernel.is_product)
+
+    @property
+    def rows_ms(self) -> float:
+        """The part of `expected_ms` that is row kernels."""
+        return sum(kernel.ms for kernel in self.kernels if not kernel.is_product)
 
     def __str__(self) -> str:
         cut = (
@@ -226,7 +241,15 @@ class Plan:
             f"workspace       {self.workspace / 2**20:,.1f} MiB beyond inputs, loss and gradients\n"
             f"matrix products {self.gemm_flops / 1e12:,.3f} TFLOP\n"
             f"bytes moved     {self.bytes_moved / 1e9:,.2f} GB\n"
-            f"expected        {self.expected_ms:,.2f} ms at the device's ceilings ({self.ceilings})"
+            f"expected        {self._time()}"
+        )
+
+    def _time(self) -> str:
+        if not self.row_counts:
+            return f"{self.expected_ms:,.2f} ms at the device's ceilings ({self.ceilings})"
+        return (
+            f"{self.expected_ms:,.2f} ms, modelled, not measured ({self.ceilings}): {self.products_ms:,.2f} of matrix "
+            f"products, {self.rows_ms:,.2f} of row kernels, counted for {self.row_counts}\n\n{table(self.kernels)}"
         )
 
 
@@ -251,7 +274,8 @@ def plan(
         N, V: tokens that count and vocabulary. D_student, D_teacher: widths of the hidden states (the teacher's default
             is the student's). dtype: of both heads.
         divergence, memory_budget, schedule, reduction, logits_dtype: as given to `kd_loss`.
-        device: a torch device, or a part by name ("A100", "H100", "H200", "B200"): its ceilings give the expected time.
+        device: a torch device, or a part by name ("A100", "H100", "H200", "B200"), for which the time is modelled from
+            the counted instructions and bytes of the compiled kernels.
         frozen: "hidden" and/or "weight" of the student, if they need no gradient. A weight that the teacher shares
             counts in full: its product with other hidden states is another product.
 
@@ -272,25 +296,42 @@ def plan(
     form = as_divergence(divergence).form
     best = ceiling(device)
     on_cpu = not (isinstance(device, str) and device.upper() in TABLE) and torch.device(device).type == "cpu"
+    if dtype == torch.float64:
+        best = best._replace(part=None)  # which no kernel of ours takes
+    shape = _two_heads(N, V, D_student, teacher, dtype, logit_dtype(dtype, logits_dtype), on_cpu)
+    shape = replace(shape, needs_hidden="hidden" not in parts, needs_weight="weight" not in parts)
+    chosen = choose_schedule(shape, memory_budget, schedule, reduction, whole_rows(form, False, False), sweeps_of(form))
+    return _costs(shape, chosen, form, reduction == "none", best)
+
+
+def plan_chunks(
+    N: int, V: int, D_student: int, D_teacher: int, divergence: str, device: str, chunks: tuple[int, int]
+) -> Plan:
+    """What `plan` says of bfloat16 heads on a GPU, were the rows per outer and inner chunk these."""
+    shape = _two_heads(N, V, D_student, D_teacher, torch.bfloat16, torch.float32, False)
+    taken = Chunks(*chunks, workspace(shape, *chunks))
+    chosen = Chosen("chunked", taken, 0, taken.workspace)
+    return _costs(shape, chosen, as_divergence(divergence).form, False, ceiling(device))
+
+
+def _two_heads(
+    rows: int, vocabulary: int, dim: int, teacher_dim: int, dtype: torch.dtype, logits: torch.dtype, on_cpu: bool
+) -> Shape:
     wide = 8 if dtype == torch.float64 else 4
-    shape = Shape(
-        rows=N,
-        student_width=V,
-        teacher_width=V,
-        student_dim=D_student,
-        teacher_dim=teacher,
-        weight_rows=V,
-        logit_bytes=logit_dtype(dtype, logits_dtype).itemsize,
+    return Shape(
+        rows=rows,
+        student_width=vocabulary,
+        teacher_width=vocabulary,
+        student_dim=dim,
+        teacher_dim=teacher_dim,
+        weight_rows=vocabulary,
+        logit_bytes=logits.itemsize,
         dz_bytes=wide if on_cpu else dtype.itemsize,
         hidden_bytes=dtype.itemsize,
         accumulator_bytes=wide,
         on_cpu=on_cpu,
         gather=False,
-        needs_hidden="hidden" not in parts,
-        needs_weight="weight" not in parts,
     )
-    chosen = choose_schedule(shape, memory_budget, schedule, reduction, whole_rows(form, False, False), sweeps_of(form))
-    return _costs(shape, chosen, sweeps_of(form), reduction == "none", best)
 
 
 def sweeps_of(form: Form) -> int:
@@ -346,33 +387,69 @@ def _streamed(shape: Shape, memory_budget: int | None) -> Chosen:
     return Chosen("streaming", None, width, streaming_workspace(shape, width))
 
 
-def _costs(shape: Shape, chosen: Chosen, sweeps: int, repeats: bool, best: Ceiling) -> Plan:
+def _costs(shape: Shape, chosen: Chosen, form: Form, repeats: bool, best: Ceiling) -> Plan:
     """FLOPs, bytes and time of a schedule with two heads."""
-    n, v = shape.rows, shape.student_width
-    forward = shape.student_dim + shape.teacher_dim
-    backward = shape.student_dim * (shape.needs_hidden + shape.needs_weight)
-    logits = n * v * 2 * shape.logit_bytes
-    dz = n * v * shape.dz_bytes * shape.needs_gradient
-    weights = v * forward * shape.hidden_bytes
-    if chosen.schedule == "chunked":
-        passes = 2 if repeats and shape.needs_gradient else 1
-        assert chosen.chunks is not None
-        products = -(-n // chosen.chunks.inner)
-        outer = -(-n // chosen.chunks.outer)
-        accumulated = 2 * outer * v * shape.student_dim * shape.accumulator_bytes * shape.needs_weight
-        rows = passes * logits * (1 + sweeps) + (logits if shape.needs_gradient else 0) + dz
-        moved = rows + passes * products * weights + accumulated + 2 * dz
-        rows_per = (chosen.chunks.outer, chosen.chunks.inner)
+    if chosen.chunks is None:
+        products, rows = _streaming_kernels(shape, chosen.width, sweeps_of(form))
+        rows_per = shape.rows, shape.rows
     else:
-        passes = sweeps + (1 if shape.needs_gradient else 0)
-        chunks = -(-v // chosen.width)
-        hidden = n * forward * shape.hidden_bytes
-        sums = 2 * chunks * n * shape.student_dim * shape.accumulator_bytes * shape.needs_hidden
-        rows = passes * 2 * logits + dz
-        moved = rows + passes * (weights + chunks * hidden) + sums + 2 * dz
-        rows_per = (n, n)
-    flops = 2.0 * n * v * (passes * forward + backward)
-    seconds = flops / best.flops + rows / best.bandwidth
+        products, rows = _chunked_kernels(shape, chosen.chunks, repeats and shape.needs_gradient)
+        rows_per = chosen.chunks.outer, chosen.chunks.inner
+    kernels = (*(time_of_product(x, best) for x in products), *(time_of_rows(x, form, best) for x in rows))
     return Plan(
-        chosen.schedule, *rows_per, chosen.width, chosen.workspace, flops, float(moved), 1e3 * seconds, best.source
+        chosen.schedule,
+        *rows_per,
+        chosen.width,
+        chosen.workspace,
+        sum(product.flops for product in products),
+        sum(kernel.bytes for kernel in kernels),
+        sum(kernel.ms for kernel in kernels),
+        best.source,
+        kernels,
+        counted_as(rows[-1], form, best),
     )
+
+
+def _chunked_kernels(shape: Shape, chunks: Chunks, repeats: bool) -> tuple[list[Product], list[RowWork]]:
+    """Products and row kernels of the chunked schedule; with `repeats` the backward pass makes the logits again."""
+    n, v, d = shape.rows, shape.student_width, shape.student_dim
+    inner, outer = -(-n // chunks.inner), -(-n // chunks.outer)
+    sweeps = ["value"] * (repeats or not shape.needs_gradient) + ["value_and_gradient"] * shape.needs_gradient
+    passes = len(sweeps)
+    products = _logit_products(shape, passes, passes * inner, passes * inner, passes)
+    dz = n * v * shape.dz_bytes
+    if shape.needs_hidden:
+        moved = dz + outer * v * d * shape.hidden_bytes + n * d * shape.accumulator_bytes
+        products.append(Product("hidden gradient", outer, 2.0 * n * v * d, moved))
+    if shape.needs_weight:  # every outer chunk but the first reads what it adds to
+        moved = dz + n * d * shape.hidden_bytes + (2 * outer - 1) * v * d * shape.accumulator_bytes
+        products.append(Product("weight gradient", outer, 2.0 * n * v * d, moved))
+    return products, [RowWork(name, inner, n * v, shape.logit_bytes, shape.dz_bytes) for name in sweeps]
+
+
+def _streaming_kernels(shape: Shape, width: int, sweeps: int) -> tuple[list[Product], list[RowWork]]:
+    """The same of the streaming schedule, which makes the logits again for every sweep."""
+    n, v, d = shape.rows, shape.student_width, shape.student_dim
+    chunks = -(-v // width)
+    kernels = [*["absorb", "add_sums"][:sweeps], *["chunk_gradient"] * shape.needs_gradient]
+    passes = len(kernels)
+    products = _logit_products(shape, passes, passes * chunks, passes, passes * chunks)
+    dz = n * v * shape.dz_bytes
+    if shape.needs_hidden:
+        moved = dz + v * d * shape.hidden_bytes + (2 * chunks - 1) * n * d * shape.accumulator_bytes
+        products.append(Product("hidden gradient", chunks, 2.0 * n * v * d, moved))
+    if shape.needs_weight:
+        moved = dz + chunks * n * d * shape.hidden_bytes + v * d * shape.accumulator_bytes
+        products.append(Product("weight gradient", chunks, 2.0 * n * v * d, moved))
+    return products, [RowWork(name, chunks, n * v, shape.logit_bytes, shape.dz_bytes) for name in kernels]
+
+
+def _logit_products(shape: Shape, passes: int, launches: int, weight_reads: int, hidden_reads: int) -> list[Product]:
+    """Those that make the logits of both sides, in all passes together."""
+    n, v = shape.rows, shape.student_width
+    made: list[Product] = []
+    for name, dim in (("teacher logits", shape.teacher_dim), ("student logits", shape.student_dim)):
+        read = (weight_reads * v + hidden_reads * n) * dim * shape.hidden_bytes
+        moved = read + passes * n * v * shape.logit_bytes
+        made.append(Product(name, launches, 2.0 * passes * n * v * dim, moved))
+    return made
