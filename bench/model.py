@@ -2,8 +2,8 @@
 
     python -m fusedkd bench model --out bench/results
 
-makes the planner's table of counts from those of the compiled kernels (instructions.py), and a page of both, in seconds;
-without --out the tables are printed. docs/model.md includes them, and says what they leave out.
+makes the planner's table of counts from those of the compiled kernels (instructions.py), and a page of both, in
+seconds; without --out the tables are printed. docs/model.md includes them, and says what they leave out.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _slashed(numbers: Sequence[float]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-class Head(NamedTuple):
+class HeadTime(NamedTuple):
     """A plan of both heads in bfloat16, with float32 logits between products and rows."""
 
     plan: planner.Plan
@@ -170,11 +170,11 @@ class Head(NamedTuple):
         return (RATIO - 1) * self.plan.products_ms
 
 
-def head(shape: shapes.Shape, name: str, part: str) -> Head:
+def head_time(shape: shapes.Shape, name: str, part: str) -> HeadTime:
     """Return the plan of a shape."""
     made = planner.plan(shape.rows, shape.vocab, shape.dim, shape.teacher_dim, divergence=name, device=part)
     (rows,) = (kernel for kernel in made.kernels if not kernel.is_product)
-    return Head(made, rows)
+    return HeadTime(made, rows)
 
 
 HEAD_COLUMNS = (
@@ -183,7 +183,7 @@ HEAD_COLUMNS = (
 )  # fmt: skip
 
 
-def _head_row(found: Head) -> list[str]:
+def _head_row(found: HeadTime) -> list[str]:
     return [
         _ms(found.plan.products_ms),
         *map(_ms, found.rows.limits[1:]),
@@ -196,7 +196,7 @@ def _head_row(found: Head) -> list[str]:
 
 
 def _heads(shape: shapes.Shape) -> Table:
-    rows = [[part, name, *_head_row(head(shape, name, part))] for part in PARTS for name in MAIN]
+    rows = [[part, name, *_head_row(head_time(shape, name, part))] for part in PARTS for name in MAIN]
     about = (
         f"{MODELLED}: ms of loss and all gradients, N={shape.rows:,}, {_short(shape)}, bfloat16, with float32\n"
         f"logits between products and rows. The last columns: what the rows may take for {RATIO} × the products."
@@ -205,7 +205,7 @@ def _heads(shape: shapes.Shape) -> Table:
 
 
 def _every_divergence() -> Table:
-    rows = [[name, *_head_row(head(shapes.QWEN3, name, "H200"))] for name in divergences()]
+    rows = [[name, *_head_row(head_time(shapes.QWEN3, name, "H200"))] for name in divergences()]
     about = f"{MODELLED}: the same of every divergence at its defaults on an H200, {_short(shapes.QWEN3)}."
     return Table(f"{MODELLED}: every divergence", about, ("divergence", *HEAD_COLUMNS), rows, [])
 
@@ -231,7 +231,7 @@ def _rows_of(kernel: str, form: Form, shape: shapes.Shape, best: ceilings.Ceilin
 
 def _chunks(which: str, title: str, sizes: tuple[int, ...]) -> Table:
     shape, rows = shapes.QWEN3, []
-    usual = {part: head(shape, "fkl", part).plan for part in PARTS}
+    usual = {part: head_time(shape, "fkl", part).plan for part in PARTS}
     for size in sizes:
         plans = [_at_size(shape, part, which, size, plan) for part, plan in usual.items()]
         rows.append([f"{size:,}", *map(_products_text, plans), f"{plans[0].workspace / 1e9:.2f} GB"])
@@ -304,7 +304,7 @@ def _gains(part: str, result: dict[str, Any]) -> Table:
         for name in MAIN:
             work = model.RowWork("value_and_gradient", 1, shape.rows * shape.vocab, 4, 2)
             found = model.time_of_counts(work, changed(divergence(name).form, best.part.architecture, result), best)
-            ratio = 1 + found.ms / head(shape, name, part).plan.products_ms
+            ratio = 1 + found.ms / head_time(shape, name, part).plan.products_ms
             cells.append(f"{_ms(found.ms)}, {found.limit} ({ratio:.2f})")
         rows.append([title, *cells])
     about = (

@@ -128,7 +128,7 @@ def test_others_have_the_counts_of_their_class() -> None:
     two = fusedkd.divergence("jsd").form
     own = Form(dataclasses.replace(two.definition, name="mine"), two.theta)
     found = model.counts_of("value_and_gradient", own, "sm_90", 4, 2)
-    assert found.of == "ab_two, the costliest of the class 'two'"
+    assert found.of.endswith(", the costliest of the class 'two'")
     heavier = [model.counts_of("value_and_gradient", fusedkd.divergence(x).form, "sm_90", 4, 2) for x in ("jsd", "tvd")]
     assert all(found.counts.instructions > x.counts.instructions for x in heavier)
     negative = fusedkd.divergence("ab", alpha=-0.5, beta=1.0).form

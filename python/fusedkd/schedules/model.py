@@ -112,10 +112,9 @@ def counts_of(kernel: str, form: Form, architecture: str, logit_bytes: int, grad
     A divergence that was not counted takes what the costliest of its tile class takes (kernels/device/tiles.py).
     """
     read = 2 if logit_bytes == 2 else 4
-    written = 4 if read == 2 and gradient_bytes > 2 else gradient_bytes  # half logits of wide heads: as wide ones
-    read = max(read, written)
-    has_gradient = "value_and" in kernel or kernel == "chunk_gradient"
-    key = f"{kernel} {read} {written if has_gradient else read}"
+    written = gradient_bytes if "gradient" in kernel else read
+    read = max(read, written)  # no gradient wider than its logits was counted
+    key = f"{kernel} {read} {written}"
     variants = {name: Counts(*kernels[key]) for name, kernels in counted()[architecture].items() if key in kernels}
     online = form.definition.sweep(form.theta)
     plain, mixed = form.definition.variant(online), form.mix is not None

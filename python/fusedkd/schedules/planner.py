@@ -204,7 +204,8 @@ class Plan:
     columns_per_chunk: vocabulary per chunk (streaming). workspace: bytes beyond inputs, loss and gradients.
     gemm_flops: of all matrix products. bytes_moved: by products and row kernels, nothing assumed to stay in cache.
     expected_ms: the sum of `kernels`, a model (docs/model.md) and no measurement. ceilings: what the device was taken
-    for. kernels: every product and row kernel with the time of each of its limits. row_counts: whose compiled row
+    for. kernels: every product and row kernel, each with its name, launches, the milliseconds of its limits (FLOPs,
+    issue, special functions, bytes), and as `ms` and `limit` the longest of them. row_counts: whose compiled row
     kernels were counted; empty where the device is no part by name, whose row kernels count as bound by memory.
     """
 
