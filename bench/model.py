@@ -19,9 +19,9 @@ from ..cli.commands import make_folder
 from ..divergence import divergence
 from ..kernels.maths.definition import Form
 from ..schedules import ceilings, model, planner
-from . import shapes
+from . import shapes, targets
 from .sections import MAIN
-from .tables import Table, markdown
+from .tables import Table, markdown, size
 
 COUNTED, PAGE = "instructions.json", "model.md"
 MODELLED = "Modelled, not measured"
@@ -88,6 +88,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     """Yield the parts, the counts, and the times that they make."""
     yield _parts()
     yield _pairs()
+    yield _goals()
     for shape in HEADS:
         yield _heads(shape)
     yield _every_divergence()
@@ -153,6 +154,31 @@ def _slashed(numbers: Sequence[float]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
+def _goals() -> Table:
+    rows = [
+        [target.work, target.goal, "; ".join(map(_goal_text(target), target.divergences))] for target in targets.GPU
+    ]
+    about = f"{MODELLED}: what the model says of an H200 at the goals of the library, bfloat16, N = 8192."
+    return Table(f"{MODELLED}: goals", about, ("work", "goal", "modelled, not measured"), rows, [])
+
+
+def _goal_text(target: targets.Target) -> Callable[[str], str]:
+    def rows(name: str) -> str:
+        time = _rows_of("value_and_gradient", divergence(name).form, target.shape, ceilings.TABLE["H200"])
+        return f"{name} {_ms(time.ms)} ms"
+
+    def heads(name: str) -> str:
+        found = head_time(target.shape, name, "H200")
+        return f"{name} {_ms(found.plan.expected_ms)} ms, {found.ratio:.2f} ×, {size(found.plan.workspace)}"
+
+    def streaming(name: str) -> str:
+        chunked = head_time(target.shape, name, "H200").plan
+        streamed = _plan(target.shape, name, "H200", "streaming")
+        return f"{name} {size(streamed.workspace)}, {streamed.expected_ms / chunked.expected_ms:.2f} × the chunked time"
+
+    return rows if target.section == "rows" else streaming if "streaming" in target.implementation else heads
+
+
 class HeadTime(NamedTuple):
     """A plan of both heads in bfloat16, with float32 logits between products and rows."""
 
@@ -172,9 +198,14 @@ class HeadTime(NamedTuple):
 
 def head_time(shape: shapes.Shape, name: str, part: str) -> HeadTime:
     """Return the plan of a shape."""
-    made = planner.plan(shape.rows, shape.vocab, shape.dim, shape.teacher_dim, divergence=name, device=part)
+    made = _plan(shape, name, part)
     (rows,) = (kernel for kernel in made.kernels if not kernel.is_product)
     return HeadTime(made, rows)
+
+
+def _plan(shape: shapes.Shape, name: str, part: str, schedule: str = "auto") -> planner.Plan:
+    sizes = shape.rows, shape.vocab, shape.dim, shape.teacher_dim
+    return planner.plan(*sizes, divergence=name, device=part, schedule=schedule)
 
 
 HEAD_COLUMNS = (
@@ -229,12 +260,12 @@ def _rows_of(kernel: str, form: Form, shape: shapes.Shape, best: ceilings.Ceilin
     return model.time_of_rows(model.RowWork(kernel, 1, shape.rows * shape.vocab, 2, 2), form, best)
 
 
-def _chunks(which: str, title: str, sizes: tuple[int, ...]) -> Table:
+def _chunks(which: str, title: str, heights: tuple[int, ...]) -> Table:
     shape, rows = shapes.QWEN3, []
     usual = {part: head_time(shape, "fkl", part).plan for part in PARTS}
-    for size in sizes:
-        plans = [_at_size(shape, part, which, size, plan) for part, plan in usual.items()]
-        rows.append([f"{size:,}", *map(_products_text, plans), f"{plans[0].workspace / 1e9:.2f} GB"])
+    for height in heights:
+        plans = [_at_size(shape, part, which, height, plan) for part, plan in usual.items()]
+        rows.append([f"{height:,}", *map(_products_text, plans), f"{plans[0].workspace / 1e9:.2f} GB"])
     taken = usual["H200"]
     about = (
         f"{MODELLED}: ms of the four products in chunks of so many tokens, {_short(shape)}; a product that is bound\n"
@@ -244,8 +275,8 @@ def _chunks(which: str, title: str, sizes: tuple[int, ...]) -> Table:
     return Table(f"{MODELLED}: {title.lower()}", about, (title.lower(), *PARTS, "workspace"), rows, [])
 
 
-def _at_size(shape: shapes.Shape, part: str, which: str, size: int, usual: planner.Plan) -> planner.Plan:
-    outer, inner = (size, min(size, usual.rows_per_product)) if which == "outer" else (usual.rows_per_chunk, size)
+def _at_size(shape: shapes.Shape, part: str, which: str, height: int, usual: planner.Plan) -> planner.Plan:
+    outer, inner = (height, min(height, usual.rows_per_product)) if which == "outer" else (usual.rows_per_chunk, height)
     sizes = shape.rows, shape.vocab, shape.dim, shape.teacher_dim
     return planner.plan_chunks(*sizes, "fkl", part, (max(outer, inner), inner))
 
