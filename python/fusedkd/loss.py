@@ -16,6 +16,8 @@ from .ops import heads, logits, streamed
 from .schedules import vocab_chunks
 from .schedules.operands import Operand, Operands, is_operand, operands_of
 from .schedules.planner import Shape, choose_schedule, sweeps_of, whole_rows
+from .schedules.topk import TopKOutcomes, is_topk, outcomes_of
+from .topk import TopK
 
 
 class KDStats(NamedTuple):
@@ -57,7 +59,7 @@ class _Checked(NamedTuple):
 
 def kd_loss(
     student: Side,
-    teacher: Side,
+    teacher: Side | TopK,
     labels: torch.Tensor | None = None,
     *,
     divergence: str | Divergence = "fkl",
@@ -89,11 +91,11 @@ def kd_loss(
         student: (..., V) logits, float32, bfloat16, float16 (float64 with backend="torch"), any strides; or a `Head`.
             Gradients flow here, to the logits or to hidden, weight and bias. A row that counts and holds NaN has the
             loss NaN.
-        teacher: likewise, with its own V and width. No gradient ever flows into it; it may come from
-            torch.inference_mode() (inside torch.compile, which keeps what backward needs itself and refuses such
-            logits: pass a clone). A weight or hidden states that both
-            Heads share (self-distillation) are held once, also as autocast's copy; the four products remain, because
-            sides that differ in either have different logits, and sides that differ in neither have the loss 0.
+        teacher: likewise, with its own V and width, or a `TopK`: its likeliest tokens alone. No gradient ever flows
+            into it; it may come from torch.inference_mode() (inside torch.compile, which keeps what backward needs
+            itself and refuses such logits: pass a clone). A weight or hidden states that both Heads share
+            (self-distillation) are held once, also as autocast's copy; the four products remain, because sides that
+            differ in either have different logits, and sides that differ in neither have the loss 0.
         labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count: loss, statistics and gradient
             are 0 there, and nothing that they hold reaches another number, NaN and infinity in logits, hidden states,
             token weights, per-token parameters and upstream gradients included. Other labels must lie in
@@ -141,9 +143,10 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work.
-        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor" or
-            backend="compiled", which need whole rows; for weight_grad inside torch.compile; inside torch.func's
-            transforms and forward-mode AD, for which there are no derivatives.
+        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor",
+            backend="compiled" or a TopK, which need whole rows; for what tail="truncate" of a TopK cannot do; for
+            weight_grad inside torch.compile; inside torch.func's transforms and forward-mode AD, for which there are no
+            derivatives.
         RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
     Cost: logits: one read of each logit forward for divergences with a one-sweep form, two for the others and for
@@ -175,7 +178,7 @@ def kd_loss(
 
 def kd_value_and_grad(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | TopK,
     labels: torch.Tensor | None = None,
     *,
     divergence: str | Divergence = "fkl",
@@ -208,7 +211,7 @@ def kd_value_and_grad(
         if isinstance(value, Head) or (is_operand(value) and not value.stored):
             kind = type(value).__name__
             raise TypeError(f"{name} must be logits, got a {kind}: use kd_loss and backward for hidden states")
-        if not is_operand(value):
+        if not is_operand(value) and not (name == "teacher_logits" and isinstance(value, TopK)):
             checks.side(name, value)
     _check_options(
         num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
@@ -274,7 +277,7 @@ def _no_head_options(schedule: str, memory_budget: int | None, logits_dtype: tor
 
 def _check(
     student: Side,
-    teacher: Side | Operand,
+    teacher: checks.Teacher,
     labels: torch.Tensor | None,
     *,
     divergence: str | Divergence,
@@ -311,6 +314,10 @@ def _check(
     if token_weights is not None:
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
+    if isinstance(teacher, TopK):
+        checks.listed_with(teacher, chosen, temperature, support, return_stats)
+        checks.listed(teacher, columns)
+        teacher = _outcomes(student, teacher, labels, ignore_index, chosen, columns, temperature)
     operands = operands_of(student, teacher)
     ours, theirs = operands.student.parts, operands.teacher
     wide = accumulation_dtype(ours.x, *theirs.tensors)
@@ -319,11 +326,11 @@ def _check(
     if resolved == "compiled":
         torch_compiled.check_rows(chosen.form.definition, wide)
 
-    counted = y = None
-    if labels is not None:
-        flat = labels.reshape(-1)
-        counted = (flat != ignore_index) & (flat >= 0) & (flat < columns)
-        y = torch.where(counted, flat, -1)
+    y = None if labels is None else _flat_labels(labels, ignore_index, columns)
+    counted = None if y is None else y >= 0
+    if isinstance(theirs, TopKOutcomes):  # a row of which the teacher has no token does not count either
+        counted = theirs.targets >= 0
+        y = None if y is None else torch.where(counted, y, -1)
     weights = None if token_weights is None else _rows_of(token_weights, shape).to(wide)
     if weights is not None and counted is not None:
         weights = torch.where(counted, weights, 0.0)  # padding may hold anything
@@ -366,6 +373,32 @@ def _check(
     return _Checked(call, operands, numbers, form, shape, counted, reduction, num_items)
 
 
+def _flat_labels(labels: torch.Tensor, ignore_index: int, columns: int) -> torch.Tensor:
+    """(N,), −1 in rows that do not count."""
+    flat = labels.reshape(-1)
+    return torch.where((flat != ignore_index) & (flat >= 0) & (flat < columns), flat, -1)
+
+
+def _outcomes(
+    student: Side,
+    teacher: TopK,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    chosen: Divergence,
+    columns: int,
+    temperature: float,
+) -> TopKOutcomes:
+    """The teacher as an Operand."""
+    k = teacher.ids.shape[-1]
+    logprobs = teacher.logprobs.detach().reshape(-1, k)
+    if teacher.temperature != temperature:  # renormalised: log p is the logit at that temperature but for a constant
+        logprobs = logprobs.float() * (teacher.temperature / temperature)
+    wide = accumulation_dtype(student.hidden if isinstance(student, Head) else student)
+    y = None if labels is None else _flat_labels(labels, ignore_index, columns)
+    argmax = chosen.target_token == "teacher_argmax"
+    return outcomes_of(teacher.tail, teacher.ids.reshape(-1, k), logprobs, y, argmax, columns, wide)
+
+
 def _from_heads(
     checked: _Checked, schedule: str, memory_budget: int | None, drop_ignored: bool | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -380,6 +413,8 @@ def _from_heads(
     needs_rows = whole_rows(checked.form, call.target_token == "teacher_argmax", call.support == "floor")
     if call.backend == "compiled":
         needs_rows = needs_rows or 'backend="compiled"'
+    if is_topk(call.teacher_kind):
+        needs_rows = needs_rows or "a TopK teacher"
     beside_logits = drop and (student.stored or teacher.stored)
     if beside_logits and drop_ignored is True:
         if schedule == "streaming":
@@ -446,6 +481,7 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
         student_logits=student.width if student.stored else 0,
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
+        outcomes=teacher.width if is_topk(call.teacher_kind) else 0,
     )
 
 
@@ -496,9 +532,13 @@ def _reduced(loss: torch.Tensor, checked: _Checked) -> torch.Tensor:
 
 def _stats(stats: torch.Tensor, checked: _Checked) -> KDStats:
     found = KDStats(*stats.float().t().contiguous())
-    if not checked.form.definition.splits:
-        counted = checked.counted
-        unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
-        unknown = unknown.expand(len(stats))
+    counted = checked.counted
+    unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
+    unknown = unknown.expand(len(stats))
+    call = checked.call
+    no_target = is_topk(call.teacher_kind) and call.labels is None and call.target_token == "label"
+    if no_target:
+        found = found._replace(student_logprob=unknown, teacher_logprob=unknown)
+    if no_target or not checked.form.definition.splits:
         found = found._replace(target_loss=unknown, nontarget_loss=unknown, target_grad=unknown, nontarget_grad=unknown)
     return KDStats(*(column.view(checked.shape) for column in found))

@@ -14,7 +14,7 @@ from ..call import LossCall, numbers_of, problem_of
 from ..dtypes import logit_dtype
 from ..head import Head, Side, autocast, both_autocast
 from ..kernels.device.rows import Logits, Problem
-from . import gemm
+from . import gemm, topk
 
 
 class Operand(Protocol):
@@ -258,7 +258,9 @@ class HeadLogits(NamedTuple):
 
 
 Student = DenseLogits | PickedLogits | HeadLogits  # those that a gradient flows to
-KINDS: dict[str, type[Operand]] = {kind.kind: kind for kind in (DenseLogits, PickedLogits, HeadLogits)}
+KINDS: dict[str, type[Operand]] = {
+    kind.kind: kind for kind in (DenseLogits, PickedLogits, HeadLogits, *topk.TAILS.values())
+}
 
 
 def front(buffer: Tensor | None, rows: int, columns: slice) -> Tensor:

@@ -20,7 +20,7 @@ from .. import backends
 from ..call import LossCall, at_rows, row_count, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from ..kernels.device.rows import STATS, Problem
-from . import gemm
+from . import gemm, topk
 from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
@@ -127,7 +127,8 @@ def _sink_of(call: LossCall, student: Student, outer: int, inner: int, width: in
 
 def run(call: LossCall) -> Result:
     """Loss rows, statistics and the gradients that `call` needs, of the sum weighted by its token weights."""
-    row_work, total_rows, kept = backends.get(call.backend).rows, row_count(call), _kept(call)
+    row_work = topk.rows_beside(call.teacher_kind, backends.get(call.backend))
+    total_rows, kept = row_count(call), _kept(call)
     if kept is not None:
         call = at_rows(call, kept)
     problem, whole, teacher = comparison_of(call)
