@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -167,12 +168,55 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def teacher(value: Any) -> None:
+def teacher(value: Any, name: str = "teacher") -> None:
     """A teacher is a side, a TopK, or an Operand as its class made it."""
     if isinstance(value, TopK):
-        _top_k("teacher", value)
+        _top_k(name, value)
     elif not is_operand(value):
-        side("teacher", value)
+        side(name, value)
+
+
+def teachers(value: Any, teacher_ids: Any) -> dict[str, Teacher]:
+    """One teacher, or several with the ids that choose among them, by the names that errors give them.
+
+    A NamedTuple is a tuple: a Head or TopK is one teacher.
+    """
+    several = isinstance(value, list) or (type(value) is tuple)
+    if not several:
+        if teacher_ids is not None:
+            raise ValueError(
+                f"teacher_ids choose among several teachers, and teacher is one {type(value).__name__}: pass a list of "
+                "teachers, or leave teacher_ids at None"
+            )
+        teacher(value)
+        return {"teacher": value}
+    if teacher_ids is None:
+        raise ValueError("teacher is a list, and teacher_ids says which of them a token has: pass int64 ids (...)")
+    named: dict[str, Any] = {f"teacher[{i}]": x for i, x in enumerate(value)}
+    if not named:
+        raise ValueError("teacher must have at least one member, got an empty list")
+    for name, x in named.items():
+        teacher(x, name)
+    return named
+
+
+def teacher_ids(value: Any, count: int, shape: torch.Size, where: torch.device) -> None:
+    """int64 in [−1, count), of the leading shape; looked at where labels are."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"teacher_ids must be a torch.Tensor, got {type(value).__name__}")
+    _untransformed("teacher_ids", value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"teacher_ids must be int64, got {value.dtype}: pass teacher_ids.long()")
+    if value.shape != shape:
+        raise ValueError(f"teacher_ids must have the leading shape {tuple(shape)} of student, got {tuple(value.shape)}")
+    _together("teacher_ids", value.device, "student", where)
+    if not (has_data(value) and _looks(where)):
+        return
+    wrong = (value < -1) | (value >= count)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"teacher_ids must lie in [0, {count}), or be -1 for a token without a teacher, got {int(value[wrong][0])}"
+        )
 
 
 def _top_k(name: str, value: TopK) -> None:
@@ -231,7 +275,9 @@ def listed(value: TopK, columns: int, name: str = "teacher") -> None:
         )
 
 
-def listed_with(value: TopK, chosen: Divergence, temperature: float, support: str, return_stats: bool) -> None:
+def listed_with(
+    value: TopK, chosen: Divergence, temperature: float, support: str, return_stats: bool, name: str
+) -> None:
     """What a TopK can be compared by."""
     if support != "teacher":
         raise ValueError(
@@ -239,7 +285,7 @@ def listed_with(value: TopK, chosen: Divergence, temperature: float, support: st
         )
     if value.tail != "renormalize" and float(value.temperature) != float(temperature):
         raise ValueError(
-            f"temperature must be {value.temperature}, that of the log-probabilities in teacher, got {temperature}: "
+            f"temperature must be {value.temperature}, that of the log-probabilities in {name}, got {temperature}: "
             "make them at the temperature of the loss, or use tail='renormalize', from which it can be taken out"
         )
     if value.tail != "truncate":
@@ -290,20 +336,20 @@ def device(side_value: Teacher) -> torch.device:
     return side_value.device if isinstance(side_value, torch.Tensor) else side_value.tensors[0].device
 
 
-def pair(student: Side, teacher: Teacher) -> None:
+def pair(student: Side, teacher: Teacher, name: str = "teacher") -> None:
     """Both sides describe the same tokens, in the same place."""
     if leading(student) != leading(teacher):
         raise ValueError(
-            f"teacher must have the leading shape of student, {tuple(leading(student))}, got {tuple(leading(teacher))}"
+            f"{name} must have the leading shape of student, {tuple(leading(student))}, got {tuple(leading(teacher))}"
         )
-    _together("student", device(student), "teacher", device(teacher))
+    _together("student", device(student), name, device(teacher))
 
 
-def vocab_size(value: Any, student: Side, teacher: Teacher) -> int:
+def vocab_size(value: Any, student: Side, *teachers: Teacher) -> int:
     """The number of compared columns."""
-    of_student = width(student)
-    of_teacher = width(teacher) if not isinstance(teacher, TopK) else teacher.vocab_size or of_student
-    common = min(of_student, of_teacher)
+    common = width(student)
+    for given in teachers:
+        common = min(common, width(given) if not isinstance(given, TopK) else given.vocab_size or common)
     if value is None:
         return common
     if not _is_integer(value):
@@ -355,7 +401,7 @@ def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> 
         )
 
 
-def weight_grad(value: Any, student: Side, teacher: Teacher) -> None:
+def weight_grad(value: Any, student: Side, teachers: Mapping[str, Teacher]) -> None:
     """A buffer that can take the gradient of the student Head's weight, in memory that the call does not read."""
     if value is None:
         return
@@ -393,7 +439,7 @@ def weight_grad(value: Any, student: Side, teacher: Teacher) -> None:
         )
     if not has_data(value):
         return
-    for name, given in (("student", student), ("teacher", teacher)):
+    for name, given in {"student": student, **teachers}.items():
         for part, operand in _parts(given).items():
             if isinstance(operand, torch.Tensor) and _overlap(value, operand):
                 raise ValueError(f"weight_grad shares memory with {part} of {name}: pass a buffer of its own")
