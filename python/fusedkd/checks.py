@@ -3,8 +3,8 @@
 import math
 import numbers
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -181,8 +181,7 @@ def teachers(value: Any, teacher_ids: Any) -> dict[str, Teacher]:
 
     A NamedTuple is a tuple: a Head or TopK is one teacher.
     """
-    several = isinstance(value, list) or (type(value) is tuple)
-    if not several:
+    if not _is_list(value):
         if teacher_ids is not None:
             raise ValueError(
                 f"teacher_ids choose among several teachers, and teacher is one {type(value).__name__}: pass a list of "
@@ -198,6 +197,10 @@ def teachers(value: Any, teacher_ids: Any) -> dict[str, Teacher]:
     for name, x in named.items():
         teacher(x, name)
     return named
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list) or type(value) is tuple
 
 
 def teacher_ids(value: Any, count: int, shape: torch.Size, where: torch.device) -> None:

@@ -150,9 +150,9 @@ def kd_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work.
         NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor",
-            backend="compiled" or a TopK, which need whole rows; for what tail="truncate" of a TopK cannot do; for
-            weight_grad inside torch.compile; inside torch.func's transforms and forward-mode AD, for which there are no
-            derivatives.
+            backend="compiled" or a list of teachers, which need whole rows (those of a TopK are); for what
+            tail="truncate" of a TopK cannot do; for weight_grad inside torch.compile; inside torch.func's transforms
+            and forward-mode AD, for which there are no derivatives.
         RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
     Cost: logits: one read of each logit forward for divergences with a one-sweep form, two for the others and for
@@ -436,10 +436,10 @@ def _from_heads(
     needs_rows = whole_rows(checked.form, call.target_token == "teacher_argmax", call.support == "floor")
     if call.backend == "compiled":
         needs_rows = needs_rows or 'backend="compiled"'
-    if is_topk(call.teacher_kind):
-        needs_rows = needs_rows or "a TopK teacher"
     if isinstance(teacher, RoutedTeachers):
         needs_rows = needs_rows or "a list of teachers"
+    if is_topk(call.teacher_kind):  # its outcomes are whole rows
+        needs_rows = None
     beside_logits = drop and (student.stored or teacher.stored)
     if beside_logits and drop_ignored is True:
         if schedule == "streaming":

@@ -29,7 +29,7 @@ def masses(problem: Problem, student: Logits, ids: Tensor, labels: Tensor | None
         s, _ = logits(student, rows, width, out.dtype)
         ce_lse = torch.logsumexp(s, -1) if problem.ce_weight else out.new_zeros(len(s))
         x = s[:, : problem.vocab_size].masked_fill(_listed(ids[rows], problem.vocab_size), -torch.inf)
-        top = x.amax(-1, keepdim=True)
+        top = x.amax(-1, keepdim=True) if problem.vocab_size else x.new_full((len(x), 1), -torch.inf)
         empty = top == -torch.inf
         centre = torch.where(empty, 0.0, top)
         total = exp.torch((x - centre) / problem.temperature).sum(-1, keepdim=True)
@@ -64,9 +64,10 @@ def gradient(
         g = entries[:, :-1]
         up = torch.ones_like(bucket) if upstream is None else upstream[rows].unsqueeze(-1)
         if problem.ce_weight and labels is not None:
-            label = labels[rows].unsqueeze(-1)
-            q = exp.torch(s - of_row.ce_lse)
-            g = g + (up * problem.ce_weight) * q.scatter_add_(1, label, -torch.ones_like(q[:, :1]))
+            label = labels[rows].unsqueeze(-1)  # of a chunk's columns, or none of them
+            one = torch.where(label < s.shape[1], 1.0, 0.0).to(s.dtype)
+            q = exp.torch(s - of_row.ce_lse).scatter_add_(1, label.clamp(max=s.shape[1] - 1), -one)
+            g = g + (up * problem.ce_weight) * q
         g = torch.where((s == -torch.inf) | (up == 0), 0.0, g * slope)
         out[rows] = g.to(out.dtype)
 

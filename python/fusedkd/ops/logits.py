@@ -39,7 +39,7 @@ class RowsBoth(NamedTuple):
 
 def _empty_rows(call: LossCall) -> Rows:
     loss, stats = empty_rows(call)
-    saved = loss.new_empty((loss.shape[0], topk.saved_width(call.teacher_kind)))
+    saved = loss.new_empty((loss.shape[0], topk.saved_width(call.teacher_kind, call.teacher)))
     return Rows(loss, stats, saved, floors=_empty_floors(call, loss))
 
 

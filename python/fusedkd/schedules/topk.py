@@ -9,7 +9,7 @@ With h_k = phi(p_k, q_k), H = Σ h and the bucket r: dL/dz_k = h_k − q_k H at 
 q_j/Q_r · (h_r − Q_r H) = q_j (h_r/Q_r − H), which is the derivative of D over the K + 1 outcomes by its logit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,9 +138,9 @@ def is_topk(kind: str) -> bool:
     return kind in {tail.kind for tail in TAILS.values()}
 
 
-def saved_width(kind: str) -> int:
-    """How many floats the value of a row leaves to its gradient, beside a teacher of this kind."""
-    return SAVED + MASSES if is_topk(kind) else SAVED
+def saved_width(kind: str, teacher: Sequence[Tensor]) -> int:
+    """How many floats the value of a row leaves to its gradient, beside a teacher of this kind and these tensors."""
+    return SAVED + MASSES + TopKOutcomes(*teacher).ids.shape[1] if is_topk(kind) else SAVED
 
 
 def rows_beside(kind: str, backend: Backend) -> RowBackend:
@@ -150,7 +150,25 @@ def rows_beside(kind: str, backend: Backend) -> RowBackend:
     return TopKRows(backend, _Truncated() if kind == TruncatedOutcomes.kind else backend.rows)
 
 
-class _Compared(NamedTuple):
+class Saved(NamedTuple):
+    """What the value of N rows leaves to their gradient, each contiguous."""
+
+    scalars: Tensor | None  # (N, SAVED), of the outcomes
+    masses: Tensor  # (N, MASSES)
+    logits: Tensor  # (N, K) of the student at the listed tokens
+
+
+def saved_of(saved: Tensor | None, like: Tensor, k: int) -> Saved:
+    """Saved in the memory of `saved` (N, saved_width), or without one in its own, of N rows as `like`."""
+    n = len(like)
+    if saved is None:
+        return Saved(None, like.new_empty((n, MASSES)), like.new_empty((n, k)))
+    flat, of_masses, of_logits = saved.view(-1), n * SAVED, n * (SAVED + MASSES)
+    masses, logits = flat[of_masses:of_logits].view(n, MASSES), flat[of_logits:].view(n, k)
+    return Saved(flat[:of_masses].view(n, SAVED), masses, logits)
+
+
+class Compared(NamedTuple):
     """Rows of outcomes on both sides, and what the vocabulary's gradient needs of them."""
 
     problem: Problem
@@ -161,6 +179,44 @@ class _Compared(NamedTuple):
     ids: Tensor
     logits: Tensor  # (n, K) of the student at the listed tokens
     kept: Tensor  # (n, MASSES)
+
+
+def compared(problem: Problem, teacher: Logits, labels: Tensor | None, memory: Saved) -> Compared:
+    """Both sides' outcomes, the student's from its logits at the listed tokens and from its masses."""
+    outcomes, t = _outcomes(teacher), teacher.x[0]
+    masses, k = columns_of(Masses, memory.masses, keepdim=True), outcomes.ids.shape[1]
+    s = t.new_zeros((len(t), t.shape[1] + -t.shape[1] % _PADDED))[:, : t.shape[1]]
+    s[:, :k] = (memory.logits - (masses.centre if outcomes.bucket else 0.0)) / problem.temperature
+    if outcomes.bucket:
+        s[:, k] = masses.log_bucket[:, 0]
+        # A bucket that both sides leave empty is no outcome.
+        t = torch.cat((t[:, :k], _nonempty(t[:, k : k + 1], masses.log_bucket), t[:, k + 1 :]), 1)
+    of_outcomes = problem._replace(vocab_size=t.shape[1], temperature=1.0, ce_weight=0.0, argmax=False)
+    return Compared(
+        of_outcomes,
+        Logits(s[None]),
+        Logits(t[None]),
+        outcomes.targets,
+        _counting(labels, outcomes),
+        outcomes.ids,
+        memory.logits,
+        memory.masses,
+    )
+
+
+def listed_gradient(both: Compared, of_outcomes: Tensor) -> ListedGradient:
+    """The gradient by the logits of outcomes (N, W), as the vocabulary's takes it."""
+    k = both.ids.shape[1]
+    bucket = of_outcomes[:, k] if of_outcomes.shape[1] > k + 1 else torch.zeros_like(of_outcomes[:, 0])
+    return ListedGradient(of_outcomes[:, :k].contiguous(), bucket.contiguous())
+
+
+class StudentChunk(NamedTuple):
+    """Some vocabulary columns of all of a student's rows."""
+
+    columns: slice
+    problem: Problem  # on these columns, of which its vocab_size are compared
+    student: Logits
 
 
 class TopKRows:
@@ -179,11 +235,15 @@ class TopKRows:
         saved: Tensor | None,
         stats: Tensor | None,
     ) -> None:
-        """As RowBackend.value; `saved` (N, saved_width) has the row scalars of the outcomes first, then Masses."""
-        scalars, kept = _split(saved, len(loss), loss)
-        both = self._swept(problem, student, teacher, labels, kept)
-        self.rows.value(both.problem, both.student, both.teacher, both.targets, loss, scalars, stats)
+        """As RowBackend.value, with `saved` (N, saved_width)."""
+        memory = saved_of(saved, loss, _outcomes(teacher).ids.shape[1])
+        both = self._swept(problem, student, teacher, labels, memory)
+        self.outcomes_value(both, memory, loss, stats)
         self._finish(problem, student, both, loss, stats)
+
+    def outcomes_value(self, both: "Compared", memory: "Saved", loss: Tensor, stats: Tensor | None) -> None:
+        """The divergence of the outcomes."""
+        self.rows.value(both.problem, both.student, both.teacher, both.targets, loss, memory.scalars, stats)
 
     def gradient(
         self,
@@ -196,12 +256,16 @@ class TopKRows:
         out: Tensor,
     ) -> None:
         """As RowBackend.gradient."""
-        scalars, kept = _split(saved, len(out), saved)
-        assert scalars is not None
-        both = self._compared(problem, student, teacher, labels, kept)
-        of_outcomes = torch.empty_like(both.student.x[0])
-        self.rows.gradient(both.problem, both.student, both.teacher, both.targets, scalars, upstream, of_outcomes)
-        self._spread(problem, student, both, of_outcomes, upstream, out)
+        memory = saved_of(saved, saved, _outcomes(teacher).ids.shape[1])
+        both = compared(problem, teacher, labels, memory)
+        self._spread(problem, student, both, self.outcomes_gradient(both, memory, upstream), upstream, out)
+
+    def outcomes_gradient(self, both: "Compared", memory: "Saved", upstream: Tensor) -> Tensor:
+        """The gradient by the student's logits of outcomes, (N, W)."""
+        out = torch.empty_like(both.student.x[0])
+        assert memory.scalars is not None
+        self.rows.gradient(both.problem, both.student, both.teacher, both.targets, memory.scalars, upstream, out)
+        return out
 
     def value_and_gradient(
         self,
@@ -215,7 +279,7 @@ class TopKRows:
         stats: Tensor | None,
     ) -> None:
         """As RowBackend.value_and_gradient."""
-        both = self._swept(problem, student, teacher, labels, loss.new_empty((len(loss), MASSES)))
+        both = self._swept(problem, student, teacher, labels, saved_of(None, loss, _outcomes(teacher).ids.shape[1]))
         of_outcomes = torch.empty_like(both.student.x[0])
         self.rows.value_and_gradient(
             both.problem, both.student, both.teacher, both.targets, upstream, of_outcomes, loss, stats
@@ -228,59 +292,50 @@ class TopKRows:
         raise NotImplementedError('support="floor" beside a top-k teacher')
 
     def _swept(
-        self, problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, kept: Tensor
-    ) -> _Compared:
-        """`_compared`, with `kept` filled in from a sweep over the student's rows where something needs one."""
+        self, problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, memory: "Saved"
+    ) -> "Compared":
+        """`compared`, with logits and masses filled in: from a sweep over the student's rows where one is needed."""
         outcomes = _outcomes(teacher)
+        counting = _counting(labels, outcomes)
+        self.backend.gather(student, outcomes.ids, counting, memory.logits)
         if outcomes.bucket or problem.ce_weight:
-            self.backend.masses(problem, student, outcomes.ids, _counting(labels, outcomes), kept)
+            self.backend.masses(problem, student, outcomes.ids, counting, memory.masses)
         else:
-            kept.zero_()
-        return self._compared(problem, student, teacher, labels, kept)
+            memory.masses.zero_()
+        return compared(problem, teacher, labels, memory)
 
-    def _compared(
-        self, problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, kept: Tensor
-    ) -> _Compared:
-        outcomes = _outcomes(teacher)
-        ids, counting, t = outcomes.ids, _counting(labels, outcomes), teacher.x[0]
-        logits = kept.new_empty(ids.shape)
-        self.backend.gather(student, ids, counting, logits)
-        masses, k = columns_of(Masses, kept, keepdim=True), ids.shape[1]
-        s = kept.new_zeros((len(ids), t.shape[1] + -t.shape[1] % _PADDED))[:, : t.shape[1]]
-        s[:, :k] = (logits - (masses.centre if outcomes.bucket else 0.0)) / problem.temperature
-        if outcomes.bucket:
-            s[:, k] = masses.log_bucket[:, 0]
-            # A bucket that both sides leave empty is no outcome.
-            t = torch.cat((t[:, :k], _nonempty(t[:, k : k + 1], masses.log_bucket), t[:, k + 1 :]), 1)
-        of_outcomes = problem._replace(vocab_size=t.shape[1], temperature=1.0, ce_weight=0.0, argmax=False)
-        return _Compared(of_outcomes, Logits(s[None]), Logits(t[None]), outcomes.targets, counting, ids, logits, kept)
-
-    def _finish(self, problem: Problem, student: Logits, both: _Compared, loss: Tensor, stats: Tensor | None) -> None:
-        """Add the cross-entropy to the loss, and the centre to the student's log-sum-exp in the statistics."""
-        masses, counted = columns_of(Masses, both.kept), both.targets >= 0
+    def _finish(self, problem: Problem, student: Logits, both: "Compared", loss: Tensor, stats: Tensor | None) -> None:
+        of_label = None
         if problem.ce_weight:
             of_label = loss.new_empty((len(loss), 1))
             self.backend.gather(student, both.labels.unsqueeze(-1), both.labels, of_label)
-            ce = problem.ce_weight * (masses.ce_lse - of_label[:, 0])
-            loss += torch.where(counted, ce, 0.0)
-        if stats is not None and both.student.x.shape[2] > both.ids.shape[1] + 1:
-            at = TokenStats._fields.index("student_lse")
-            stats[:, at] += torch.where(counted, masses.centre / problem.temperature, 0.0)
+        finish(problem, both, None if of_label is None else of_label[:, 0], loss, stats)
 
     def _spread(
         self,
         problem: Problem,
         student: Logits,
-        both: _Compared,
+        both: "Compared",
         of_outcomes: Tensor,
         upstream: Tensor | None,
         out: Tensor,
     ) -> None:
         """From the gradient by the logits of outcomes (n, W) to that by the student's stored logits, in `out`."""
-        k = both.ids.shape[1]
-        bucket = of_outcomes[:, k] if of_outcomes.shape[1] > k + 1 else torch.zeros_like(of_outcomes[:, 0])
-        found = ListedGradient(of_outcomes[:, :k].contiguous(), bucket.contiguous())
+        found = listed_gradient(both, of_outcomes)
         self.backend.gradient(problem, student, both.ids, both.labels, both.logits, both.kept, found, upstream, out)
+
+
+def finish(problem: Problem, both: Compared, of_label: Tensor | None, loss: Tensor, stats: Tensor | None) -> None:
+    """Add the cross-entropy to the loss, and the centre to the student's log-sum-exp in the statistics.
+
+    of_label: (n,) the student's logits at the labels, where there is a cross-entropy.
+    """
+    masses, counted = columns_of(Masses, both.kept), both.targets >= 0
+    if of_label is not None:
+        loss += torch.where(counted, problem.ce_weight * (masses.ce_lse - of_label), 0.0)
+    if stats is not None and both.student.x.shape[2] > both.ids.shape[1] + 1:
+        at = TokenStats._fields.index("student_lse")
+        stats[:, at] += torch.where(counted, masses.centre / problem.temperature, 0.0)
 
 
 def _outcomes(teacher: Logits) -> Outcomes:
@@ -297,12 +352,80 @@ def _nonempty(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where((log_q == -torch.inf) & (log_p <= EMPTY), -torch.inf, log_p)
 
 
-def _split(saved: Tensor | None, n: int, like: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The row scalars (n, SAVED) and the Masses (n, MASSES) in the memory of `saved`, each contiguous."""
-    if saved is None:
-        return None, like.new_empty((n, MASSES))
-    flat = saved.view(-1)
-    return flat[: n * SAVED].view(n, SAVED), flat[n * SAVED :].view(n, MASSES)
+class TopKChunks:
+    """A top-k teacher's part of rows that are never whole: some of the vocabulary's columns at a time."""
+
+    def __init__(self, problem: Problem, backend: Backend, kind: str, teacher: Logits, labels: Tensor | None) -> None:
+        self.problem, self.backend, self.rows = problem, backend.topk, rows_beside(kind, backend)
+        self.teacher, self.labels, self.outcomes = teacher, labels, _outcomes(teacher)
+        self.counting = _counting(labels, self.outcomes)
+
+    def value(self, chunks: Iterator[StudentChunk], saved: Tensor, loss: Tensor, stats: Tensor | None) -> None:
+        """Fills `saved` (N, saved_width), `loss` (N,) and `stats` (N, STATS) from all chunks of the student."""
+        memory = saved_of(saved, saved, self.outcomes.ids.shape[1])
+        memory.logits.fill_(-torch.inf)
+        masses = columns_of(Masses, memory.masses)
+        masses.centre.zero_()
+        masses.log_bucket.fill_(-torch.inf if self.outcomes.bucket else 0.0)
+        masses.ce_lse.fill_(-torch.inf if self.problem.ce_weight else 0.0)
+        of_label = loss.new_full((len(loss), 1), -torch.inf) if self.problem.ce_weight else None
+        for chunk in chunks:
+            self._gather(chunk, self.outcomes.ids, memory.logits)
+            if of_label is not None:
+                self._gather(chunk, self.counting.unsqueeze(-1), of_label)
+            if self.outcomes.bucket or self.problem.ce_weight:
+                found = torch.empty_like(memory.masses)
+                ids = _inside(self.outcomes.ids, chunk.columns)
+                self.backend.masses(chunk.problem, chunk.student, ids, self.counting, found)
+                _merge(masses, columns_of(Masses, found), self.problem.temperature, self.outcomes.bucket)
+        both = compared(self.problem, self.teacher, self.labels, memory)
+        assert isinstance(self.rows, TopKRows)
+        self.rows.outcomes_value(both, memory, loss, stats)
+        finish(self.problem, both, None if of_label is None else of_label[:, 0], loss, stats)
+
+    def _gather(self, chunk: StudentChunk, ids: Tensor, out: Tensor) -> None:
+        inside, here = _inside(ids, chunk.columns), torch.empty_like(out)
+        self.backend.gather(chunk.student, inside, self.counting, here)
+        out.copy_(torch.where(inside >= 0, here, out))
+
+    def prepare(self, saved: Tensor, upstream: Tensor) -> None:
+        """Before the gradient of any chunk."""
+        memory = saved_of(saved, saved, self.outcomes.ids.shape[1])
+        self.both, self.upstream = compared(self.problem, self.teacher, self.labels, memory), upstream
+        assert isinstance(self.rows, TopKRows)
+        self.listed = listed_gradient(self.both, self.rows.outcomes_gradient(self.both, memory, upstream))
+
+    def gradient(self, chunk: StudentChunk, out: Tensor) -> None:
+        """Writes a chunk's dZ into `out` (N, chunk)."""
+        both, (first, last) = self.both, (chunk.columns.start, chunk.columns.stop)
+        labels = both.labels
+        if self.problem.ce_weight:  # a label of another chunk is no column here, and its row counts
+            here = (labels >= first) & (labels < last)
+            labels = torch.where(labels < 0, -1, torch.where(here, labels - first, last - first))
+        ids = _inside(both.ids, chunk.columns)
+        self.backend.gradient(
+            chunk.problem, chunk.student, ids, labels, both.logits, both.kept, self.listed, self.upstream, out
+        )
+
+
+def _inside(ids: Tensor, columns: slice) -> Tensor:
+    """Ids as columns of a chunk, −1 outside of it."""
+    return torch.where((ids >= columns.start) & (ids < columns.stop), ids - columns.start, -1)
+
+
+def _merge(masses: Masses, more: Masses, temperature: float, bucket: bool) -> None:
+    """Add a chunk's Masses (N,) to those so far; without a bucket only the log-sum-exp of all columns."""
+    masses.ce_lse.copy_(torch.logaddexp(masses.ce_lse, more.ce_lse))
+    if not bucket:
+        return
+    has, adds = masses.log_bucket > -torch.inf, more.log_bucket > -torch.inf
+    larger = torch.where(has, torch.maximum(masses.centre, more.centre), more.centre)
+    centre = torch.where(adds, larger, masses.centre)
+    ours, theirs = (x.log_bucket + (x.centre - centre) / temperature for x in (masses, more))
+    known = torch.logaddexp(ours, theirs)
+    unknown = masses.log_bucket.isnan() | more.log_bucket.isnan()
+    masses.log_bucket.copy_(torch.where(unknown, torch.nan, torch.where(has | adds, known, -torch.inf)))
+    masses.centre.copy_(centre)
 
 
 class _Truncated:
