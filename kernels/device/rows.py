@@ -58,6 +58,16 @@ class Logits(NamedTuple):
     softcap: float | None = None
     floor: torch.Tensor | None = None  # (N,) float32: logits below are raised to it (teacher only)
     first: int = 0
+    outcomes: "Outcomes | None" = None  # what the columns are, where they are not the vocabulary (teacher only)
+
+
+class Outcomes(NamedTuple):
+    """The columns of a top-k teacher: K listed ones of the vocabulary, the bucket of all others if it has one, and one
+    without probability for a target that is not listed."""
+
+    ids: torch.Tensor  # (N, K) int64, distinct in a row; −1: absent
+    targets: torch.Tensor  # (N,) int64: which column is the target; negative: the row does not count
+    bucket: bool  # whether column K is one
 
 
 class Problem(NamedTuple):

@@ -11,6 +11,7 @@ from .recipes.cald import cald_loss
 from .recipes.taid import TAIDSchedule
 from .schedules.planner import Plan, plan
 from .token_logprobs import token_logprobs
+from .topk import TopK
 
 try:
     __version__ = version("fusedkd")
@@ -24,6 +25,7 @@ __all__ = [
     "KDStats",
     "Plan",
     "TAIDSchedule",
+    "TopK",
     "__version__",
     "cald_loss",
     "divergence",

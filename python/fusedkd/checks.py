@@ -3,7 +3,8 @@
 import math
 import numbers
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -14,9 +15,13 @@ from .divergence import Divergence
 from .dtypes import accumulation_dtype
 from .head import Head, Side, autocast_dtype
 from .schedules.operands import Operand, is_operand
+from .schedules.topk import TAILS, TRUNCATED
+from .topk import TopK
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_LISTED = 4096  # K of a TopK
+Teacher = Side | TopK | Operand
 
 
 def side(name: str, value: Any) -> None:
@@ -163,14 +168,156 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def teacher(value: Any) -> None:
-    """A teacher is a side, or an Operand as its class made it."""
-    if not is_operand(value):
-        side("teacher", value)
+def teacher(value: Any, name: str = "teacher") -> None:
+    """A teacher is a side, a TopK, or an Operand as its class made it."""
+    if isinstance(value, TopK):
+        _top_k(name, value)
+    elif not is_operand(value):
+        side(name, value)
 
 
-def leading(side_value: Side | Operand) -> torch.Size:
+def teachers(value: Any, teacher_ids: Any) -> dict[str, Teacher]:
+    """One teacher, or several with the ids that choose among them, by the names that errors give them.
+
+    A NamedTuple is a tuple: a Head or TopK is one teacher.
+    """
+    if not _is_list(value):
+        if teacher_ids is not None:
+            raise ValueError(
+                f"teacher_ids choose among several teachers, and teacher is one {type(value).__name__}: pass a list of "
+                "teachers, or leave teacher_ids at None"
+            )
+        teacher(value)
+        return {"teacher": value}
+    if teacher_ids is None:
+        raise ValueError("teacher is a list, and teacher_ids says which of them a token has: pass int64 ids (...)")
+    named: dict[str, Any] = {f"teacher[{i}]": x for i, x in enumerate(value)}
+    if not named:
+        raise ValueError("teacher must have at least one member, got an empty list")
+    for name, x in named.items():
+        teacher(x, name)
+    return named
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list) or type(value) is tuple
+
+
+def teacher_ids(value: Any, count: int, shape: torch.Size, where: torch.device) -> None:
+    """int64 in [−1, count), of the leading shape; looked at where labels are."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"teacher_ids must be a torch.Tensor, got {type(value).__name__}")
+    _untransformed("teacher_ids", value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"teacher_ids must be int64, got {value.dtype}: pass teacher_ids.long()")
+    if value.shape != shape:
+        raise ValueError(f"teacher_ids must have the leading shape {tuple(shape)} of student, got {tuple(value.shape)}")
+    _together("teacher_ids", value.device, "student", where)
+    if not (has_data(value) and _looks(where)):
+        return
+    wrong = (value < -1) | (value >= count)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"teacher_ids must lie in [0, {count}), or be -1 for a token without a teacher, got {int(value[wrong][0])}"
+        )
+
+
+def _top_k(name: str, value: TopK) -> None:
+    """Ids and log-probabilities of one shape, and numbers that they can be, where those can be seen."""
+    ids, logprobs = value.ids, value.logprobs
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"{name}.ids must be a torch.Tensor, got {type(ids).__name__}")
+    _untransformed(f"{name}.ids", ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}.ids must be int32 or int64, got {ids.dtype}: pass {name}.ids.long()")
+    tensor(f"{name}.logprobs", logprobs)
+    if logprobs.dtype == torch.float64:
+        raise TypeError(f"{name}.logprobs must be float32, bfloat16 or float16, got {logprobs.dtype}: pass .float()")
+    if ids.dim() < 1 or not 1 <= ids.shape[-1] <= MOST_LISTED:
+        raise ValueError(f"{name}.ids must have shape (..., K) with K from 1 to {MOST_LISTED}, got {tuple(ids.shape)}")
+    if ids.shape != logprobs.shape:
+        raise ValueError(
+            f"{name}.logprobs must have the shape {tuple(ids.shape)} of {name}.ids, got {tuple(logprobs.shape)}"
+        )
+    _together(f"{name}.ids", ids.device, f"{name}.logprobs", logprobs.device)
+    one_of(f"{name}.tail", value.tail, tuple(TAILS))
+    positive(f"{name}.temperature", value.temperature)
+    if value.vocab_size is not None:
+        integer(f"{name}.vocab_size", value.vocab_size)
+        positive(f"{name}.vocab_size", value.vocab_size)
+
+
+def listed(value: TopK, columns: int, name: str = "teacher") -> None:
+    """The numbers of a TopK beside a student of which `columns` are compared: looked at where labels are."""
+    ids, logprobs = value.ids, value.logprobs
+    if not (has_data(ids) and has_data(logprobs) and _looks(ids.device)):
+        return
+    wrong = (ids < -1) | (ids >= columns)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name}.ids must lie in [0, {columns}), or be -1 where a token is absent, got {int(ids[wrong][0])}"
+        )
+    ordered = ids.sort(-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(twice.any()):
+        raise ValueError(
+            f"{name}.ids must be distinct in each row, got {int(ordered[..., 1:][twice][0])} twice: leave one out "
+            "(id -1), or see fusedkd.TopK.from_vllm, which merges the token that vLLM adds"
+        )
+    logp = torch.where(ids >= 0, logprobs, -torch.inf).double()
+    if bool((logp.isnan() | (logp == torch.inf)).any()):
+        raise ValueError(f"{name}.logprobs must be numbers, got NaN or infinity")
+    # What rounding to the dtype can have added: half a unit in the last place of each log-probability.
+    p, unit = logp.exp(), torch.finfo(logprobs.dtype).eps
+    allowed = 1 + (p * logp.clamp(min=-1e4).abs()).sum(-1) * unit + 1e-5
+    total = p.sum(-1)
+    if bool((total > allowed).any()):
+        raise ValueError(
+            f"{name}.logprobs must be log-probabilities of one softmax, whose sum is at most 1, got a row of sum "
+            f"{float(total.max()):.4g}: pass log_softmax over the full vocabulary, in nats"
+        )
+
+
+def listed_with(
+    value: TopK, chosen: Divergence, temperature: float, support: str, return_stats: bool, name: str
+) -> None:
+    """What a TopK can be compared by."""
+    if support != "teacher":
+        raise ValueError(
+            f"support={support!r} raises small teacher logits, and a TopK has only its largest: leave it at 'teacher'"
+        )
+    if value.tail != "renormalize" and float(value.temperature) != float(temperature):
+        raise ValueError(
+            f"temperature must be {value.temperature}, that of the log-probabilities in {name}, got {temperature}: "
+            "make them at the temperature of the loss, or use tail='renormalize', from which it can be taken out"
+        )
+    if value.tail != "truncate":
+        return
+    form = chosen.form
+    if form.definition.name not in TRUNCATED or form.decoupled or form.mix is not None or not _plain(form):
+        raise NotImplementedError(
+            f"tail='truncate' sums the published integrand of {', '.join(TRUNCATED)} as they are, and divergence is "
+            f"{chosen!r}: use tail='bucket', which is a divergence for all of them"
+        )
+    if return_stats:
+        raise NotImplementedError(
+            "return_stats=True describes distributions, and tail='truncate' compares none: use tail='bucket'"
+        )
+
+
+def _plain(form: Any) -> bool:
+    return not any(isinstance(x, torch.Tensor) or x != 1 for x in (form.target, form.nontarget))
+
+
+def _looks(where: torch.device) -> bool:
+    """Whether numbers are looked at: on a CPU, and elsewhere under FUSEDKD_CHECK=1, which waits for the device."""
+    return where.type == "cpu" or os.environ.get("FUSEDKD_CHECK") == "1"
+
+
+def leading(side_value: Teacher) -> torch.Size:
     """(...) of a side; an Operand's rows are flat."""
+    if isinstance(side_value, TopK):
+        return side_value.ids.shape[:-1]
     if isinstance(side_value, Head):
         return side_value.hidden.shape[:-1]
     return side_value.shape[:-1] if isinstance(side_value, torch.Tensor) else torch.Size((side_value.rows,))
@@ -183,25 +330,29 @@ def width(side_value: Side | Operand) -> int:
     return side_value.shape[-1] if isinstance(side_value, torch.Tensor) else side_value.width
 
 
-def device(side_value: Side | Operand) -> torch.device:
+def device(side_value: Teacher) -> torch.device:
     """Where a side lives."""
+    if isinstance(side_value, TopK):
+        return side_value.ids.device
     if isinstance(side_value, Head):
         return side_value.hidden.device
     return side_value.device if isinstance(side_value, torch.Tensor) else side_value.tensors[0].device
 
 
-def pair(student: Side, teacher: Side | Operand) -> None:
+def pair(student: Side, teacher: Teacher, name: str = "teacher") -> None:
     """Both sides describe the same tokens, in the same place."""
     if leading(student) != leading(teacher):
         raise ValueError(
-            f"teacher must have the leading shape of student, {tuple(leading(student))}, got {tuple(leading(teacher))}"
+            f"{name} must have the leading shape of student, {tuple(leading(student))}, got {tuple(leading(teacher))}"
         )
-    _together("student", device(student), "teacher", device(teacher))
+    _together("student", device(student), name, device(teacher))
 
 
-def vocab_size(value: Any, student: Side, teacher: Side | Operand) -> int:
+def vocab_size(value: Any, student: Side, *teachers: Teacher) -> int:
     """The number of compared columns."""
-    common = min(width(student), width(teacher))
+    common = width(student)
+    for given in teachers:
+        common = min(common, width(given) if not isinstance(given, TopK) else given.vocab_size or common)
     if value is None:
         return common
     if not _is_integer(value):
@@ -227,7 +378,7 @@ def labels(
     _together(name, value.device, "student", where)
     if not has_data(value):
         return
-    if where.type == "cpu" or os.environ.get("FUSEDKD_CHECK") == "1":
+    if _looks(where):
         wrong = (value != ignore_index) & ((value < 0) | (value >= columns))
         if bool(wrong.any()):
             raise ValueError(
@@ -253,7 +404,7 @@ def per_token(name: str, value: Any, shape: torch.Size, where: torch.device) -> 
         )
 
 
-def weight_grad(value: Any, student: Side, teacher: Side | Operand) -> None:
+def weight_grad(value: Any, student: Side, teachers: Mapping[str, Teacher]) -> None:
     """A buffer that can take the gradient of the student Head's weight, in memory that the call does not read."""
     if value is None:
         return
@@ -291,15 +442,15 @@ def weight_grad(value: Any, student: Side, teacher: Side | Operand) -> None:
         )
     if not has_data(value):
         return
-    for name, given in (("student", student), ("teacher", teacher)):
+    for name, given in {"student": student, **teachers}.items():
         for part, operand in _parts(given).items():
             if isinstance(operand, torch.Tensor) and _overlap(value, operand):
                 raise ValueError(f"weight_grad shares memory with {part} of {name}: pass a buffer of its own")
 
 
-def _parts(side_value: Side | Operand) -> dict[str, Any]:
+def _parts(side_value: Teacher) -> dict[str, Any]:
     """What a side is made of, by name."""
-    if isinstance(side_value, Head):
+    if isinstance(side_value, Head | TopK):
         return side_value._asdict()
     if isinstance(side_value, torch.Tensor):
         return {"logits": side_value}

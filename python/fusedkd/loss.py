@@ -1,5 +1,6 @@
 """`kd_loss` and `kd_value_and_grad`: checks, flattening, choice of path, reduction."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from .kernels.device.rows import STATS
 from .kernels.maths.definition import Form
 from .ops import heads, logits, streamed
 from .schedules import vocab_chunks
-from .schedules.operands import Operand, Operands, is_operand, operands_of
+from .schedules.operands import Operand, Operands, RoutedTeachers, is_operand, operands_of, part_of
 from .schedules.planner import Shape, choose_schedule, sweeps_of, whole_rows
+from .schedules.topk import TopKOutcomes, is_topk, outcomes_of
+from .topk import TopK
 
 
 class KDStats(NamedTuple):
@@ -57,7 +60,7 @@ class _Checked(NamedTuple):
 
 def kd_loss(
     student: Side,
-    teacher: Side,
+    teacher: Side | TopK | Sequence[Side | TopK],
     labels: torch.Tensor | None = None,
     *,
     divergence: str | Divergence = "fkl",
@@ -77,6 +80,7 @@ def kd_loss(
     backend: str = "auto",
     return_stats: bool = False,
     weight_grad: torch.Tensor | None = None,
+    teacher_ids: torch.Tensor | None = None,
 ) -> Any:
     """The divergence between a teacher's and a student's next-token distributions, in nats.
 
@@ -89,11 +93,11 @@ def kd_loss(
         student: (..., V) logits, float32, bfloat16, float16 (float64 with backend="torch"), any strides; or a `Head`.
             Gradients flow here, to the logits or to hidden, weight and bias. A row that counts and holds NaN has the
             loss NaN.
-        teacher: likewise, with its own V and width. No gradient ever flows into it; it may come from
-            torch.inference_mode() (inside torch.compile, which keeps what backward needs itself and refuses such
-            logits: pass a clone). A weight or hidden states that both
-            Heads share (self-distillation) are held once, also as autocast's copy; the four products remain, because
-            sides that differ in either have different logits, and sides that differ in neither have the loss 0.
+        teacher: likewise, with its own V and width, or a `TopK`: its likeliest tokens alone. No gradient ever flows
+            into it; it may come from torch.inference_mode() (inside torch.compile, which keeps what backward needs
+            itself and refuses such logits: pass a clone). A weight or hidden states that both Heads share
+            (self-distillation) are held once, also as autocast's copy; the four products remain, because sides that
+            differ in either have different logits, and sides that differ in neither have the loss 0.
         labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count: loss, statistics and gradient
             are 0 there, and nothing that they hold reaches another number, NaN and infinity in logits, hidden states,
             token weights, per-token parameters and upstream gradients included. Other labels must lie in
@@ -128,6 +132,10 @@ def kd_loss(
             which takes a C++ compiler and, when each kind of call is first seen, a while: the same bounds, much less
             time with jsd. Not for float64, amid, akl and schedule="streaming".
         return_stats: also return `KDStats`.
+        teacher_ids: (...) int64, where `teacher` is a list of Heads, logits and TopKs in any mix, each of the student's
+            leading shape: which of them a token has, −1 for none (the row does not count). One call, one normaliser,
+            one weight gradient; a teacher that no token has costs nothing. The rows of a teacher are copied together, a
+            chunk at a time, which a GPU waits for once.
         weight_grad: (V, D), contiguous, float32 or of the weight's dtype (float64 for a float64 weight): a buffer to
             which the backward pass adds the gradient of the student Head's weight, as Megatron's `weight.main_grad`.
             The weight gets no gradient from this call (None), nor does anything it was computed from. Every backward
@@ -141,9 +149,10 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work.
-        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor" or
-            backend="compiled", which need whole rows; for weight_grad inside torch.compile; inside torch.func's
-            transforms and forward-mode AD, for which there are no derivatives.
+        NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor",
+            backend="compiled" or a list of teachers, which need whole rows (those of a TopK are); for what
+            tail="truncate" of a TopK cannot do; for weight_grad inside torch.compile; inside torch.func's transforms
+            and forward-mode AD, for which there are no derivatives.
         RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
     Cost: logits: one read of each logit forward for divergences with a one-sweep form, two for the others and for
@@ -162,6 +171,7 @@ def kd_loss(
         temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, token_weights=token_weights,
         ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
         logits_dtype=logits_dtype, backend=backend, return_stats=return_stats, weight_grad=weight_grad,
+        teacher_ids=teacher_ids,
     )  # fmt: skip
     if not all(side.stored for side in checked.operands):
         loss, stats = _from_heads(checked, schedule, memory_budget, drop_ignored)
@@ -175,7 +185,7 @@ def kd_loss(
 
 def kd_value_and_grad(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | TopK,
     labels: torch.Tensor | None = None,
     *,
     divergence: str | Divergence = "fkl",
@@ -208,7 +218,7 @@ def kd_value_and_grad(
         if isinstance(value, Head) or (is_operand(value) and not value.stored):
             kind = type(value).__name__
             raise TypeError(f"{name} must be logits, got a {kind}: use kd_loss and backward for hidden states")
-        if not is_operand(value):
+        if not is_operand(value) and not (name == "teacher_logits" and isinstance(value, TopK)):
             checks.side(name, value)
     _check_options(
         num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
@@ -274,7 +284,7 @@ def _no_head_options(schedule: str, memory_budget: int | None, logits_dtype: tor
 
 def _check(
     student: Side,
-    teacher: Side | Operand,
+    teacher: checks.Teacher | Sequence[checks.Teacher],
     labels: torch.Tensor | None,
     *,
     divergence: str | Divergence,
@@ -291,19 +301,21 @@ def _check(
     backend: str,
     return_stats: bool,
     weight_grad: torch.Tensor | None = None,
+    teacher_ids: torch.Tensor | None = None,
 ) -> _Checked:
     """Checks what depends on the tensors, and flattens them to rows."""
     checks.side("student", student)
-    checks.teacher(teacher)
-    checks.pair(student, teacher)
-    checks.weight_grad(weight_grad, student, teacher)
+    teachers = checks.teachers(teacher, teacher_ids)
+    for name, given in teachers.items():
+        checks.pair(student, given, name)
+    checks.weight_grad(weight_grad, student, teachers)
     chosen = as_divergence(divergence)
     checks.positive("temperature", temperature)
     checks.flag("temperature_squared", temperature_squared)
     checks.number("ce_weight", ce_weight)
     checks.integer("ignore_index", ignore_index)
     checks.one_of("support", support, ("teacher", "floor"))
-    columns = checks.vocab_size(vocab_size, student, teacher)
+    columns = checks.vocab_size(vocab_size, student, *teachers.values())
     shape, where = checks.leading(student), checks.device(student)
     checks.targets(chosen, labels, ce_weight)
     if labels is not None:
@@ -311,19 +323,27 @@ def _check(
     if token_weights is not None:
         checks.per_token("token_weights", token_weights, shape, where)
     resolved = choose_backend(backend, where)
-    operands = operands_of(student, teacher)
+    y = None if labels is None else _flat_labels(labels, ignore_index, columns)
+    counted = None if y is None else y >= 0
+    if teacher_ids is not None:
+        checks.teacher_ids(teacher_ids, len(teachers), shape, where)
+    for name, given in teachers.items():
+        if isinstance(given, TopK):
+            checks.listed_with(given, chosen, temperature, support, return_stats, name)
+            checks.listed(given, columns, name)
+            teachers[name] = _outcomes(student, given, y, chosen, columns, temperature)
+    operands = operands_of(student, _one_of(teachers, teacher_ids))
     ours, theirs = operands.student.parts, operands.teacher
+    if isinstance(theirs, TopKOutcomes | RoutedTeachers):  # rows of which no teacher says anything do not count either
+        has_teacher = (theirs.targets if isinstance(theirs, TopKOutcomes) else theirs.ids) >= 0
+        counted = has_teacher if counted is None else counted & has_teacher
+        y = None if y is None else torch.where(counted, y, -1)
     wide = accumulation_dtype(ours.x, *theirs.tensors)
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
     if resolved == "compiled":
         torch_compiled.check_rows(chosen.form.definition, wide)
 
-    counted = y = None
-    if labels is not None:
-        flat = labels.reshape(-1)
-        counted = (flat != ignore_index) & (flat >= 0) & (flat < columns)
-        y = torch.where(counted, flat, -1)
     weights = None if token_weights is None else _rows_of(token_weights, shape).to(wide)
     if weights is not None and counted is not None:
         weights = torch.where(counted, weights, 0.0)  # padding may hold anything
@@ -366,6 +386,42 @@ def _check(
     return _Checked(call, operands, numbers, form, shape, counted, reduction, num_items)
 
 
+def _flat_labels(labels: torch.Tensor, ignore_index: int, columns: int) -> torch.Tensor:
+    """(N,), −1 in rows that do not count."""
+    flat = labels.reshape(-1)
+    return torch.where((flat != ignore_index) & (flat >= 0) & (flat < columns), flat, -1)
+
+
+def _outcomes(
+    student: Side,
+    teacher: TopK,
+    y: torch.Tensor | None,
+    chosen: Divergence,
+    columns: int,
+    temperature: float,
+) -> TopKOutcomes:
+    """The teacher as an Operand."""
+    k = teacher.ids.shape[-1]
+    logprobs = teacher.logprobs.detach().reshape(-1, k)
+    if teacher.temperature != temperature:  # renormalised: log p is the logit at that temperature but for a constant
+        logprobs = logprobs.float() * (teacher.temperature / temperature)
+    wide = accumulation_dtype(student.hidden if isinstance(student, Head) else student)
+    argmax = chosen.target_token == "teacher_argmax"
+    return outcomes_of(teacher.tail, teacher.ids.reshape(-1, k), logprobs, y, argmax, columns, wide)
+
+
+def _one_of(teachers: dict[str, Any], teacher_ids: torch.Tensor | None) -> Side | Operand:
+    """The teacher, or the several of which `teacher_ids` (...) names one for each row."""
+    if teacher_ids is None:
+        return teachers["teacher"]
+    ids, parts = teacher_ids.reshape(-1), [part_of(x) for x in teachers.values()]
+    ids = torch.where((ids >= 0) & (ids < len(parts)), ids, -1)
+    for i, part in enumerate(parts):
+        if isinstance(part, TopKOutcomes):
+            ids = torch.where((ids == i) & (part.targets < 0), -1, ids)
+    return RoutedTeachers(ids, tuple(parts))
+
+
 def _from_heads(
     checked: _Checked, schedule: str, memory_budget: int | None, drop_ignored: bool | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -380,6 +436,10 @@ def _from_heads(
     needs_rows = whole_rows(checked.form, call.target_token == "teacher_argmax", call.support == "floor")
     if call.backend == "compiled":
         needs_rows = needs_rows or 'backend="compiled"'
+    if isinstance(teacher, RoutedTeachers):
+        needs_rows = needs_rows or "a list of teachers"
+    if is_topk(call.teacher_kind):  # its outcomes are whole rows
+        needs_rows = None
     beside_logits = drop and (student.stored or teacher.stored)
     if beside_logits and drop_ignored is True:
         if schedule == "streaming":
@@ -440,13 +500,19 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
         hidden_bytes=made.element_size(),
         accumulator_bytes=accumulation_dtype(x, *teacher.tensors).itemsize,
         on_cpu=x.device.type == "cpu",
-        gather=call.drop_ignored,
+        gather=call.drop_ignored or isinstance(teacher, RoutedTeachers),
         masked=call.token_weights is not None or (call.labels is not None and not call.drop_ignored),
         student_logit_bytes=x.element_size() if student.stored else theirs.element_size(),
         student_logits=student.width if student.stored else 0,
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
+        outcomes=_most_outcomes(teacher),
     )
+
+
+def _most_outcomes(teacher: Operand) -> int:
+    parts = teacher.parts if isinstance(teacher, RoutedTeachers) else (teacher,)
+    return max(x.width if isinstance(x, TopKOutcomes) else 0 for x in parts)
 
 
 def _check_logits_dtype(logits_dtype: torch.dtype | None, operands: Operands) -> None:
@@ -468,6 +534,8 @@ def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def _weighted(loss: torch.Tensor, checked: _Checked) -> torch.Tensor:
     """weight·loss of each row (N,), or its sum where the reduction takes one."""
     weights = checked.call.token_weights
+    if checked.call.labels is None and checked.counted is not None:
+        loss = torch.where(checked.counted, loss, 0.0)  # nor does the upstream gradient of the others count
     loss = loss if weights is None else torch.where(weights == 0, 0.0, loss * weights)
     return loss if checked.reduction == "none" else loss.sum()
 
@@ -496,9 +564,13 @@ def _reduced(loss: torch.Tensor, checked: _Checked) -> torch.Tensor:
 
 def _stats(stats: torch.Tensor, checked: _Checked) -> KDStats:
     found = KDStats(*stats.float().t().contiguous())
-    if not checked.form.definition.splits:
-        counted = checked.counted
-        unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
-        unknown = unknown.expand(len(stats))
+    counted = checked.counted
+    unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
+    unknown = unknown.expand(len(stats))
+    call = checked.call
+    no_target = is_topk(call.teacher_kind) and call.labels is None and call.target_token == "label"
+    if no_target:
+        found = found._replace(student_logprob=unknown, teacher_logprob=unknown)
+    if no_target or not checked.form.definition.splits:
         found = found._replace(target_loss=unknown, nontarget_loss=unknown, target_grad=unknown, nontarget_grad=unknown)
     return KDStats(*(column.view(checked.shape) for column in found))

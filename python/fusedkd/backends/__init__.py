@@ -2,10 +2,10 @@
 
 import torch
 
-from ..kernels.device import rows, token_logprobs, vocab_chunks
+from ..kernels.device import rows, token_logprobs, topk, vocab_chunks
 from ..kernels.device.rows import Problem
 from ..kernels.language import HAS_TRITON, interpreted
-from . import torch_chunks, torch_compiled, torch_logprobs, torch_rows, triton
+from . import torch_chunks, torch_compiled, torch_logprobs, torch_rows, torch_topk, triton
 from .protocol import Backend, RowBackend
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
@@ -17,11 +17,11 @@ def _torch(row_backend: RowBackend) -> Backend:
     def logits(problem: Problem, x: torch.Tensor) -> RowBackend:
         return row_backend
 
-    return Backend(row_backend, logits, torch_chunks, torch_logprobs)
+    return Backend(row_backend, logits, torch_chunks, torch_logprobs, torch_topk)
 
 
 _BACKENDS = {
-    "triton": Backend(rows, triton.kernels, vocab_chunks, token_logprobs),
+    "triton": Backend(rows, triton.kernels, vocab_chunks, token_logprobs, topk),
     "torch": _torch(torch_rows),
     "compiled": _torch(torch_compiled),
 }

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ..kernels.device.rows import Logits, Problem
+from ..kernels.device.topk import ListedGradient
 
 
 class Sweeps(Protocol):
@@ -132,6 +133,34 @@ class TokenBackend(Protocol):
         ...
 
 
+class TopKBackend(Protocol):
+    """What a top-k teacher needs of the student's rows. K listed columns, ids (N, K)."""
+
+    def gather(self, side: Logits, ids: Tensor, labels: Tensor | None, out: Tensor, /) -> object:
+        """Writes the logits at the columns `ids` into `out` (N, K), −inf where one is negative."""
+        ...
+
+    def masses(self, problem: Problem, student: Logits, ids: Tensor, labels: Tensor | None, out: Tensor, /) -> object:
+        """Fills `out` (N, MASSES) from one sweep."""
+        ...
+
+    def gradient(
+        self,
+        problem: Problem,
+        student: Logits,
+        ids: Tensor,
+        labels: Tensor | None,
+        logits: Tensor,
+        kept: Tensor,
+        found: ListedGradient,
+        upstream: Tensor | None,
+        out: Tensor,
+        /,
+    ) -> object:
+        """Writes the gradient by the student's stored logits into `out` (N, width), which may lie over them."""
+        ...
+
+
 class Backend(NamedTuple):
     """Who does the row work."""
 
@@ -140,3 +169,4 @@ class Backend(NamedTuple):
     logits: Callable[[Problem, Tensor], Sweeps]
     chunks: ChunkBackend
     tokens: TokenBackend
+    topk: TopKBackend

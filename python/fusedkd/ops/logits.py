@@ -8,14 +8,17 @@ from torch import Tensor
 from .. import backends
 from ..backends.protocol import Sweeps
 from ..call import LossCall, empty_rows
-from ..kernels.device.rows import SAVED, Logits, Problem
+from ..kernels.device.rows import Logits, Problem
+from ..schedules import topk
 from ..schedules.operands import comparison_of
 from ..schedules.token_chunks import FLOOR_DEPTH
 from .operator import no_gradients, operator
 
 
 class Rows(NamedTuple):
-    """Loss (N,), statistics (N, STATS) or (0, STATS), and what the gradient needs: row scalars (N, SAVED), floors.
+    """Loss (N,), statistics (N, STATS) or (0, STATS), and what the gradient needs: row scalars, floors.
+
+    saved: (N, SAVED), wider beside a top-k teacher (schedules.topk.saved_width).
 
     floors: where support="floor" raises the teacher's logits to, (N,), else (0,).
     """
@@ -36,7 +39,8 @@ class RowsBoth(NamedTuple):
 
 def _empty_rows(call: LossCall) -> Rows:
     loss, stats = empty_rows(call)
-    return Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)), floors=_empty_floors(call, loss))
+    saved = loss.new_empty((loss.shape[0], topk.saved_width(call.teacher_kind, call.teacher)))
+    return Rows(loss, stats, saved, floors=_empty_floors(call, loss))
 
 
 def _empty_gradient(call: LossCall) -> Tensor:
@@ -71,7 +75,10 @@ class _Whole(NamedTuple):
 
     def sweeps(self, call: LossCall) -> Sweeps:
         """What serves them."""
-        return backends.get(call.backend).logits(self.problem, call.student)
+        backend = backends.get(call.backend)
+        if topk.is_topk(call.teacher_kind):
+            return topk.rows_beside(call.teacher_kind, backend)
+        return backend.logits(self.problem, call.student)
 
     def at_floors(self, floors: Tensor) -> "_Whole":
         """With the teacher raised to `floors`, if there are any."""

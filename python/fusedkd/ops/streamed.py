@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from ..call import LossCall, empty_rows
-from ..kernels.device.rows import SAVED
-from ..schedules import token_chunks, vocab_chunks
+from ..schedules import token_chunks, topk, vocab_chunks
 from .operator import no_gradients, operator
 
 
@@ -17,7 +16,8 @@ def streamed(call: LossCall) -> vocab_chunks.Rows:
 @streamed.register_fake
 def _(call: LossCall) -> vocab_chunks.Rows:
     loss, stats = empty_rows(call)
-    return vocab_chunks.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], SAVED)))
+    width = topk.saved_width(call.teacher_kind, call.teacher)
+    return vocab_chunks.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], width)))
 
 
 @operator("streamed_gradient", mutates_args=("weight_grad",))

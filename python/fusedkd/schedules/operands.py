@@ -5,6 +5,7 @@ tensors and numbers: `tensors` and `numbers` take an operand apart, `of` puts it
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from ..call import LossCall, numbers_of, problem_of
 from ..dtypes import logit_dtype
-from ..head import Head, Side, autocast, both_autocast
+from ..head import Head, Side, autocast, both_autocast, detached
 from ..kernels.device.rows import Logits, Problem
-from . import gemm
+from . import gemm, topk
 
 
 class Operand(Protocol):
@@ -258,7 +259,109 @@ class HeadLogits(NamedTuple):
 
 
 Student = DenseLogits | PickedLogits | HeadLogits  # those that a gradient flows to
-KINDS: dict[str, type[Operand]] = {kind.kind: kind for kind in (DenseLogits, PickedLogits, HeadLogits)}
+KINDS: dict[str, type[Operand]] = {
+    kind.kind: kind for kind in (DenseLogits, PickedLogits, HeadLogits, *topk.TAILS.values())
+}
+_ROUTED = "routed: "
+
+
+class RoutedTeachers(NamedTuple):
+    """Several teachers of the same N rows, one of which each row has: never whole, but a group of rows at a time."""
+
+    ids: Tensor  # (N,) int64, which of `parts` a row has; negative: none, and the row does not count
+    parts: tuple[Operand, ...]
+
+    stored = False
+
+    @property
+    def kind(self) -> str:
+        """The kinds of the parts, and how many tensors and numbers each is made of."""
+        return _ROUTED + "; ".join(f"{x.kind}, {len(x.tensors)}, {len(x.numbers)}" for x in self.parts)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.ids.shape[0]
+
+    @property
+    def width(self) -> int:
+        """V that all parts have, as far as one has it (that of a top-k teacher is the student's)."""
+        return min((x.width for x in self.parts if not topk.is_topk(x.kind)), default=0)
+
+    @property
+    def dim(self) -> int:
+        """The largest of the parts."""
+        return max(x.dim for x in self.parts)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of the parts, then `ids`."""
+        return [*(tensor for x in self.parts for tensor in x.tensors), self.ids]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Those of the parts."""
+        return tuple(number for x in self.parts for number in x.numbers)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], numbers: Sequence[float]) -> "RoutedTeachers":
+        """Not without the parts' kinds: `operand_of`."""
+        raise NotImplementedError
+
+    def at(self, rows: Tensor) -> "RoutedTeachers":
+        """Some of the rows of every part."""
+        return RoutedTeachers(self.ids[rows], tuple(x.at(rows) for x in self.parts))
+
+    def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> None:
+        """Each part has its own."""
+
+    def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
+        """Those of a part, which alone has some."""
+        raise NotImplementedError
+
+
+def operand_of(kind: str, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Operand:
+    """The operand of a kind with these `tensors` and `numbers`."""
+    if not kind.startswith(_ROUTED):
+        return KINDS[kind].of(tensors, numbers)
+    parts: list[Operand] = []
+    of_tensors, of_numbers = iter(tensors), iter(numbers)
+    for part in kind.removeprefix(_ROUTED).split("; "):
+        name, tensor_count, number_count = part.split(", ")
+        own = list(islice(of_tensors, int(tensor_count)))
+        parts.append(KINDS[name].of(own, list(islice(of_numbers, int(number_count)))))
+    return RoutedTeachers(next(of_tensors), tuple(parts))
+
+
+class Group(NamedTuple):
+    """Neighbouring rows that have one teacher."""
+
+    teacher: Operand
+    rows: slice
+
+
+class Grouped(NamedTuple):
+    """Which rows of a call are worked on, in this order (None: all, as they are), and the teacher of each."""
+
+    kept: Tensor | None
+    groups: list[Group]
+
+
+def grouped(teacher: Operand, kept: Tensor | None) -> Grouped:
+    """A teacher of some rows (None: of all) as groups of neighbours; several teachers take those that they have."""
+    if not isinstance(teacher, RoutedTeachers):
+        mine = teacher if kept is None else teacher.at(kept)
+        return Grouped(kept, [Group(mine, slice(0, mine.rows))])
+    kept = torch.arange(teacher.rows, device=teacher.ids.device) if kept is None else kept
+    ids = teacher.ids[kept]
+    rows = [kept[ids == i] for i in range(len(teacher.parts))]
+    groups: list[Group] = []
+    first = 0
+    for part, mine in zip(teacher.parts, rows, strict=True):
+        if len(mine):
+            groups.append(Group(part.at(mine), slice(first, first + len(mine))))
+            first += len(mine)
+    return Grouped(torch.cat(rows), groups)
 
 
 def front(buffer: Tensor | None, rows: int, columns: slice) -> Tensor:
@@ -270,7 +373,7 @@ def front(buffer: Tensor | None, rows: int, columns: slice) -> Tensor:
 
 def is_operand(side: object) -> TypeGuard[Operand]:
     """Whether a side is an Operand of a known kind."""
-    return isinstance(side, tuple(KINDS.values()))
+    return isinstance(side, (*KINDS.values(), RoutedTeachers))
 
 
 def flattened(side: Side) -> DenseLogits | HeadLogits:
@@ -301,8 +404,13 @@ def operands_of(student: Side, teacher: Side | Operand) -> Operands:
     if isinstance(teacher, Tensor | Head):
         ours, theirs = both_autocast(student, teacher)
         return Operands(flattened(ours), flattened(theirs))
-    constant = teacher.of([x.detach() for x in teacher.tensors], teacher.numbers)
+    constant = operand_of(teacher.kind, [x.detach() for x in teacher.tensors], teacher.numbers)
     return Operands(flattened(autocast(student)), constant)
+
+
+def part_of(teacher: Side | Operand) -> Operand:
+    """One of several teachers, likewise."""
+    return flattened(autocast(detached(teacher))) if isinstance(teacher, Tensor | Head) else teacher
 
 
 class Comparison(NamedTuple):
@@ -319,5 +427,5 @@ def comparison_of(call: LossCall) -> Comparison:
     student = Parts(
         call.student, call.student_weight, call.student_bias, numbers.student_scale, numbers.student_softcap
     )
-    teacher = KINDS[call.teacher_kind].of(call.teacher, numbers.teacher)
+    teacher = operand_of(call.teacher_kind, call.teacher, numbers.teacher)
     return Comparison(problem_of(call, numbers), student.operand(), teacher)

@@ -55,6 +55,7 @@ class Shape:
     student_logits: int = 0  # V of student logits given as a tensor
     needs_hidden: bool = True
     needs_weight: bool = True
+    outcomes: int = 0  # columns of a top-k teacher
 
     @property
     def needs_gradient(self) -> bool:
@@ -87,6 +88,8 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
         total += outer * shape.student_dim * shape.hidden_bytes * shape.masked
     if shape.needs_hidden:  # the gradient of student logits is formed in the forward and scaled in the backward
         total += shape.rows * shape.student_logits * shape.student_logit_bytes
+    if shape.outcomes:  # both sides, gradients and temporaries; a bit for each column
+        total += inner * (12 * shape.outcomes * shape.accumulator_bytes + shape.student_width // 8)
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
         total += 3 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends
-from ..call import LossCall, at_rows, row_count, wide_dtype
+from ..call import LossCall, at_rows, numbers_of, problem_of, row_count, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from ..kernels.device.rows import STATS, Problem
-from . import gemm
-from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of
+from . import gemm, topk
+from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of, grouped
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 
@@ -127,13 +127,13 @@ def _sink_of(call: LossCall, student: Student, outer: int, inner: int, width: in
 
 def run(call: LossCall) -> Result:
     """Loss rows, statistics and the gradients that `call` needs, of the sum weighted by its token weights."""
-    row_work, total_rows, kept = backends.get(call.backend).rows, row_count(call), _kept(call)
-    if kept is not None:
-        call = at_rows(call, kept)
+    backend, total_rows = backends.get(call.backend), row_count(call)
     problem, whole, teacher = comparison_of(call)
+    kept, groups = grouped(teacher, _kept(call))
     student: Student = whole
     if kept is not None:
-        student, teacher = whole.at(kept), teacher.at(kept)
+        call = at_rows(call, kept)
+        problem, student = problem_of(call, numbers_of(call)), whole.at(kept)
     n = student.rows
     loss = call.student.new_empty(n, dtype=wide_dtype(call))
     stats = loss.new_empty((n, STATS)) if call.return_stats else None
@@ -143,27 +143,29 @@ def run(call: LossCall) -> Result:
     of_student = slice(0, student.width) if problem.ce_weight else of_teacher
     inner, outer = min(call.inner_rows, max(n, 1)), min(call.outer_rows, max(n, 1))
     sink = _sink_of(call, student, outer, inner, of_student.stop)
-    teacher_buffer = teacher.buffer(inner, of_teacher.stop, call.logits_dtype)
     student_buffer = None if sink.in_place else student.buffer(inner, of_student.stop, call.logits_dtype)
 
-    for chunk in _slices(0, n, outer):
-        for rows in _slices(chunk.start, chunk.stop, inner):
-            out = sink.out(chunk, rows)
-            t = teacher.logits(rows, of_teacher, teacher_buffer)
-            s = student.logits(rows, of_student, out if sink.in_place else student_buffer)
-            here = _at_rows(problem, rows)
-            label = None if call.labels is None else call.labels[rows]
-            if floors is not None:
-                row_work.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
-                t = t._replace(floor=floors[rows])
-            stat = None if stats is None else stats[rows]
-            if out is None:
-                row_work.value(here, s, t, label, loss[rows], None, stat)
-            else:
-                weight = None if call.token_weights is None else call.token_weights[rows]
-                row_work.value_and_gradient(here, s, t, label, weight, out, loss[rows], stat)
-                sink.take_rows(rows)
-        sink.take_chunk(chunk)
+    for group in groups:
+        row_work, first = topk.rows_beside(group.teacher.kind, backend), group.rows.start
+        teacher_buffer = group.teacher.buffer(min(inner, group.teacher.rows), of_teacher.stop, call.logits_dtype)
+        for chunk in _slices(first, group.rows.stop, outer):
+            for rows in _slices(chunk.start, chunk.stop, inner):
+                out = sink.out(chunk, rows)
+                t = group.teacher.logits(slice(rows.start - first, rows.stop - first), of_teacher, teacher_buffer)
+                s = student.logits(rows, of_student, out if sink.in_place else student_buffer)
+                here = _at_rows(problem, rows)
+                label = None if call.labels is None else call.labels[rows]
+                if floors is not None:
+                    row_work.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
+                    t = t._replace(floor=floors[rows])
+                stat = None if stats is None else stats[rows]
+                if out is None:
+                    row_work.value(here, s, t, label, loss[rows], None, stat)
+                else:
+                    weight = None if call.token_weights is None else call.token_weights[rows]
+                    row_work.value_and_gradient(here, s, t, label, weight, out, loss[rows], stat)
+                    sink.take_rows(rows)
+            sink.take_chunk(chunk)
     gradients = sink.gradients
     if kept is not None:
         loss, stats = _spread(loss, kept, total_rows), None if stats is None else _spread(stats, kept, total_rows)

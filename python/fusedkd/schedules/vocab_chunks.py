@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.torch_rows import finish_rows, values_at
-from ..call import LossCall, wide_dtype
+from ..call import LossCall, empty_rows, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
 from ..kernels.device.args import (
     CARRY,
@@ -40,7 +40,7 @@ from ..kernels.device.vocab_chunks import online_of
 from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infinite, side_stats
 from ..kernels.maths.moments import log_sum
 from ..kernels.maths.quantities import Binary, SideStats
-from . import gemm, token_chunks
+from . import gemm, token_chunks, topk
 from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front
 from .planner import DOMINANT_ROWS
 
@@ -115,6 +115,8 @@ class Rows(NamedTuple):
 
 def forward(call: LossCall) -> Rows:
     """The value of every row, and what the backward pass needs to know of it."""
+    if topk.is_topk(call.teacher_kind):
+        return _forward_beside_topk(call)
     sweep, chunks, labels = _pass(call), backends.get(call.backend).chunks, call.labels
     problem, n, wide = sweep.problem, sweep.student.rows, wide_dtype(call)
     count = len(online_of(problem).init.torch())
@@ -137,6 +139,23 @@ def forward(call: LossCall) -> Rows:
         theta = (*values_at(problem.parameters, slice(None), carry), *norms.extras)
         total, mass = sums_of.traced(norms.state, scalars.l_s, scalars.l_t, scalars.r, theta)
     return _finish_rows(problem, columns_of(Carry, carry), norms, total, mass, labels)
+
+
+def _forward_beside_topk(call: LossCall) -> Rows:
+    sweep = _pass(call)
+    loss, stats = empty_rows(call)
+    saved = loss.new_empty((len(loss), topk.saved_width(call.teacher_kind, call.teacher)))
+    _topk_chunks(call, sweep).value(_student_chunks(sweep), saved, loss, stats if call.return_stats else None)
+    return Rows(loss, stats, saved)
+
+
+def _topk_chunks(call: LossCall, sweep: _Pass) -> topk.TopKChunks:
+    teacher = sweep.teacher.logits(slice(0, sweep.teacher.rows), slice(0, sweep.teacher.width), None)
+    return topk.TopKChunks(sweep.problem, backends.get(call.backend), call.teacher_kind, teacher, call.labels)
+
+
+def _student_chunks(sweep: _Pass) -> Iterator[topk.StudentChunk]:
+    return (topk.StudentChunk(x.columns, x.problem, x.student) for x in sweep.chunks())
 
 
 def _row_norms(problem: Problem, memory: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
@@ -256,14 +275,19 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if workspace is not None and workspace.dtype != dtype:
         workspace = x.new_empty((n, sweep.width), dtype=dtype)
+    beside_topk = _topk_chunks(call, sweep) if topk.is_topk(call.teacher_kind) else None
+    of_rows = upstream if workspace is None else scaled
+    if beside_topk is not None:
+        beside_topk.prepare(saved, of_rows)
     for columns, part, s, t in sweep.chunks():
+        dz = grad_x.view(n, student.width)[:, columns] if workspace is None else front(workspace, n, columns)
+        if beside_topk is not None:
+            beside_topk.gradient(topk.StudentChunk(columns, part, s), dz)
+        else:
+            chunks.gradient(part, s, t, labels, saved, of_rows, dominant, dz, columns.start)
         if workspace is None:
-            dz = grad_x.view(n, student.width)[:, columns]
-            chunks.gradient(part, s, t, labels, saved, upstream, dominant, dz, columns.start)
             continue
         assert weight is not None
-        dz = front(workspace, n, columns)
-        chunks.gradient(part, s, t, labels, saved, scaled, dominant, dz, columns.start)
         if sum_x is not None:
             gemm.hidden_gradient(dz, weight[columns], sum_x, accumulate=True)
         if weight_grad is not None:
@@ -275,7 +299,8 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     if sum_x is not None:
         sum_x *= size
     whole = made if weight_grad is None else made._replace(weight=weight_grad)
-    _add_dominant(call, sweep, hidden, saved, upstream, dominant, whole, sum_x)
+    if beside_topk is None:
+        _add_dominant(call, sweep, hidden, saved, upstream, dominant, whole, sum_x)
     if sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return made
