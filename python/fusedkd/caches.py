@@ -267,7 +267,7 @@ def _checked(
     vocab_size: int | None,
 ) -> TopK:
     """A TopK that `kd_loss` takes."""
-    nothing = (ids < 0) | (logprobs == -torch.inf)
+    nothing = (ids == -1) | (logprobs == -torch.inf)
     absent = nothing if absent is None else absent | nothing
     found = TopK(torch.where(absent, -1, ids), torch.where(absent, -torch.inf, logprobs), tail, temperature, vocab_size)
     name = f"TopK.{reader}(...)"

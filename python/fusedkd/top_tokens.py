@@ -38,9 +38,9 @@ def topk(side: Side, k: int, temperature: float = 1.0, vocab_size: int | None = 
         comes first and is kept. Where fewer than k logits are finite, the rest is absent: id −1, log-probability −inf.
         NaN or +inf among the logits makes the row's log-probabilities NaN. tail is "bucket"; `_replace` changes it.
 
-    Accuracy: logits are centred before the exponential, so that an offset costs nothing, and what is left is the
-    float32 sum of the exponentials, 1e-6 in log p, and one rounding: |error| ≤ 1e-6 + 2⁻²⁴·|log p| beside a float64
-    softmax of the same logits.
+    Accuracy: beside a float64 softmax of the same logits, wherever they lie (they are centred first): 2⁻²⁴·|log p| for
+    the rounding of the result, and what the float32 sum of exponentials costs, below 1e-6 for rows of random logits and
+    at most 2⁻²³·(ln V + 2), where a row's many equal logits all round alike.
 
     Cost: one product for a Head, one read of given logits, a few sweeps over each part of them. Memory beyond inputs
     and results: about 4·N·(c + k) floats for a Head of N tokens, in chunks of c columns (at least k; what the streaming
@@ -140,7 +140,9 @@ def _shape(side: HeadLogits, columns: int, on_cpu: bool) -> Shape:
 def _of_part(x: Tensor, k: int, temperature: float, first: int) -> _Found:
     """What x (n, c) shows, the columns from `first` on; k ≤ c."""
     top = x.amax(-1, keepdim=True)
-    total = (x - _finite(top)).div_(temperature).exp_().sum(-1, keepdim=True)
+    gaps = x - _finite(top)
+    total = (gaps if temperature == 1.0 else gaps.div_(temperature)).exp_().sum(-1, keepdim=True)
+    del gaps  # so that what finds the largest can have its memory
     values, ids = x.topk(k)
     if k < x.shape[1]:
         # Which of several tokens with the k-th largest logit are among the k, is anyone's guess: the first ones are.

@@ -50,7 +50,10 @@ class TopK(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "TopK":
-        """Read what `save` has written, bit for bit.
+        """Read what `save` has written at `path`, bit for bit.
+
+        Args:
+            path: of the file. device: where the tensors are put.
 
         On a CPU nothing is copied: the tensors are the file mapped into memory, read as they are used, so that a cache
         may be larger than memory. Writing to them does not change the file.
