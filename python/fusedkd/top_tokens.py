@@ -1,7 +1,8 @@
 """`topk`: the likeliest tokens of logits or of a Head and their log-probabilities, without the logit matrix.
 
-A Head's logits are made some vocabulary columns at a time, in one buffer; given logits are read some rows at a time.
-Each part gives its k largest logits, which are merged with those found before, and its share of the softmax's sum.
+A Head's logits are made some vocabulary columns at a time, in one buffer, and are looked at, as given logits are, some
+rows at a time. Each part gives its k largest logits, which are merged with those found before, and its share of the
+softmax's sum.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ from . import checks
 from .backends.torch_rows import logits as whole_logits
 from .dtypes import accumulation_dtype, logit_dtype
 from .head import Side, autocast, detached
-from .kernels.device.rows import Logits
 from .schedules.operands import DenseLogits, HeadLogits, flattened
 from .schedules.planner import Shape, choose_width
 from .topk import TopK
 
-_CPU_LOGITS, _GPU_LOGITS = 1 << 22, 1 << 24  # of a tensor at once
+_CPU_LOGITS, _GPU_LOGITS = 1 << 20, 1 << 24  # looked at together: as many rows as have them, with what they become
+_OF_EACH = 8  # elements like a logit that each of the k takes while two lists of them become one
 
 
 @torch.no_grad()
@@ -43,8 +44,10 @@ def topk(side: Side, k: int, temperature: float = 1.0, vocab_size: int | None = 
     at most 2⁻²³·(ln V + 2), where a row's many equal logits all round alike.
 
     Cost: one product for a Head, one read of given logits, a few sweeps over each part of them. Memory beyond inputs
-    and results: about 4·N·(c + k) floats for a Head of N tokens, in chunks of c columns (at least k; what the streaming
-    schedule of `kd_loss` takes); for logits 4·2²² floats (2²⁴ on a GPU), or 4 rows. Nothing waits for a GPU.
+    and results: for a Head of N tokens N·c floats, in chunks of c columns (what the streaming schedule of `kd_loss`
+    takes, k at least), on a CPU as many again of up to 256 tokens and what upcasts half precision; and on either side
+    at most 8·2²⁰ floats for some rows at a time (8·2²⁴ on a GPU; what one row needs, if that is more). Nothing waits
+    for a GPU.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what would work.
@@ -67,53 +70,51 @@ def topk(side: Side, k: int, temperature: float = 1.0, vocab_size: int | None = 
 
 
 class _Found(NamedTuple):
-    """What some rows have shown so far, in the order of the result."""
+    """What rows have shown so far, in the order of the result; absent where they have not shown as many."""
 
     values: Tensor  # (n, k) largest logits
-    ids: Tensor  # (n, k) int64
+    ids: Tensor  # (n, k) int32
     top: Tensor  # (n, 1) float64, the largest logit
     total: Tensor  # (n, 1) float64, Σ exp((x − top)/τ)
 
 
 def _likeliest(side: DenseLogits | HeadLogits, k: int, temperature: float, columns: int) -> tuple[Tensor, Tensor]:
     """Ids (N, k) int32 and log-probabilities (N, k) float32."""
-    like = side.tensors[0]
-    ids = like.new_empty((side.rows, k), dtype=torch.int32)
-    logprobs = like.new_empty((side.rows, k), dtype=torch.float32)
-    for rows, parts in _parts(side, k, columns):
-        found: _Found | None = None
-        for first, part, width in parts:
-            x, _ = whole_logits(part, slice(0, rows.stop - rows.start), width, accumulation_dtype(like))
-            mine = _of_part(x, min(k, width), temperature, first)
-            found = mine if found is None else _merged(found, mine, k, temperature)
-        assert found is not None  # there is a column
-        top = _finite(found.top)
-        exact = (found.values.double() - top) / temperature - found.total.log()
-        logprobs[rows] = torch.where(found.values == -torch.inf, -torch.inf, exact).float()
-        ids[rows] = torch.where(logprobs[rows] == -torch.inf, -1, found.ids).int()
-    return ids, logprobs
-
-
-def _parts(
-    side: DenseLogits | HeadLogits, k: int, columns: int
-) -> Iterator[tuple[slice, Iterator[tuple[int, Logits, int]]]]:
-    """Rows, and the columns of these in turn: the first one, the logits and how many there are."""
-    on_cpu, n = side.tensors[0].device.type == "cpu", side.rows
-    high, wide, buffer = n, columns, None
+    like, n = side.tensors[0], side.rows
+    on_cpu, dtype = like.device.type == "cpu", accumulation_dtype(like)
+    wide, buffer = columns, None
     if isinstance(side, HeadLogits):
         wide = min(columns, max(k, choose_width(_shape(side, columns, on_cpu), None)))
         buffer = side.buffer(n, wide, None)
-    else:
-        high = max(1, (_CPU_LOGITS if on_cpu else _GPU_LOGITS) // columns)
+    found = _Found(
+        like.new_full((n, k), -torch.inf, dtype=dtype),
+        like.new_full((n, k), -1, dtype=torch.int32),
+        like.new_full((n, 1), -torch.inf, dtype=torch.float64),
+        like.new_zeros((n, 1), dtype=torch.float64),
+    )
+    for first in range(0, columns, wide):
+        at = slice(first, min(first + wide, columns))
+        part, width = side.logits(slice(0, n), at, buffer), at.stop - first
+        for rows in _blocks(n, width + _OF_EACH * k, on_cpu):
+            before = _Found(*(x[rows] for x in found))
+            x, _ = whole_logits(part, rows, width, dtype)
+            merged = _merged(before, _of_part(x, min(k, width), temperature, first), k, temperature)
+            for to, new in zip(before, merged, strict=True):
+                to.copy_(new)
+    logprobs = found.values if dtype == torch.float32 else like.new_empty((n, k), dtype=torch.float32)
+    for rows in _blocks(n, _OF_EACH * k, on_cpu):
+        values, ids, top, total = (x[rows] for x in found)
+        exact = (values.double() - _finite(top)) / temperature - total.log()
+        logprobs[rows] = torch.where(values == -torch.inf, -torch.inf, exact).float()
+        ids.masked_fill_(logprobs[rows] == -torch.inf, -1)
+    return found.ids, logprobs
 
-    def across(rows: slice) -> Iterator[tuple[int, Logits, int]]:
-        for first in range(0, columns, wide):
-            at = slice(first, min(first + wide, columns))
-            yield first, side.logits(rows, at, buffer), at.stop - first
 
-    for start in range(0, n, max(high, 1)):
-        rows = slice(start, min(start + high, n))
-        yield rows, across(rows)
+def _blocks(n: int, elements: int, on_cpu: bool) -> Iterator[slice]:
+    """Some rows at a time, of so many elements each."""
+    step = max(1, (_CPU_LOGITS if on_cpu else _GPU_LOGITS) // elements)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 def _shape(side: HeadLogits, columns: int, on_cpu: bool) -> Shape:
@@ -152,7 +153,7 @@ def _of_part(x: Tensor, k: int, temperature: float, first: int) -> _Found:
         earliest = torch.searchsorted(counts, tied.cumsum(-1, dtype=torch.int32)).clamp_(max=x.shape[1] - 1)
         ids = torch.where(tied, earliest, ids)
     ids, by_id = ids.sort(-1)
-    return _Found(*_sorted(values.gather(-1, by_id), ids + first), top.double(), total.double())
+    return _Found(*_sorted(values.gather(-1, by_id), (ids + first).int()), top.double(), total.double())
 
 
 def _merged(before: _Found, mine: _Found, k: int, temperature: float) -> _Found:
