@@ -109,6 +109,7 @@ def test_outside_the_support() -> None:
     assert_found(found, *expected(logits, 8))
     assert (found.ids[0] >= 0).sum() == 5
     assert (found.ids[1] == -1).all()
+    assert fusedkd.topk(torch.tensor([3e38, -3e38, 0.0]), 3).ids.tolist() == [0, 2, -1]  # float32 has no such log p
     head = Head(
         torch.ones(1, 2), torch.randn(100, 2), torch.full((100,), ABSENT).index_fill(0, torch.tensor([93]), 0.0)
     )
