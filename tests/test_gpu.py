@@ -279,6 +279,21 @@ def test_no_synchronisation_elsewhere() -> None:
         never_waits(lambda: step("heads", "cuda", drop_ignored=True))
 
 
+@each("dtype", DTYPES)
+@each("k", [1, 100, 4096])
+def test_topk(dtype: torch.dtype, k: int) -> None:
+    """The tokens that a CPU lists, without a wait; equal logits, of which half precision is full, by id."""
+    logits = torch.randn(40, 50_257, device="cuda").to(dtype)
+    found, exact = fusedkd.topk(logits, k, 1.5), fusedkd.topk(logits.cpu(), k, 1.5)
+    assert torch.equal(found.ids.cpu(), exact.ids)
+    assert (found.logprobs.cpu() - exact.logprobs).abs().max() < 4e-6
+    head = fusedkd.Head(*(torch.randn(n, 64, device="cuda").to(dtype) for n in (300, 50_257)))
+    found, dense = fusedkd.topk(head, k), (head.hidden.double() @ head.weight.double().T).log_softmax(-1)
+    assert (found.logprobs.double() - dense.topk(k).values).abs().max() < 1e-4
+    for given in (logits, head):
+        never_waits(lambda given=given: fusedkd.topk(given, k))
+
+
 MEMCHECK = """
 import torch
 import fusedkd

@@ -187,6 +187,15 @@ def test_token_logprobs(kind: str, host: Host) -> None:
     assert host.count["launch"] >= 2
 
 
+@each("kind", ["logits", "heads"])
+def test_topk(kind: str, host: Host) -> None:
+    """Which token is among the k, and whether it is there at all, is decided on the device."""
+    (side, _), _ = sides(kind, "meta")
+    found = fusedkd.topk(side, 5, 2.0, V - 1)
+    assert found.ids.is_meta
+    assert host.count["topk"] == (1 if kind == "logits" else 3)  # in columns of 128
+
+
 def planted(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Tensor], Any]) -> None:
     """A question put to the loss of every launch of the value."""
     original = triton_rows.value_and_gradient

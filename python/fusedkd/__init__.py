@@ -11,6 +11,7 @@ from .recipes.cald import cald_loss
 from .recipes.taid import TAIDSchedule
 from .schedules.planner import Plan, plan
 from .token_logprobs import token_logprobs
+from .top_tokens import topk
 from .topk import TopK
 
 try:
@@ -34,4 +35,5 @@ __all__ = [
     "kd_value_and_grad",
     "plan",
     "token_logprobs",
+    "topk",
 ]

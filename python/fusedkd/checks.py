@@ -171,7 +171,7 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def teacher(value: Any, name: str = "teacher") -> None:
     """A teacher is a side, a TopK, or an Operand as its class made it."""
     if isinstance(value, TopK):
-        _top_k(name, value)
+        top_k(name, value)
     elif not is_operand(value):
         side(name, value)
 
@@ -222,7 +222,7 @@ def teacher_ids(value: Any, count: int, shape: torch.Size, where: torch.device) 
         )
 
 
-def _top_k(name: str, value: TopK) -> None:
+def top_k(name: str, value: TopK) -> None:
     """Ids and log-probabilities of one shape, and numbers that they can be, where those can be seen."""
     ids, logprobs = value.ids, value.logprobs
     if not isinstance(ids, torch.Tensor):
