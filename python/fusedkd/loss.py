@@ -53,6 +53,7 @@ class _Checked(NamedTuple):
     form: Form
     shape: torch.Size  # the leading one
     counted: torch.Tensor | None  # (N,) bool
+    targeted: bool  # whether there is a token that statistics can be about
     reduction: str
     num_items: float | torch.Tensor | None
 
@@ -330,7 +331,7 @@ def _check(
     counted = None if y is None else y >= 0
     if isinstance(theirs, TopKOutcomes):  # a row of which the teacher has no token does not count either
         counted = theirs.targets >= 0
-        y = None if y is None else torch.where(counted, y, -1)
+        y = torch.where(counted, 0 if y is None else y, -1)
     weights = None if token_weights is None else _rows_of(token_weights, shape).to(wide)
     if weights is not None and counted is not None:
         weights = torch.where(counted, weights, 0.0)  # padding may hold anything
@@ -370,7 +371,8 @@ def _check(
         logits_dtype=logits_dtype,
         weight_grad=weight_grad,
     )
-    return _Checked(call, operands, numbers, form, shape, counted, reduction, num_items)
+    targeted = labels is not None or chosen.target_token != "label"
+    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items)
 
 
 def _flat_labels(labels: torch.Tensor, ignore_index: int, columns: int) -> torch.Tensor:
@@ -535,10 +537,8 @@ def _stats(stats: torch.Tensor, checked: _Checked) -> KDStats:
     counted = checked.counted
     unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
     unknown = unknown.expand(len(stats))
-    call = checked.call
-    no_target = is_topk(call.teacher_kind) and call.labels is None and call.target_token == "label"
-    if no_target:
+    if not checked.targeted:
         found = found._replace(student_logprob=unknown, teacher_logprob=unknown)
-    if no_target or not checked.form.definition.splits:
+    if not checked.targeted or not checked.form.definition.splits:
         found = found._replace(target_loss=unknown, nontarget_loss=unknown, target_grad=unknown, nontarget_grad=unknown)
     return KDStats(*(column.view(checked.shape) for column in found))
