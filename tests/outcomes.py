@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import oracle
 import torch
-from cases import HEAD, MIXED, VALUE, Case, Side, check_stats, chosen, cuts, device, moved
+from cases import HEAD, MIXED, VALUE, Case, Side, check_stats, chosen, device, moved
 from compare import assert_close, relative, rounding
 from torch import Tensor
 
@@ -223,12 +224,12 @@ def check(
     total = max(bound, MIXED if name == "amid" and dtype != torch.float64 else 0.0)
     assert_close(loss, value, bound, dtype=wide, what="loss")
     wanted = found.slope(upstream.double() * weights)
-    allowed = total + rounding(wanted, dtype, cut=cuts(backend))
+    allowed = total + rounding(wanted, dtype, cut=cases.cuts(backend))
     assert_close(leaf.grad, wanted, allowed, dtype=dtype, what="gradient")
     both = fusedkd.kd_value_and_grad(prepare(leaf.detach()), *sides[1:], **given)
     assert_close(both[0], value, bound, dtype=wide, what="loss of both")
     wanted = found.slope(torch.ones_like(value) * weights)
-    allowed = total + rounding(wanted, dtype, cut=cuts(backend))
+    allowed = total + rounding(wanted, dtype, cut=cases.cuts(backend))
     assert_close(both[1], wanted, allowed, dtype=dtype, what="gradient of both")
 
 
