@@ -26,6 +26,7 @@ WAYS = {
     "streaming": '`kd_loss` with `schedule="streaming"`, one chunk: the logits are products of heads.',
     "log-probabilities": "`token_logprobs` and its backward pass; a pair is one logit.",
     "floor": '`kd_loss` with `support="floor"` and its backward pass.',
+    "top-k": "`kd_loss` beside a `TopK` of 100 tokens and its backward pass; a pair is one logit of the student.",
 }
 COLUMNS = (
     "divergence", "dtype", "rows", "kernel", "instructions a pair",
@@ -126,4 +127,5 @@ def _row(case: dict[str, Any], kernel: str, found: dict[str, int]) -> list[str]:
 
 def _sectors(found: dict[str, int], kind: str, n: int) -> tuple[str, str]:
     taken, least, requests = (found[f"{kind}_{key}"] for key in ("sectors", "sectors_least", "requests"))
-    return f"{taken / n:,.0f} ({least / n:,.0f})", f"{taken / requests:.1f} ({least / requests:.1f})"
+    each = max(requests, 1)  # none of a kernel that has atomic operations alone
+    return f"{taken / n:,.0f} ({least / n:,.0f})", f"{taken / each:.1f} ({least / each:.1f})"

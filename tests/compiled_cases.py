@@ -50,6 +50,8 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
     "log-probabilities": [("", {}, WIDE + APART)],
     "floor": [("rkl", {}, CROSSED + APART)],
+    "top-k": [("rkl", {}, CROSSED + APART)],
+    "top-k of heads": [("rkl", {}, [("fp32", STRIDED)]), ("drkl", {}, [("bf16", ALIGNED)])],  # in place, and not
 }
 CASES = {
     "-".join(filter(None, (way, name, *params.values(), dtype, layout))): (way, (name, params), dtype, layout)
@@ -176,6 +178,38 @@ def _many_rows(case: Any, dtype: torch.dtype) -> None:
     assert_close(gradient[-3:], wanted, VALUE + rounding(wanted, dtype), dtype=dtype, what="gradient")
 
 
+def _listed(logits: torch.Tensor, k: int = 40) -> Any:
+    """A top-k teacher of rows, of which the second lacks some tokens."""
+    from outcomes import likeliest
+
+    listed = likeliest(logits, k, 2.0)
+    listed.ids[1, ::3] = -1
+    return listed
+
+
+def _top_k(case: Any, dtype: torch.dtype, layout: str) -> None:
+    """Through autograd and at once."""
+    from outcomes import check
+
+    data, more = problem_rows(dtype, layout), {"ce_weight": 0.5} if layout == STRIDED else {}
+    listed = _listed(data.teacher)
+    labels = torch.where(data.labels >= 0, listed.ids[:, 1], data.labels)
+    check(data.student, listed, labels, case, "triton", dtype=dtype, prepare=laid_out(layout), **more)
+
+
+def _top_k_of_heads(case: Any, dtype: torch.dtype, layout: str) -> None:
+    """The gradient takes the place of float32 logits."""
+    from cases import side
+    from outcomes import check_head
+
+    columns = COLUMNS[layout]
+    student = side((3,), columns, 16, softcap=20.0, scale=1.5, bias=True)
+    listed = _listed(5 * torch.randn(3, columns, dtype=torch.float64))
+    labels = torch.tensor([-100, *listed.ids[1:, 1].tolist()])
+    more = {"ce_weight": 0.5} if layout == STRIDED else {}
+    check_head(student, listed, labels, case, "triton", dtype=dtype, drop_ignored=False, **more)
+
+
 def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     """Raises where a number is wrong."""
     import test_token_logprobs
@@ -197,6 +231,10 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
         heads = (side((3,), COLUMNS[layout] // 4, width) for width in (16, 24))
         labels = random_labels((3,), COLUMNS[layout] // 4).roll(1)
         check_heads(*heads, labels, case, "triton", dtype=dtype, schedule="streaming", reduction="mean")
+    elif way == "top-k":
+        _top_k(case, dtype, layout)
+    elif way == "top-k of heads":
+        _top_k_of_heads(case, dtype, layout)
     elif way == "many rows":
         _many_rows(case, dtype)
     else:

@@ -101,6 +101,17 @@ def _logprobs(given: Given) -> None:
     fusedkd.token_logprobs(given.student.requires_grad_(), given.labels, backend="triton").sum().backward()
 
 
+def _top_k(given: Given) -> None:
+    """A hundred tokens, the label among them, of which one after the other lies in another tile."""
+    import fusedkd
+
+    rows, columns = given.student.shape
+    ids = (given.labels[:, None] + torch.arange(100) * 4099) % columns
+    teacher = fusedkd.TopK(ids, torch.full((rows, 100), -5.0))
+    student = given.student.requires_grad_()
+    fusedkd.kd_loss(student, teacher, given.labels, divergence=given.divergence, backend="triton").backward()
+
+
 WAYS: dict[str, tuple[Callable[[Given], None], tuple[str, ...]]] = {
     "autograd": (_autograd, (*FORMULAS, "akl", "amid", "taid")),
     "fused": (_fused, FORMULAS),
@@ -108,6 +119,7 @@ WAYS: dict[str, tuple[Callable[[Given], None], tuple[str, ...]]] = {
     "streaming": (_streaming, CLASSES),
     "log-probabilities": (_logprobs, ("",)),
     "floor": (functools.partial(_autograd, support="floor"), ("rkl",)),
+    "top-k": (_top_k, ("rkl",)),
 }
 
 

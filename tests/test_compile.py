@@ -23,8 +23,9 @@ FULL = os.environ.get("FUSEDKD_TESTS") == "all"
 # and tile, in another dtype; the full product by `make compile-all`.
 KINDS = (
     "rkl", "decoupled_rkl", "decoupled_rkl_argmax", "mixed_fkl", "ab", "jsd_two", "amid_teacher_two", "akl_rows",
-    "token_logprobs",
+    "token_logprobs", "topk",
 )  # fmt: skip
+NO_ROWS = ("split_finalize", "topk_mark", "topk_gather")  # which read no rows of logits, or single ones
 SAMPLE = {
     ("sm_80", "float16"): KINDS,
     ("sm_90", "bfloat16"): (),
@@ -76,7 +77,7 @@ def test_compile(architecture: str, dtype: str) -> None:
         assert report["shared"] <= aot.SHARED[architecture], report
         if architecture.startswith("sm_"):
             one_tile = report["kernel"].startswith("split_")
-            assert report["load_bytes"] == 16 or report["kernel"] == "split_finalize", report  # which reads no logits
+            assert report["load_bytes"] == 16 or report["kernel"] in NO_ROWS, report
             assert "instructions" not in report or bool(report["instructions"]) != one_tile, report  # no loop
     if (architecture, dtype) == ("sm_90", "bfloat16"):
         counted = compiled(architecture, dtype, *GOALS, "--instructions")

@@ -45,7 +45,7 @@ def test_compiled(case: str, reports: dict[str, Any]) -> None:
 def launchable() -> set[str]:
     """file:kernel of every kernel that there is."""
     aot = pytest.importorskip("fusedkd.kernels.aot.compiler")
-    tables = (aot.ROW_KERNELS, aot._CHUNK_KERNELS, aot._SPLIT_KERNELS)
+    tables = (aot.ROW_KERNELS, aot._CHUNK_KERNELS, aot._SPLIT_KERNELS, aot._TOPK_KERNELS)
     kernels = [kernel for table in tables for kernel in table.values()]
     kernels += [aot.rows._floor, aot.token_logprobs._value, aot.token_logprobs._gradient]
     return {f"{Path(kernel.fn.__code__.co_filename).name}:{kernel.fn.__name__}" for kernel in kernels}

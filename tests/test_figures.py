@@ -36,6 +36,7 @@ RECOUNTED = [
     "streaming-jsd-bf16-aligned",
     "log-probabilities-bf16-aligned",
     "floor-rkl-fp32-aligned",
+    "top-k-rkl-bf16-aligned",
 ]
 COMPILED = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 SAME = {"launches", "blocks", "threads"}  # what is launched: others are no longer figures of the same

@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..device import rows, split_rows, token_logprobs, vocab_chunks
+from ..device import rows, split_rows, token_logprobs, topk, vocab_chunks
 from ..device.args import GradArg, LogitsArg, ParametersArg, ScalesArg, ValueArg, WeightsArg, WorkspaceArg
 from ..device.tiles import FUSION, Tile, TileKey, table_tile
+from ..device.topk import BucketArg
 from ..divergences import definitions
 from ..language import triton
 from ..maths.definition import TWO_SWEEPS, Definition, OnlineForm
@@ -70,6 +71,13 @@ _SPLIT_KERNELS = {
     "split_finalize": split_rows._finalize,
     "split_gradient": split_rows._gradient,
 }
+_TOPK_KERNELS = {
+    "topk_mark": topk._mark,
+    "topk_gather": topk._gather,
+    "topk_masses": topk._masses,
+    "topk_gradient": topk._gradient,
+}
+_LISTED = 128  # columns: a hundred tokens are the most that is usual
 _VOCABULARY = 151_936  # says how many programs share a row
 
 
@@ -100,6 +108,10 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
             yield key, Variant(title, kernel, tile, definition, decoupled, definition.online, **option)
     for key, kernel in (("value", token_logprobs._value), ("gradient", token_logprobs._gradient)):
         yield key, Variant("token_logprobs", kernel, table_tile(TileKey(architecture, "light", width)))
+    swept = table_tile(TileKey(architecture, "light", width))
+    tiles = {"topk_mark": Tile(_LISTED, 1), "topk_gather": Tile(_LISTED, 4)}
+    for key, kernel in _TOPK_KERNELS.items():
+        yield key, Variant("topk", kernel, tiles.get(key, swept))
 
 
 def specialization(
@@ -115,14 +127,17 @@ def specialization(
     stats = "*fp32" if call.stats else "constexpr"
     types: dict[str, Any] = {
         **dict.fromkeys(("student", "teacher", "side"), side),
-        **dict.fromkeys(("label_ptr", "token_ptr"), "*i64"),
+        **dict.fromkeys(("label_ptr", "token_ptr", "ids_ptr"), "*i64"),
         **dict.fromkeys(("loss_ptr", "upstream_ptr", "carry_ptr", "sums_ptr", "dominant_ptr"), "*fp32"),
+        **dict.fromkeys(("out_ptr", "masses_ptr", "logits_ptr", "listed_grad_ptr", "bucket_grad_ptr"), "*fp32"),
+        "listed_ptr": "*i32",
+        "bucket": BucketArg("*i32", "i32", "i32"),
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": stats,
         "out": ValueArg("*fp32", stats),
         "grad": GradArg("*" + DTYPES[written][0], "i64", apart, "i32"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
-        **dict.fromkeys(("V", "first"), "i32"),
+        **dict.fromkeys(("V", "first", "width", "words", "K", "stride_n", "stride_logits"), "i32"),
         "inv_tau": "fp32",
         "scales": ScalesArg("fp32", "fp32", "constexpr"),
         "numbers": ParametersArg(("fp32",) * given, WeightsArg("fp32", "fp32"), ("fp32",) * variant.mixed),
@@ -130,6 +145,7 @@ def specialization(
     fixed: dict[str, Any] = {
         "stats_ptr": None,
         "saved_ptr": None,
+        "ce": None,
         "TERM": None if definition is None else definition.summand(online),
         "GRADIENT_TERM": None if definition is None else definition.gradient_summand(online, written != "float32"),
         "INIT": online.init,
@@ -143,6 +159,7 @@ def specialization(
         "ARGMAX": variant.argmax,
         "NUM_SPLITS": triton.next_power_of_2(triton.cdiv(_VOCABULARY, variant.tile.block)),
         "BLOCK": variant.tile.block,
+        "LISTED": _LISTED,
         "THREADS": variant.tile.threads(call.warp),
     }
     names = variant.kernel.arg_names
@@ -165,7 +182,7 @@ def specialization(
                 constexprs[at, column] = 1
                 sixteen = ("ptr", "first", "stride_outer", "stride_n", "width")
                 aligned |= {(at, i): _ALIGNED for i, field in enumerate(kind._fields) if field in sixteen}
-        elif (name == "V" and call.aligned != "none") or (str(kind)[0] == "*" and call.aligned == "all"):
+        elif (name in ("V", "width") and call.aligned != "none") or (str(kind)[0] == "*" and call.aligned == "all"):
             aligned[at,] = _ALIGNED
     return signature, constexprs, aligned
 
@@ -212,10 +229,10 @@ def compile_variant(
     }
     if "cubin" in built.asm:
         report |= resources(built.asm["cubin"])
-        if instructions:
+        sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
+        if instructions and sides:
             listing = disassembly(built.asm["cubin"])
             elements = variant.tile.block // (32 * variant.tile.num_warps)
-            sides = len({"student", "teacher", "side"} & set(variant.kernel.arg_names))
             counts = sass.per_element(listing, elements, DTYPES[dtype][1] * sides, DTYPES[gradient or dtype][1])
             report |= {field: [x[i] for x in counts] for i, field in enumerate(sass.LoopCount._fields)}
             report["runs"] = runs(kernel, variant, len(counts))

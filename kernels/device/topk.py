@@ -122,9 +122,12 @@ def _gradient(
     if counted & (upstream != 0):
         of_row = Masses(*load_numbers(masses_ptr + row * _MASSES, _MASSES))
         of_bucket = tl.load(bucket_grad_ptr + row) * inv_tau
+        seen = tl.where(of_bucket != 0, grad.width, 0)  # nothing is to be shared out where both are renormalised
+        if ce is not None:
+            seen = grad.width
         for start in range(0, grad.width, BLOCK):
             cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-            s, slope = load_logits(student, row_start(student, row), cols, cols < grad.width)
+            s, slope = load_logits(student, row_start(student, row), cols, cols < seen)
             live = in_bucket(bucket, row, cols)
             s = finite(s)
             g = tl.where(live, of_bucket * tl.exp((s - of_row.centre) * inv_tau - of_row.log_bucket), 0.0)

@@ -54,6 +54,7 @@ class _Checked(NamedTuple):
     form: Form
     shape: torch.Size  # the leading one
     counted: torch.Tensor | None  # (N,) bool
+    targeted: bool  # whether there is a token that statistics can be about
     reduction: str
     num_items: float | torch.Tensor | None
 
@@ -337,7 +338,10 @@ def _check(
     if isinstance(theirs, TopKOutcomes | RoutedTeachers):  # rows of which no teacher says anything do not count either
         has_teacher = (theirs.targets if isinstance(theirs, TopKOutcomes) else theirs.ids) >= 0
         counted = has_teacher if counted is None else counted & has_teacher
-        y = None if y is None else torch.where(counted, y, -1)
+        if y is not None or isinstance(
+            theirs, TopKOutcomes
+        ):  # has targets of its own: any label says that a row counts
+            y = torch.where(counted, 0 if y is None else y, -1)
     wide = accumulation_dtype(ours.x, *theirs.tensors)
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
@@ -383,7 +387,8 @@ def _check(
         logits_dtype=logits_dtype,
         weight_grad=weight_grad,
     )
-    return _Checked(call, operands, numbers, form, shape, counted, reduction, num_items)
+    targeted = labels is not None or chosen.target_token != "label"
+    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items)
 
 
 def _flat_labels(labels: torch.Tensor, ignore_index: int, columns: int) -> torch.Tensor:
@@ -567,10 +572,8 @@ def _stats(stats: torch.Tensor, checked: _Checked) -> KDStats:
     counted = checked.counted
     unknown = stats.new_full((), torch.nan) if counted is None else torch.where(counted, torch.nan, 0.0)
     unknown = unknown.expand(len(stats))
-    call = checked.call
-    no_target = is_topk(call.teacher_kind) and call.labels is None and call.target_token == "label"
-    if no_target:
+    if not checked.targeted:
         found = found._replace(student_logprob=unknown, teacher_logprob=unknown)
-    if no_target or not checked.form.definition.splits:
+    if not checked.targeted or not checked.form.definition.splits:
         found = found._replace(target_loss=unknown, nontarget_loss=unknown, target_grad=unknown, nontarget_grad=unknown)
     return KDStats(*(column.view(checked.shape) for column in found))

@@ -7,7 +7,7 @@ from ..kernels.device.args import columns_of
 from ..kernels.device.rows import Logits, Problem
 from ..kernels.device.topk import ListedGradient, Masses
 from ..kernels.maths.elementary import exp
-from .torch_rows import clear, logits, row_blocks, shaped, stored
+from .torch_rows import clear, logits, or_unknown, row_blocks, shaped, stored
 
 
 def gather(side: Logits, ids: Tensor, labels: Tensor | None, out: Tensor) -> None:
@@ -29,7 +29,7 @@ def masses(problem: Problem, student: Logits, ids: Tensor, labels: Tensor | None
         s, _ = logits(student, rows, width, out.dtype)
         ce_lse = torch.logsumexp(s, -1) if problem.ce_weight else out.new_zeros(len(s))
         x = s[:, : problem.vocab_size].masked_fill(_listed(ids[rows], problem.vocab_size), -torch.inf)
-        top = x.amax(-1, keepdim=True) if problem.vocab_size else x.new_full((len(x), 1), -torch.inf)
+        top = or_unknown(x.amax(-1, keepdim=True)) if problem.vocab_size else x.new_full((len(x), 1), -torch.inf)
         empty = top == -torch.inf
         centre = torch.where(empty, 0.0, top)
         total = exp.torch((x - centre) / problem.temperature).sum(-1, keepdim=True)
@@ -57,7 +57,8 @@ def gradient(
         bucket = found.bucket[rows].unsqueeze(-1) * inv_tau
         shares = exp.torch((s[:, :V] - of_row.centre) * inv_tau - of_row.log_bucket)
         g = torch.zeros_like(s)
-        g[:, :V] = shares.mul_(bucket)
+        # Nothing is to be shared out where both sides are renormalised, and a share may be infinite.
+        g[:, :V] = torch.where(bucket == 0, 0.0, shares.mul_(bucket))
         # An absent column's entry goes to a column of its own, which is cut off.
         entries = torch.cat((g, g[:, :1]), 1)
         entries.scatter_(1, torch.where(at < 0, s.shape[1], at), found.listed[rows] * inv_tau)

@@ -444,7 +444,9 @@ class _Truncated:
         saved: Tensor | None,
         stats: Tensor | None,
     ) -> None:
-        """As RowBackend.value; statistics are refused where calls are checked."""
+        """As RowBackend.value; statistics are refused where calls are checked, and the gradient needs no scalars."""
+        if saved is not None:
+            saved.zero_()
         f, _ = _integrand(problem, student, teacher)
         loss.copy_(_where_counted(labels, problem.factor * f.sum(-1)))
 
@@ -518,7 +520,7 @@ def _integrand(problem: Problem, student: Logits, teacher: Logits) -> tuple[Tens
     listed = (logp > -torch.inf) & (torch.arange(logp.shape[1], device=logp.device) < logp.shape[1] - 2)
     d = torch.where(listed, logp - logq, 0.0)
     forward, reverse = (p * d, -p), (-q * d, q * (1.0 - d))
-    name, parameter = problem.definition.name, _column(problem.parameters)
+    name, parameter = problem.definition.name, _column(problem.parameters, p)
     if name == "fkl":
         found = forward
     elif name == "rkl":
@@ -537,7 +539,7 @@ def _integrand(problem: Problem, student: Logits, teacher: Logits) -> tuple[Tens
     return f, h
 
 
-def _column(parameters: tuple[Any, ...]) -> Any:
+def _column(parameters: tuple[Any, ...], like: Tensor) -> Tensor:
     """The first parameter beside outcomes: (n, 1) where it is per token, else a 0-d tensor; 0 without parameters."""
     value = parameters[0] if parameters else 0.0
-    return value.unsqueeze(-1) if isinstance(value, Tensor) else torch.tensor(float(value))
+    return value.unsqueeze(-1) if isinstance(value, Tensor) else like.new_full((), float(value))
