@@ -345,6 +345,24 @@ def test_heads(name: str) -> None:
         assert relative(one.grad, other.grad) < VALUE + HEAD
 
 
+@each("name", ["megatron-topk_kl_div-True", "veomni"])
+def test_autocast(name: str) -> None:
+    """What a clamp looks at is rounded as the loss is: hidden states and weights to bfloat16 as they are multiplied."""
+    x = sparse("sure teacher")
+    parts = [torch.randn(B, T, 8), 3 * torch.randn(V, 8)]
+    found = []
+    for rounds in (True, False):
+        head = fusedkd.Head(*(y if rounds else y.bfloat16() for y in parts))
+        with torch.autocast("cpu", enabled=rounds):
+            if name == "veomni":
+                given = (x.labels, x.ids, x.logp.float())
+                value = veomni.chunk_topk_distill_function(*head[:2], *given, log_prob_min_clamp=-4.0)[2]
+            else:
+                value = megatron.topk_kl_div(head, x.logp.float(), x.ids, 1, 0, None, True)
+        found.append(value)
+    assert relative(found[0], found[1].double()) < VALUE
+
+
 @each("clamp", [None, -4.0])
 def test_verl_metrics(clamp: float | None) -> None:
     """Masses before the clamp, the tokens that both sides have among their likeliest, and nested tensors."""

@@ -517,7 +517,7 @@ def test_patch_some(trl: dict[str, Any]) -> None:
 
 
 def test_patch_trainers_with_a_server(trl: dict[str, Any]) -> None:
-    """They are patched where they are named, since their modules need more than TRL; methods see their trainer."""
+    """They are patched where they are named; methods see their trainer."""
     before = calls(trl)
     shim.patch("server_distillation", "async_distillation")
     assert calls(trl) == before

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..divergence import Divergence
 from ..dtypes import accumulation_dtype
-from ..head import Head, Side, detached
+from ..head import Head, Side, autocast_dtype, detached
 from ..loss import kd_loss
 from ..token_logprobs import token_logprobs
 from ..topk import TopK
@@ -53,19 +53,20 @@ def topk(ids: Tensor, logprobs: Tensor, tail: str, temperature: float = 1.0) -> 
 def logits_at(student: Side, ids: Tensor) -> Tensor:
     """The student's logits at ids (..., K), −inf where an id is −1, wide and without gradient.
 
-    Of a Head, a few rows of the listed weights at a time.
+    Of a Head, a few rows of the listed weights at a time, rounded as autocast rounds those of the loss.
     """
     if not isinstance(student, Head):
         z = student.gather(-1, ids.long().clamp(0, student.shape[-1] - 1))
         return z.to(accumulation_dtype(student)).masked_fill(ids < 0, -torch.inf)
     hidden, weight, bias, scale, softcap = student
     wide, rows = accumulation_dtype(hidden), hidden.reshape(-1, hidden.shape[-1])
+    rounded = wide if wide == torch.float64 else autocast_dtype(hidden.device) or hidden.dtype
     flat = ids.reshape(len(rows), ids.shape[-1]).long().clamp(0, len(weight) - 1)
     z = rows.new_empty(flat.shape, dtype=wide)
     step = max(1, 2**24 // max(flat.shape[-1] * rows.shape[-1], 1))
     for start in range(0, len(rows), step):
         at = slice(start, start + step)
-        z[at] = (weight[flat[at]].to(wide) @ rows[at].to(wide).unsqueeze(-1)).squeeze(-1)
+        z[at] = (weight[flat[at]].to(rounded).to(wide) @ rows[at].to(rounded).to(wide).unsqueeze(-1)).squeeze(-1)
     if bias is not None:
         z += bias[flat]
     z *= scale

@@ -450,7 +450,7 @@ _SITES = {
         ),
     ),
 }
-_USUAL = ("gkd", "distillation", "sdft", "sdpo")  # the others' modules need more than TRL
+_USUAL = ("gkd", "distillation", "sdft", "sdpo")  # a plain patch() loads no module of the others
 
 
 class _Patch(NamedTuple):
