@@ -66,7 +66,8 @@ def logits_at(student: Side, ids: Tensor) -> Tensor:
     step = max(1, 2**24 // max(flat.shape[-1] * rows.shape[-1], 1))
     for start in range(0, len(rows), step):
         at = slice(start, start + step)
-        z[at] = (weight[flat[at]].to(rounded).to(wide) @ rows[at].to(rounded).to(wide).unsqueeze(-1)).squeeze(-1)
+        # Not a matrix product, which autocast would round once more.
+        z[at] = (weight[flat[at]].to(rounded).to(wide) * rows[at].to(rounded).to(wide).unsqueeze(-2)).sum(-1)
     if bias is not None:
         z += bias[flat]
     z *= scale
