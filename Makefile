@@ -25,7 +25,7 @@ help:
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make mutants      which tests notice a wrong formula: MUTANTS='fkl.term jsd' for some of them"
 	@echo "make test-emulated  the Triton half of the tests as compiled for GPUs, emulated (long)"
-	@echo "make test-compat  the drop-in replacements beside TRL and Liger-Kernel, in an environment of their own"
+	@echo "make test-compat  the drop-in replacements beside the originals, in an environment of their own"
 	@echo "make test-triton  compile every kernel with another Triton (3.9.0, or TRITON=...), in an environment of its own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"
 	@echo "make lint types   ruff and basedpyright"
@@ -64,12 +64,16 @@ test-emulated: install
 	for capability in $(EMULATE); do \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATE_OPTIONS) $(EMULATED) || exit 1; done
 
+# Programs of which one file each is tested: what they depend on wants a GPU or a cluster, and is left out.
+ALONE = verl==0.9.1 veomni==0.1.12 nvidia-modelopt==0.47.0 axolotl==0.19.0 ms-swift==4.6.0
+
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
-$(COMPAT)/installed: pyproject.toml
+$(COMPAT)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --quiet "$(TORCH)"
 	$(COMPAT)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(COMPAT)/torch.txt
 	$(COMPAT)/bin/python -m pip install --quiet --constraint $(COMPAT)/torch.txt --editable ".[compat]"
+	$(COMPAT)/bin/python -m pip install --quiet --no-deps $(ALONE)
 	touch $@
 
 test-compat: $(COMPAT)/installed

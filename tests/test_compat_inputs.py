@@ -15,6 +15,8 @@ from fusedkd.compat import (
     abkd,
     amid,
     automodel,
+    axolotl,
+    distillkit,
     distillm,
     distillm2,
     liger,
@@ -25,6 +27,8 @@ from fusedkd.compat import (
     taid,
     torchtune,
     trl,
+    veomni,
+    verl,
 )
 
 B, T, V = 2, 5, 16
@@ -45,6 +49,8 @@ class Given(NamedTuple):
     mask: Tensor  # (B, T) int64, 1 where labels count
     weights: Tensor  # (B, T) float32, 0 where labels do not count
     count: Tensor  # () int64
+    ids: Tensor  # (B, T, K) the teacher's likeliest tokens
+    listed: Tensor  # (B, T, K) and their log-probabilities, −inf where labels do not count
 
 
 LEARNS = ("student", "weight", "bias")
@@ -59,6 +65,7 @@ def given(batch: int = B, tokens: int = T, *, counted: bool = True) -> Given:
     if not counted:
         labels[:] = IGNORE
     mask = (labels != IGNORE).long()
+    listed, ids = teacher.log_softmax(-1).topk(4)
     return Given(
         student,
         *torch.randn(2, V, V)[:1],
@@ -72,6 +79,8 @@ def given(batch: int = B, tokens: int = T, *, counted: bool = True) -> Given:
         mask,
         mask * (0.5 + torch.rand(batch, tokens)),
         mask.sum(),
+        ids,
+        listed.masked_fill((labels == IGNORE).unsqueeze(-1), -torch.inf),
     )
 
 
@@ -175,6 +184,56 @@ def calls() -> dict[str, Call]:
     for reverse in (False, True):
         loss = megatron.LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1), reverse=reverse)
         table[f"megatron-{reverse}"] = lambda x, loss=loss: loss(x.student, x.teacher)[0]
+    loss = modelopt.TopKLogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1), top_k=4)
+    table["megatron-TopKLogitsKLLoss"] = lambda x, loss=loss: loss(x.student, x.teacher)[0]
+    for ghost in (False, True):
+        table[f"topk.megatron-{ghost}"] = lambda x, ghost=ghost: megatron.topk_kl_div(
+            x.student, x.listed, x.ids, 1, 0, None, ghost
+        )
+    for tail in (False, True):
+        trainer_of = SimpleNamespace(loss_add_tail=tail, beta=1.0)
+        table[f"trl.compute_full_logit_and_topk-{tail}"] = lambda x, tail=tail: trl.compute_topk_self_distillation_loss(
+            x.student, x.teacher, distillation_topk=4, distillation_alpha=0.0, distillation_add_tail=tail
+        )
+        table[f"topk.trl-server-{tail}"] = lambda x, of=trainer_of: trl.server_forward_kl_loss(
+            of, {"topk_token_ids": x.ids, "topk_logprobs": x.listed}, x.student, x.labels
+        )
+        table[f"topk.trl-server-top_1-{tail}"] = lambda x, of=trainer_of: trl.server_sparse_top_1_divergence_loss(
+            of, x.student, x.ids[..., 0], x.listed[..., 0], x.ids[..., 1], x.listed[..., 1], x.labels
+        )
+        table[f"topk.trl-chunked_jsd_loss-{tail}"] = lambda x, tail=tail: trl.chunked_jsd_loss(
+            x.student.flatten(0, 1), x.weight, x.bias, 1.0, None, x.ids.flatten(0, 1), x.listed.flatten(0, 1),
+            x.mask.flatten().bool().unsqueeze(-1), 0.5, 1.0, tail, None, 1, 8,
+        )[0]  # fmt: skip
+    config = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=None))
+    table["topk.verl"] = lambda x: verl.compute_forward_kl_topk(x.student, x.listed, x.ids, config, "bshd")[
+        "distillation_losses"
+    ]
+    for clamp in (None, -2.0):
+        table[f"topk.veomni-{clamp}"] = lambda x, clamp=clamp: sum(
+            veomni.chunk_topk_distill_function(
+                x.student, x.weight, x.labels, x.ids, x.listed, shift_labels=x.labels, log_prob_min_clamp=clamp
+            )[:3]
+        )
+    table["topk.axolotl"] = lambda x: axolotl.loss(x.student, x.ids, x.listed, x.mask.unsqueeze(-1).expand(x.ids.shape))
+    table["topk.axolotl-items"] = lambda x: axolotl.loss(
+        x.student, x.ids, x.listed, x.mask.unsqueeze(-1).expand(x.ids.shape), x.count
+    )
+    for normalize in (False, True):
+        fused = axolotl.LigerFusedLinearKLTopKLogprobLoss(normalize_topk=normalize)
+        table[f"topk.axolotl-fused-{normalize}"] = lambda x, fused=fused: fused(
+            x.weight, x.student, x.ids, x.listed, x.mask.unsqueeze(-1).expand(x.ids.shape), x.labels, x.bias
+        )
+    for name in ("sparse_kl_div", "sparse_js_div", "sparse_tvd"):
+        for missing in distillkit.MISSING:
+            table[f"topk.distillkit-{name}-{missing}"] = lambda x, name=name, missing=missing: getattr(
+                distillkit, name
+            )(x.student, x.ids, x.listed, x.mask, missing=missing, temperature=2.0)
+    table["topk.swift"] = lambda x: swift.gkd_loss(
+        x.student,
+        SimpleNamespace(topk_logprobs=x.listed, topk_indices=x.ids, full_logits=None, labels=x.labels),
+        x.labels, 0.3, 2.0,
+    )[0]  # fmt: skip
     table["automodel"] = lambda x: automodel.KDLoss(temperature=2.0)(x.student, x.teacher, x.labels)
     table["automodel-items"] = lambda x: automodel.KDLoss()(x.student, x.teacher, x.labels, x.count)
 

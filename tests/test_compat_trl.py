@@ -414,7 +414,30 @@ def original_full_logit(student_logits, teacher_logits, *, distillation_alpha):
     raise NotImplementedError
 
 
+def original_top_k(student_logits, teacher_logits, *, distillation_topk, distillation_alpha, distillation_add_tail):
+    raise NotImplementedError
+
+
+def original_server_forward(self, teacher_result, student_log_probs, labels):
+    raise NotImplementedError
+
+
+def original_server_top_1(
+    self, student_log_probs, teacher_top1_token_ids, teacher_top1_logprobs, reverse_token_ids, reverse_teacher_logprobs,
+    labels, num_items_in_batch=None,
+):  # fmt: skip
+    raise NotImplementedError
+
+
+def original_chunked_jsd(
+    hidden_valid, lm_head_weight, lm_head_bias, logit_scale, final_logit_softcapping, target_ids, teacher_target_logps,
+    valid_candidate_mask, beta, temperature, add_tail_bucket, teacher_id_idx, num_teachers, chunk_size,
+):  # fmt: skip
+    raise NotImplementedError
+
+
 FULL_LOGIT = "compute_full_logit_self_distillation_loss"
+TOP_K = "compute_topk_self_distillation_loss"
 
 
 @pytest.fixture
@@ -424,11 +447,19 @@ def trl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     class GKDTrainer:
         generalized_jsd_loss = staticmethod(original_jsd_loss)
 
+    class ServerDistillationTrainer:
+        _compute_server_forward_kl_loss = original_server_forward
+        _compute_sparse_top_1_divergence_loss = original_server_top_1
+
     contents = {
         "trl.experimental.gkd.gkd_trainer": {"GKDTrainer": GKDTrainer},
         "trl.trainer.distillation_trainer": {"_chunked_divergence_loss": original_chunked_divergence_loss},
-        "trl.experimental.sdft.sdft_trainer": {FULL_LOGIT: original_full_logit},
-        "trl.experimental.sdpo.sdpo_trainer": {FULL_LOGIT: original_full_logit},
+        "trl.experimental.sdft.sdft_trainer": {FULL_LOGIT: original_full_logit, TOP_K: original_top_k},
+        "trl.experimental.sdpo.sdpo_trainer": {FULL_LOGIT: original_full_logit, TOP_K: original_top_k},
+        "trl.experimental.server_distillation.server_distillation_trainer": {
+            "ServerDistillationTrainer": ServerDistillationTrainer
+        },
+        "trl.experimental.async_distillation.async_distillation_trainer": {"_chunked_jsd_loss": original_chunked_jsd},
     }
     modules = {}
     for name, attributes in contents.items():
@@ -449,6 +480,8 @@ def calls(trl: dict[str, Any]) -> list[Any]:
         trl["distillation"]._chunked_divergence_loss,
         getattr(trl["sdft"], FULL_LOGIT),
         getattr(trl["sdpo"], FULL_LOGIT),
+        getattr(trl["sdft"], TOP_K),
+        getattr(trl["sdpo"], TOP_K),
     ]
 
 
@@ -458,6 +491,8 @@ OURS = [
     shim.chunked_divergence_loss,
     shim.compute_full_logit_self_distillation_loss,
     shim.compute_full_logit_self_distillation_loss,
+    shim.compute_topk_self_distillation_loss,
+    shim.compute_topk_self_distillation_loss,
 ]
 
 
@@ -481,12 +516,29 @@ def test_patch_some(trl: dict[str, Any]) -> None:
     assert calls(trl) == before
 
 
+def test_patch_trainers_with_a_server(trl: dict[str, Any]) -> None:
+    """They are patched where they are named; methods see their trainer."""
+    before = calls(trl)
+    shim.patch("server_distillation", "async_distillation")
+    assert calls(trl) == before
+    trainer = trl["server_distillation"].ServerDistillationTrainer
+    assert trl["async_distillation"]._chunked_jsd_loss is shim.chunked_jsd_loss
+    assert trainer()._compute_server_forward_kl_loss.__func__ is shim.server_forward_kl_loss
+    assert trainer._compute_sparse_top_1_divergence_loss is shim.server_sparse_top_1_divergence_loss
+    shim.unpatch()
+    assert trl["async_distillation"]._chunked_jsd_loss is original_chunked_jsd
+    assert trainer._compute_server_forward_kl_loss is original_server_forward
+    shim.patch()
+    assert trainer._compute_server_forward_kl_loss is original_server_forward
+
+
 def reload(trl: dict[str, Any]) -> None:
     """What importlib.reload leaves of the modules: the same modules, with TRL's functions and another class."""
     trl["gkd"].GKDTrainer = type("GKDTrainer", (), {"generalized_jsd_loss": staticmethod(original_jsd_loss)})
     trl["distillation"]._chunked_divergence_loss = original_chunked_divergence_loss
     for name in ("sdft", "sdpo"):
         setattr(trl[name], FULL_LOGIT, original_full_logit)
+        setattr(trl[name], TOP_K, original_top_k)
 
 
 def test_patch_after_a_reload(trl: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The logits loss of NVIDIA ModelOpt (signature of nvidia-modelopt 0.47.0): `criterion=LogitsDistillationLoss()`.
 
-Of its other losses, `MFTLoss` is not here: it changes the teacher towards the label.
+Of its other losses, `MFTLoss` is not here: it changes the teacher towards the label. Those of its Megatron plugin are
+`fusedkd.compat.megatron`'s; `TopKLogitsKLLoss` is to be had here too.
 """
 
 import torch
@@ -9,6 +10,9 @@ from torch.nn.modules.loss import _Loss
 from .. import checks
 from ..head import Side
 from ..loss import kd_loss
+from .megatron import TopKLogitsKLLoss
+
+__all__ = ["LogitsDistillationLoss", "TopKLogitsKLLoss"]
 
 
 class LogitsDistillationLoss(_Loss):

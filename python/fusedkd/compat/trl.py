@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import checks
+from ..divergence import Divergence
 from ..dtypes import accumulation_dtype
-from ..head import Head
+from ..head import Head, Side, detached
 from ..loss import kd_loss
-from . import _pointwise
+from ..token_logprobs import token_logprobs
+from . import _listed, _pointwise
 from ._shared import IGNORED, as_labels, bias_of, generalized_jsd, over, refuse
 
+_FLOOR = -math.expm1(-1e-7)  # the least mass of a tail bucket, of which TRL clamps the logarithm of 1 minus it
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
@@ -112,11 +115,11 @@ def chunked_divergence_loss(
     """
     counted = completion_mask != 0
     student = _head(
-        "student", student_hidden_states, student_lm_head_weight, student_lm_head_bias,
+        "chunked_divergence_loss", "student_", student_hidden_states, student_lm_head_weight, student_lm_head_bias,
         student_logit_scale, student_final_logit_softcapping,
     )  # fmt: skip
     teacher = _head(
-        "teacher", teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias,
+        "chunked_divergence_loss", "teacher_", teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias,
         teacher_logit_scale, teacher_final_logit_softcapping,
     )  # fmt: skip
     total, stats = kd_loss(
@@ -136,6 +139,192 @@ def compute_full_logit_self_distillation_loss(
     distillation_alpha is the β of `generalized_jsd_loss`. Cost: that of `kd_loss` on logits.
     """
     return kd_loss(student_logits, teacher_logits, divergence=generalized_jsd(distillation_alpha), reduction="none")
+
+
+def compute_topk_self_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    distillation_topk: int,
+    distillation_alpha: float,
+    distillation_add_tail: bool,
+) -> torch.Tensor:
+    """The loss of SDFT and SDPO over the student's likeliest tokens: (B, T) divergences of (B, T, V) logits, in nats.
+
+    Args:
+        student_logits: (B, T, V). The gradient flows here.
+        teacher_logits: likewise.
+        distillation_topk: K, at most V and 4096.
+        distillation_alpha: the β of `generalized_jsd_loss`.
+        distillation_add_tail: True: all other tokens are one outcome more, whose mass is at least 1e-7 on both sides.
+            False: both sides are renormalised on the K tokens.
+
+    Differences: where β is above 0 a student's tail below 1e-7 is as small as it is, which changes the value by less
+    than 2e-6; a token that the teacher excludes belongs to the tail, where TRL's value is NaN or infinite.
+
+    Cost: that of `kd_loss` with a `fusedkd.TopK`, one read of each side and a top-k more; with β = 0 and a tail the
+    student's logits are read once more.
+    """
+    checks.side("student_logits", student_logits)
+    checks.side("teacher_logits", teacher_logits)
+    checks.flag("distillation_add_tail", distillation_add_tail)
+    chosen = generalized_jsd(distillation_alpha)
+    columns = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    checks.integer("distillation_topk", distillation_topk)
+    checks.within("distillation_topk", distillation_topk, 1, min(columns, checks.MOST_LISTED))
+    student, teacher = (x if x.shape[-1] == columns else x[..., :columns] for x in (student_logits, teacher_logits))
+    ids = student.detach().topk(distillation_topk, dim=-1).indices
+    logprobs = _listed.logprobs_at(teacher, ids)
+    return _sparse_divergence(student, _listed.present(ids, logprobs), logprobs, chosen, distillation_add_tail)
+
+
+def chunked_jsd_loss(
+    hidden_valid: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    lm_head_bias: torch.Tensor | None,
+    logit_scale: float,
+    final_logit_softcapping: float | None,
+    target_ids: torch.Tensor,
+    teacher_target_logps: torch.Tensor,
+    valid_candidate_mask: torch.Tensor,
+    beta: float,
+    temperature: float,
+    add_tail_bucket: bool,
+    teacher_id_idx: torch.Tensor | None,
+    num_teachers: int,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_chunked_jsd_loss` of TRL's asynchronous distillation: from hidden states, beside a server's candidate tokens.
+
+    Args:
+        hidden_valid: (N, D) before the output layer. The gradient flows here, to the weight and its bias.
+        lm_head_weight, lm_head_bias, logit_scale, final_logit_softcapping: as in `chunked_divergence_loss`.
+        target_ids: (N, K), distinct where valid. teacher_target_logps: likewise, at the temperature.
+        valid_candidate_mask: (N, K) bool, False where there is no candidate.
+        beta: β as in `generalized_jsd_loss`. temperature: divides the student's logits.
+        add_tail_bucket: as `distillation_add_tail` of `compute_topk_self_distillation_loss`, with its differences.
+        teacher_id_idx: (N,) which teacher a token has, or None. num_teachers: how many there are.
+        chunk_size: nothing here; the chunks are `kd_loss`'s.
+
+    Returns: the sum of the divergences; the same without gradient; the sums of the student's and of the teacher's
+    entropies, the latter of the candidates and the tail; (3·num_teachers,) count, divergences and teacher's entropies
+    of each teacher, 0 without teacher_id_idx.
+
+    Cost: that of `kd_loss` with a Head and a `fusedkd.TopK`, and one product more for the student's entropy.
+    """
+    student = _head(
+        "chunked_jsd_loss", "", hidden_valid, lm_head_weight, lm_head_bias, logit_scale, final_logit_softcapping
+    )
+    checks.side("student", student)
+    checks.positive("temperature", temperature)
+    _listed.check_pair("target_ids", target_ids, "teacher_target_logps", teacher_target_logps, hidden_valid.shape[:-1])
+    chosen = generalized_jsd(beta)
+    ids = _listed.present(target_ids.long(), teacher_target_logps, valid_candidate_mask)
+    each = _sparse_divergence(student, ids, teacher_target_logps, chosen, add_tail_bucket, temperature)
+    with torch.no_grad():
+        _, entropy = token_logprobs(detached(student), ids.new_zeros(len(ids)), temperature, return_entropy=True)
+        of_teacher = _entropy(ids, teacher_target_logps, add_tail_bucket)
+        stats = each.new_zeros(3 * num_teachers)
+        if teacher_id_idx is not None:
+            rows = torch.stack((torch.ones_like(each), each, of_teacher), -1)
+            stats = stats.view(num_teachers, 3).index_add(0, teacher_id_idx.long(), rows).view(-1)
+    total = each.sum()
+    return total, total.detach(), entropy.sum(), of_teacher.sum(), stats
+
+
+def server_forward_kl_loss(
+    self: Any, teacher_result: dict[str, torch.Tensor], student_log_probs: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """`ServerDistillationTrainer._compute_server_forward_kl_loss`: forward KL beside a server's likeliest tokens.
+
+    Args:
+        self: the trainer, of which `loss_add_tail` is read: as `distillation_add_tail` of
+            `compute_topk_self_distillation_loss`.
+        teacher_result: "topk_token_ids" and "topk_logprobs", (B, T, K), −inf where there is no token.
+        student_log_probs: (B, T, V) logits or log-probabilities. The gradient flows here.
+        labels: (B, T); -100 does not count.
+
+    Returns: Σ over counted tokens / their number, and 0 where nothing counts.
+    """
+    ids, logprobs = teacher_result["topk_token_ids"], teacher_result["topk_logprobs"]
+    return _server_loss(self, student_log_probs, ids, logprobs, logprobs > -torch.inf, 0.0, labels, None)
+
+
+def server_sparse_top_1_divergence_loss(
+    self: Any,
+    student_log_probs: torch.Tensor,
+    teacher_top1_token_ids: torch.Tensor,
+    teacher_top1_logprobs: torch.Tensor,
+    reverse_token_ids: torch.Tensor,
+    reverse_teacher_logprobs: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`ServerDistillationTrainer._compute_sparse_top_1_divergence_loss`: β > 0 beside the one or two tokens it has.
+
+    Args:
+        self: the trainer, of which `beta` and `loss_add_tail` are read.
+        student_log_probs: (B, T, V) logits or log-probabilities. The gradient flows here.
+        teacher_top1_token_ids, teacher_top1_logprobs: (B, T), the teacher's likeliest; not looked at where β is 1.
+        reverse_token_ids, reverse_teacher_logprobs: (B, T), the token that the student took.
+        labels: (B, T); -100 does not count.
+        num_items_in_batch: replaces the number of counted tokens.
+    """
+    ids, logprobs = reverse_token_ids.unsqueeze(-1), reverse_teacher_logprobs.unsqueeze(-1)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    if self.beta != 1:
+        valid = torch.cat((valid, teacher_top1_token_ids.unsqueeze(-1) != ids), -1)
+        ids = torch.stack((reverse_token_ids, teacher_top1_token_ids), -1)
+        logprobs = torch.stack((reverse_teacher_logprobs, teacher_top1_logprobs), -1)
+        # The likeliest is the first of the two in TRL, whose log-probability stands where they are the same token.
+        logprobs = torch.where(valid[..., 1:], logprobs, teacher_top1_logprobs.unsqueeze(-1))
+    return _server_loss(self, student_log_probs, ids, logprobs, valid, self.beta, labels, num_items_in_batch)
+
+
+def _server_loss(
+    trainer: Any,
+    student: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    valid: torch.Tensor,
+    beta: float,
+    labels: torch.Tensor,
+    items: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """Σ over counted tokens / items, or / their number."""
+    checks.side("student_log_probs", student)
+    _listed.check_pair("topk_token_ids", ids, "topk_logprobs", logprobs, student.shape[:-1])
+    counted = labels != IGNORED
+    ids = _listed.present(ids.long(), logprobs, valid & counted.unsqueeze(-1))
+    each = _sparse_divergence(student, ids, logprobs, generalized_jsd(beta), bool(trainer.loss_add_tail))
+    return over(each.sum(), counted.sum() if items is None else items)
+
+
+def _sparse_divergence(
+    student: Side,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    chosen: Divergence,
+    tail: bool,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Per token, with TRL's tail bucket or renormalised."""
+    if tail:
+        return _listed.bucketed(student, ids, logprobs, chosen, _FLOOR, temperature)
+    return _listed.renormalized(student, ids, logprobs, chosen, temperature)
+
+
+def _entropy(ids: torch.Tensor, logprobs: torch.Tensor, tail: bool) -> torch.Tensor:
+    """−Σ p log p per token of listed tokens (..., K) and their tail, or renormalised; 0 where there are none."""
+    listed = ids >= 0
+    logp = logprobs.float().masked_fill(~listed, -torch.inf)
+    total = logp.logsumexp(-1, keepdim=True)
+    if tail:
+        rest = torch.log(-torch.expm1(total.clamp(max=-1e-7)))
+        logp, listed = torch.cat((logp, rest), -1), torch.cat((listed, torch.ones_like(listed[..., :1])), -1)
+    else:
+        logp = logp - total
+    return -torch.where(listed, logp.exp() * logp, 0.0).sum(-1)
 
 
 def single_step_decomposition_loss(
@@ -193,6 +382,7 @@ def _logprobs(student: torch.Tensor, teacher: torch.Tensor, temperature: float) 
 
 
 def _head(
+    function: str,
     name: str,
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -201,9 +391,9 @@ def _head(
     softcap: float | None,
 ) -> Head:
     if not scale > 0:
-        refuse("chunked_divergence_loss", {f"{name}_logit_scale": scale})
-    weight = _whole(f"{name}_lm_head_weight", weight).to(hidden.dtype)
-    bias = None if bias is None else bias_of(hidden, _whole(f"{name}_lm_head_bias", bias))
+        refuse(function, {f"{name}logit_scale": scale})
+    weight = _whole(f"{name}lm_head_weight", weight).to(hidden.dtype)
+    bias = None if bias is None else bias_of(hidden, _whole(f"{name}lm_head_bias", bias))
     return Head(hidden, weight, bias, scale, softcap)
 
 
@@ -222,26 +412,45 @@ class _Site(NamedTuple):
     owner: str | None
     name: str
     replacement: Callable[..., Any]
+    static: bool = False  # a staticmethod of its owner
+
+
+_SERVER = "trl.experimental.server_distillation.server_distillation_trainer"
+
+
+def _self_distillation(module: str) -> tuple[_Site, ...]:
+    functions = (compute_full_logit_self_distillation_loss, compute_topk_self_distillation_loss)
+    return tuple(_Site(module, None, function.__name__, function) for function in functions)
 
 
 _SITES = {
-    "gkd": _Site("trl.experimental.gkd.gkd_trainer", "GKDTrainer", "generalized_jsd_loss", generalized_jsd_loss),
-    "distillation": _Site(
-        "trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss
+    "gkd": (
+        _Site("trl.experimental.gkd.gkd_trainer", "GKDTrainer", "generalized_jsd_loss", generalized_jsd_loss, True),
     ),
-    "sdft": _Site(
-        "trl.experimental.sdft.sdft_trainer",
-        None,
-        "compute_full_logit_self_distillation_loss",
-        compute_full_logit_self_distillation_loss,
+    "distillation": (
+        _Site("trl.trainer.distillation_trainer", None, "_chunked_divergence_loss", chunked_divergence_loss),
     ),
-    "sdpo": _Site(
-        "trl.experimental.sdpo.sdpo_trainer",
-        None,
-        "compute_full_logit_self_distillation_loss",
-        compute_full_logit_self_distillation_loss,
+    "sdft": _self_distillation("trl.experimental.sdft.sdft_trainer"),
+    "sdpo": _self_distillation("trl.experimental.sdpo.sdpo_trainer"),
+    "async_distillation": (
+        _Site(
+            "trl.experimental.async_distillation.async_distillation_trainer",
+            None,
+            "_chunked_jsd_loss",
+            chunked_jsd_loss,
+        ),
+    ),
+    "server_distillation": (
+        _Site(_SERVER, "ServerDistillationTrainer", "_compute_server_forward_kl_loss", server_forward_kl_loss),
+        _Site(
+            _SERVER,
+            "ServerDistillationTrainer",
+            "_compute_sparse_top_1_divergence_loss",
+            server_sparse_top_1_divergence_loss,
+        ),
     ),
 }
+_USUAL = ("gkd", "distillation", "sdft", "sdpo")  # a plain patch() loads no module of the others
 
 
 class _Patch(NamedTuple):
@@ -258,6 +467,8 @@ _patches: list[_Patch] = []
 def patch(*trainers: str) -> None:
     """Have TRL's trainers call these functions: "gkd", "distillation", "sdft" and "sdpo", or only those named.
 
+    "async_distillation" and "server_distillation" are patched where they are named.
+
     Nothing is changed unless all of them can be. Again is no error, and after a reload of TRL's modules it is needed.
     Trainers made before are patched too. It holds for this process: one that was spawned, or a fresh interpreter, has
     to call it as well.
@@ -271,13 +482,13 @@ def patch(*trainers: str) -> None:
             raise TypeError(f'trainers must be names one by one, as in patch("gkd", "distillation"), got a {kind}')
         if name not in _SITES:
             raise ValueError(f"trainers must be among {', '.join(map(repr, _SITES))}, got {name!r}")
-    places = [(site, _owner(site)) for site in (_SITES[name] for name in dict.fromkeys(trainers or _SITES))]
+    places = [(site, _owner(site)) for name in dict.fromkeys(trainers or _USUAL) for site in _SITES[name]]
     places = [(site, owner) for site, owner in places if not _ours(site, owner)]
     for site, owner in places:
         _check_signature(site, owner)
     for site, owner in places:
         _patches.append(_Patch(site, owner, vars(owner)[site.name]))
-        setattr(owner, site.name, site.replacement if site.owner is None else staticmethod(site.replacement))
+        setattr(owner, site.name, staticmethod(site.replacement) if site.static else site.replacement)
 
 
 def unpatch() -> None:
@@ -308,7 +519,7 @@ def _check_signature(site: _Site, owner: Any) -> None:
     if original is None:
         raise RuntimeError(f"fusedkd.compat.trl is for TRL 1.16, and {where} does not exist: nothing was patched")
     theirs, ours = (_bare(function) for function in (getattr(owner, site.name), site.replacement))
-    if theirs != ours or isinstance(original, staticmethod) != (site.owner is not None):
+    if theirs != ours or isinstance(original, staticmethod) != site.static:
         raise RuntimeError(
             f"fusedkd.compat.trl is for TRL 1.16, where {where} takes {ours}; this one takes {theirs}: "
             "nothing was patched"
