@@ -160,6 +160,7 @@ class _Compared(NamedTuple):
     labels: Tensor  # negative in rows that do not count
     ids: Tensor
     logits: Tensor  # (n, K) of the student at the listed tokens
+    top: Tensor  # (n,) logit that is 0 among the student's outcomes
     kept: Tensor  # (n, MASSES)
 
 
@@ -247,25 +248,32 @@ class TopKRows:
         self.backend.gather(student, ids, counting, logits)
         masses, k = columns_of(Masses, kept, keepdim=True), ids.shape[1]
         s = kept.new_zeros((len(ids), t.shape[1] + -t.shape[1] % _PADDED))[:, : t.shape[1]]
-        s[:, :k] = (logits - (masses.centre if outcomes.bucket else 0.0)) / problem.temperature
+        top = torch.zeros_like(masses.centre)
         if outcomes.bucket:
-            s[:, k] = masses.log_bucket[:, 0]
+            # Logits above the largest are small where q is large: there the difference costs no digit.
+            of_bucket = torch.where(masses.log_bucket == -torch.inf, -torch.inf, masses.centre)
+            top = torch.maximum(logits.amax(-1, keepdim=True), of_bucket)
+            top = torch.where(top == -torch.inf, 0.0, torch.where(top == torch.inf, torch.nan, top))
+            s[:, k] = (masses.log_bucket + (masses.centre - top) / problem.temperature)[:, 0]
+        s[:, :k] = (logits - top) / problem.temperature
+        if outcomes.bucket:
             # A bucket that both sides leave empty is no outcome.
             t = torch.cat((t[:, :k], _nonempty(t[:, k : k + 1], masses.log_bucket), t[:, k + 1 :]), 1)
         of_outcomes = problem._replace(vocab_size=t.shape[1], temperature=1.0, ce_weight=0.0, argmax=False)
-        return _Compared(of_outcomes, Logits(s[None]), Logits(t[None]), outcomes.targets, counting, ids, logits, kept)
+        sides = Logits(s[None]), Logits(t[None])
+        return _Compared(of_outcomes, *sides, outcomes.targets, counting, ids, logits, top[:, 0], kept)
 
     def _finish(self, problem: Problem, student: Logits, both: _Compared, loss: Tensor, stats: Tensor | None) -> None:
-        """Add the cross-entropy to the loss, and the centre to the student's log-sum-exp in the statistics."""
-        masses, counted = columns_of(Masses, both.kept), both.targets >= 0
+        """Add the cross-entropy to the loss, and the top to the student's log-sum-exp in the statistics."""
+        counted = both.targets >= 0
         if problem.ce_weight:
             of_label = loss.new_empty((len(loss), 1))
             self.backend.gather(student, both.labels.unsqueeze(-1), both.labels, of_label)
-            ce = problem.ce_weight * (masses.ce_lse - of_label[:, 0])
+            ce = problem.ce_weight * (columns_of(Masses, both.kept).ce_lse - of_label[:, 0])
             loss += torch.where(counted, ce, 0.0)
-        if stats is not None and both.student.x.shape[2] > both.ids.shape[1] + 1:
+        if stats is not None:
             at = TokenStats._fields.index("student_lse")
-            stats[:, at] += torch.where(counted, masses.centre / problem.temperature, 0.0)
+            stats[:, at] += torch.where(counted, both.top / problem.temperature, 0.0)
 
     def _spread(
         self,
@@ -406,9 +414,11 @@ def _integrand(problem: Problem, student: Logits, teacher: Logits) -> tuple[Tens
         found = tuple((1.0 - parameter) * x + parameter * y for x, y in zip(forward, reverse, strict=True))
     else:
         m = parameter * p + (1.0 - parameter) * q
-        log_m = torch.where(listed, m.log(), 0.0)
-        of_p = torch.where(listed & (p > 0), p * (logp - log_m), 0.0)
-        of_q = torch.where(listed & (q > 0), q * (logq - log_m), 0.0)
+        log_m, close = torch.where(listed, m.log(), 0.0), d.abs() < 1.0
+        near = torch.where(close, d, 0.0)  # where m/p and m/q are near 1, and so is what their logarithms would lose
+        of_p = torch.where(close, -torch.log1p((1.0 - parameter) * torch.expm1(-near)), logp - log_m)
+        of_q = torch.where(close, -torch.log1p(parameter * torch.expm1(near)), logq - log_m)
+        of_p, of_q = (torch.where(listed & (x > 0), x * of_x, 0.0) for x, of_x in ((p, of_p), (q, of_q)))
         between = (parameter * of_p + (1.0 - parameter) * of_q, (1.0 - parameter) * of_q)
         ends = zip(between, forward, reverse, strict=True)
         found = tuple(torch.where(parameter == 0, x, torch.where(parameter == 1, y, mid)) for mid, x, y in ends)
