@@ -785,6 +785,21 @@ def test_memory(tail: str) -> None:
     assert sum(backward.sizes) <= 4 * N * WIDE + bits + rows
 
 
+@each("tail", ["bucket", "truncate"])
+def test_memory_on_a_cpu(tail: str) -> None:
+    """Of N·V nothing but the gradient: blocks of rows."""
+    from test_memory import measure
+
+    rows, columns = 1000, 4000
+    leaf = torch.randn(rows, columns).requires_grad_()
+    ids = torch.randint(columns - K, (rows, 1)) + torch.arange(K)
+    teacher, graph = fusedkd.TopK(ids, torch.full((rows, K), -3.0), tail), []
+    forward = measure(lambda: graph.append(fusedkd.kd_loss(leaf, teacher, divergence="rkl", backend="torch")))
+    assert max(forward.sizes) < leaf.nbytes
+    backward = measure(lambda: torch.autograd.grad(graph[0], leaf))
+    assert [size for size in backward.sizes if size >= leaf.nbytes] == [leaf.nbytes]
+
+
 def many(columns: int, dtype: torch.dtype, tail: str = "bucket", rows: int = 150, **options: Any) -> Any:
     """A call on heads, as test_memory has them, and its rows that count: two thirds."""
     from test_memory import Call
@@ -960,6 +975,20 @@ def test_numbers_are_looked_at_when_asked(monkeypatch: pytest.MonkeyPatch) -> No
     assert not checks._looks(torch.device("cuda"))
     monkeypatch.setenv("FUSEDKD_CHECK", "1")
     assert checks._looks(torch.device("cuda"))
+
+
+def test_ids_out_of_range_where_nobody_looks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: they are absent."""
+    student, listed, labels = problem()
+    found = []
+    monkeypatch.setattr(checks, "_looks", lambda where: False)
+    for nowhere in (ABSENT, V, -7, 2**31 + 5):
+        ids = listed.ids.clone()
+        ids[:, ::4] = nowhere
+        teacher = fusedkd.TopK(ids, listed.logprobs)
+        found.append(fusedkd.kd_value_and_grad(student.float(), teacher, labels, divergence="drkl", backend=backend))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
 
 
 # The checks above can fail --------------------------------------------------------------------------------------------
