@@ -22,6 +22,7 @@ from cases import (
     side,
     unrelated,
 )
+from compare import assert_close
 
 import fusedkd
 from fusedkd.backends import torch_rows
@@ -56,6 +57,22 @@ def test_rows(case: Case) -> None:
             backend="compiled",
         )
         assert loss.isnan().tolist() == [False, True, False, False]
+
+
+@each("tail", ["bucket", "renormalize"])
+def test_top_k(tail: str) -> None:
+    """The row work of outcomes, by the same graphs."""
+    student, teacher = 3 * torch.randn(2, 5, ODD)
+    logprobs, ids = teacher.log_softmax(-1).topk(20)
+    listed, found = fusedkd.TopK(ids, logprobs, tail), []
+    for backend in ("compiled", "torch"):
+        leaf = student.clone().requires_grad_()
+        given = {"divergence": "rkl", "reduction": "none", "return_stats": True, "backend": backend}
+        loss, _ = fusedkd.kd_loss(leaf, listed, torch.full((5,), 7), **given)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        found.append((loss.detach(), grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs.double(), VALUE)
 
 
 def test_long_rows() -> None:

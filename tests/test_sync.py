@@ -100,6 +100,12 @@ def sides(kind: str, place: str) -> tuple[tuple[Any, Any], list[Tensor]]:
     return (made[0], made[1]), [x.requires_grad_() for x in leaves[0]]
 
 
+def top_k(tail: str, place: str) -> fusedkd.TopK:
+    """A teacher known by a few tokens."""
+    ids = torch.randint(V, (N, 5), device=place)
+    return fusedkd.TopK(ids, torch.randn(N, 5, device=place, dtype=torch.bfloat16), tail)
+
+
 def labels_on(place: str) -> Tensor:
     """Some of them ignored."""
     return torch.randint(V, (N,), device=place).masked_fill(torch.arange(N, device=place) % 3 == 0, IGNORE)
@@ -178,6 +184,22 @@ def test_value_and_gradient(more: str | None, host: Host) -> None:
     """One call without autograd."""
     at_once("meta", **(MORE[more]("meta") if more else {}))
     assert host.count["launch"]
+
+
+@each("tail", ["bucket", "renormalize", "truncate"])
+@each("labelled", [True, False])
+@each("reduction", ["mean", "none"])
+def test_top_k(tail: str, labelled: bool, reduction: str, host: Host) -> None:
+    """A teacher known by its likeliest tokens, beside logits and heads."""
+    options = {"reduction": reduction, "divergence": "jsd", "ce_weight": 0.5 if labelled else 0.0}
+    labels = labels_on("meta") if labelled else None
+    for kind in ("logits", "heads"):
+        (student, _), leaves = sides(kind, "meta")
+        loss = fusedkd.kd_loss(student, top_k(tail, "meta"), labels, return_stats=tail != "truncate", **options)
+        loss = loss if tail == "truncate" else loss[0]
+        torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+    fusedkd.kd_value_and_grad(sides("logits", "meta")[0][0], top_k(tail, "meta"), labels, **options)
+    assert host.count["launch"] > 6
 
 
 @each("kind", ["logits", "heads"])

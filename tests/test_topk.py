@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import ALL, DEFAULTS, DISTINCT, IGNORE, MIXED, VALUE, Case, Side, each, named, opcheck, random_labels, side
 from compare import assert_close
-from outcomes import ABSENT, Listed, check, check_head, likeliest
+from outcomes import ABSENT, Listed, check, check_head, likeliest, truth
 
 import fusedkd
 from fusedkd import backends, checks
@@ -34,13 +34,16 @@ def problem(
     return student, listed, labels
 
 
-@each("case", ALL)
-@each("tail", TAILS)
-def test_every_divergence(case: Case, tail: str) -> None:
+PATHS = [*(("bucket", case) for case in ALL), *(("renormalize", case) for case in DEFAULTS)]
+
+
+@pytest.mark.parametrize(("tail", "case"), PATHS, ids=named)
+def test_every_divergence(tail: str, case: Case) -> None:
     """On a CPU."""
     check(*problem(tail), case, "torch")
 
 
+@pytest.mark.smoke
 @each("case", DEFAULTS)
 def test_every_divergence_in_triton(case: Case) -> None:
     """The kernels."""
@@ -158,7 +161,8 @@ def test_dtypes_of_the_teacher(dtype: torch.dtype, tail: str, backend: str) -> N
     student, listed, labels = problem(tail, k=100, dtype=dtype)
     listed = Listed(listed.ids.int(), listed.logprobs, tail)
     assert dtype == torch.float16 or (listed.logprobs.double().logsumexp(-1) > 0).any()
-    for case in [("fkl", {}), ("rkl", {})] if tail == "truncate" else [("fkl", {}), ("rkl", {}), ("drkl", {})]:
+    several = [("fkl", {}), ("rkl", {})] if tail == "truncate" else [("fkl", {}), ("rkl", {}), ("drkl", {})]
+    for case in several if backend == "torch" else several[1:2]:
         check(student, listed, labels, case, backend)
 
 
@@ -235,6 +239,8 @@ def test_chunks_of_heads(
     drop_ignored: bool, reduction: str, labelled: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several chunks of rows, kept ones and all, of which rows without any token are none."""
+    if backend == "triton" and (drop_ignored or reduction == "mean"):
+        pytest.skip("the loop is the same")
     for name, value in {"_CPU_INNER": 3, "_CPU_LEAST": 2}.items():
         monkeypatch.setattr(planner, name, value)
     student, listed, labels = head_problem()
@@ -306,7 +312,7 @@ def test_full_teacher(case: Case) -> None:
         check(student, Listed(listed.ids, (logp + more).bfloat16()), labels, case, "torch")
 
 
-@each("case", ALL)
+@each("case", [*DEFAULTS, *DISTINCT[4:]])
 def test_all_listed(case: Case) -> None:
     """K = V is the dense call, of teachers of the student's width and less."""
     for columns in (V, 100):
@@ -344,8 +350,60 @@ def test_equal(case: Case, tail: str) -> None:
             assert grad.abs().max() < (1e-6 if case[0] not in ("tvd",) else 1.0)
 
 
+@each("distance", [1e-1, 1.4e-2, 1.4e-3])
+@each("k", [9, 100])
 @each("tail", ["bucket", "renormalize", "truncate"])
-@each("offset", [-3e4, 200.0, 3e4])
+def test_near(distance: float, k: int, tail: str) -> None:
+    """Late in training no digit is lost, whether the bucket has most of the mass or hardly any."""
+    teacher = 5 * torch.randn(N, 500, dtype=torch.float64)
+    student = (teacher + distance * torch.randn_like(teacher)).float().double()
+    listed = likeliest(teacher, k, tail=tail)
+    if tail != "truncate":
+        for case in [("fkl", {}), ("rkl", {}), ("jsd", {}), ("hellinger", {})]:
+            check(student, listed, None, case, "torch")
+    elif distance > 1e-2:  # beside a sum of raw integrands, which are of both signs and cancel
+        found = truth(student, listed, None, ("jsd", {}))
+        _, grad = fusedkd.kd_value_and_grad(student.float(), listed.given("cpu"), divergence="jsd", reduction="none")
+        assert_close(grad, found.slope(torch.ones(N)), VALUE)
+
+
+@each("tail", TAILS)
+def test_near_in_triton(tail: str) -> None:
+    """The kernels' half of it."""
+    teacher = 5 * torch.randn(N, 500, dtype=torch.float64)
+    student = (teacher + 1.4e-2 * torch.randn_like(teacher)).float().double()
+    check(student, likeliest(teacher, 100, tail=tail), None, ("rkl", {}), "triton")
+
+
+def test_many_listed(backend: str) -> None:
+    """More than a program takes at a time, and the most that there may be."""
+    check(*problem(k=1500, columns=2000), ("rkl", {}), backend)
+    if backend == "torch":
+        check(*problem(k=4096, columns=5000), ("drkl", {}), backend)
+
+
+@each("sizes", [(300, 257, None), (257, 300, None), (300, 300, 200)])
+@each("tail", TAILS)
+def test_vocabulary_mismatch(sizes: tuple[int, int, int | None], tail: str, backend: str) -> None:
+    """Columns beyond the common range get a gradient from the cross-entropy only, of logits and of heads."""
+    v_student, v_teacher, vocab_size = sizes
+    common = vocab_size or min(v_student, v_teacher)
+    teacher = 3 * torch.randn(N, common, dtype=torch.float64)
+    listed = likeliest(teacher, K, tail=tail, vocab_size=v_teacher)
+    labels = random_labels((N,), common)
+    labels[0] = listed.ids[0, 2]
+    student = 3 * torch.randn(N, v_student, dtype=torch.float64)
+    given = {"vocab_size": vocab_size, "ce_weight": 0.5}
+    check(student, listed, labels, ("drkl", {}), backend, **given)
+    student[:, common:] = torch.nan  # nobody looks
+    if backend == "torch":
+        check_head(side((N,), v_student, 16), listed, labels, ("rkl", {}), backend, **given)
+    loss = fusedkd.kd_loss(student.float(), listed.given("cpu"), labels, vocab_size=vocab_size, backend=backend)
+    assert loss.isfinite() or v_student == common
+
+
+@each("tail", ["bucket", "renormalize", "truncate"])
+@each("offset", [200.0, -3e4])
 def test_offsets(tail: str, offset: float, backend: str) -> None:
     """A constant added to the logits is none of the loss's business, however large."""
     student, listed, labels = problem(tail)
@@ -401,10 +459,12 @@ def test_renormalized_at_another_temperature(backend: str) -> None:
 # What does not count, and what is no number ---------------------------------------------------------------------------
 
 
-@each("hole", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("hole", "backend"), [(torch.nan, "torch"), (torch.inf, "torch"), (-torch.inf, "torch"), (torch.nan, "triton")]
+)
 @each("tail", ["bucket", "renormalize", "truncate"])
 @each("labelled", [True, False])
-def test_ignored_rows(hole: float, tail: str, labelled: bool, backend: str) -> None:
+def test_ignored_rows(hole: float, backend: str, tail: str, labelled: bool) -> None:
     """Rows without a label or a token may hold anything, on both sides, in weights, parameters and upstream."""
     student, listed, labels = ragged(tail)
     labels[2] = IGNORE
@@ -534,9 +594,19 @@ def kd(side: Any, listed: Listed, labels: torch.Tensor | None, **options: Any) -
     return fusedkd.kd_loss(side, listed.given("cpu"), labels, **{"divergence": "drkl"} | options)
 
 
+CHECKED = [
+    *(
+        (name, tail)
+        for name in ("rows", "rows_gradient", "rows_both")
+        for tail in ("bucket", "renormalize", "truncate")
+    ),
+    ("heads", "bucket"),
+    ("heads_rows", "bucket"),
+]
+
+
 @pytest.mark.unpoisoned
-@each("name", ["rows", "rows_gradient", "rows_both", "heads", "heads_rows"])
-@each("tail", ["bucket", "renormalize", "truncate"])
+@pytest.mark.parametrize(("name", "tail"), CHECKED)
 def test_opcheck(name: str, tail: str, calls: dict[str, tuple[Any, ...]]) -> None:
     """Schema, fake tensors, autograd registration and compilation, on the arguments of real calls."""
     student, listed, labels = ragged(tail)
@@ -553,9 +623,11 @@ def test_opcheck(name: str, tail: str, calls: dict[str, tuple[Any, ...]]) -> Non
     opcheck(name, calls[name], differentiable=name in ("rows", "heads", "heads_rows"))
 
 
+COMPILED = [("bucket", "logits"), ("truncate", "logits"), ("renormalize", "heads"), ("bucket", "rows of heads")]
+
+
 @pytest.mark.unpoisoned
-@each("tail", ["bucket", "renormalize", "truncate"])
-@each("kind", ["logits", "heads", "rows of heads"])
+@pytest.mark.parametrize(("tail", "kind"), COMPILED)
 def test_compile(tail: str, kind: str) -> None:
     """fullgraph=True: no graph break; a TopK goes in as an argument."""
     student, listed, labels = ragged(tail)
@@ -713,6 +785,21 @@ def test_memory(tail: str) -> None:
     assert sum(backward.sizes) <= 4 * N * WIDE + bits + rows
 
 
+@each("tail", ["bucket", "truncate"])
+def test_memory_on_a_cpu(tail: str) -> None:
+    """Of N·V nothing but the gradient: blocks of rows."""
+    from test_memory import measure
+
+    rows, columns = 1000, 4000
+    leaf = torch.randn(rows, columns).requires_grad_()
+    ids = torch.randint(columns - K, (rows, 1)) + torch.arange(K)
+    teacher, graph = fusedkd.TopK(ids, torch.full((rows, K), -3.0), tail), []
+    forward = measure(lambda: graph.append(fusedkd.kd_loss(leaf, teacher, divergence="rkl", backend="torch")))
+    assert max(forward.sizes) < leaf.nbytes
+    backward = measure(lambda: torch.autograd.grad(graph[0], leaf))
+    assert [size for size in backward.sizes if size >= leaf.nbytes] == [leaf.nbytes]
+
+
 def many(columns: int, dtype: torch.dtype, tail: str = "bucket", rows: int = 150, **options: Any) -> Any:
     """A call on heads, as test_memory has them, and its rows that count: two thirds."""
     from test_memory import Call
@@ -746,7 +833,7 @@ def test_memory_of_heads(dtype: torch.dtype, tail: str, monkeypatch: pytest.Monk
     announced: list[planner.Chunks] = []
     original = planner.choose
     monkeypatch.setattr(planner, "choose", lambda *args: announced.append(original(*args)) or announced[-1])
-    call = many(5000, dtype, tail, rows=640)
+    call = many(2500, dtype, tail, rows=640)
     for options in ({}, {"memory_budget": int(1.2 * least(call))}):
         call.run(**options)  # what is made once and kept is not workspace
         memory = measure(lambda options=options: call.run(**options))
@@ -888,6 +975,20 @@ def test_numbers_are_looked_at_when_asked(monkeypatch: pytest.MonkeyPatch) -> No
     assert not checks._looks(torch.device("cuda"))
     monkeypatch.setenv("FUSEDKD_CHECK", "1")
     assert checks._looks(torch.device("cuda"))
+
+
+def test_ids_out_of_range_where_nobody_looks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: they are absent."""
+    student, listed, labels = problem()
+    found = []
+    monkeypatch.setattr(checks, "_looks", lambda where: False)
+    for nowhere in (ABSENT, V, -7, 2**31 + 5):
+        ids = listed.ids.clone()
+        ids[:, ::4] = nowhere
+        teacher = fusedkd.TopK(ids, listed.logprobs)
+        found.append(fusedkd.kd_value_and_grad(student.float(), teacher, labels, divergence="drkl", backend=backend))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
 
 
 # The checks above can fail --------------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ class TopK(NamedTuple):
     softmax at `temperature`, in nats. K from 1 to 4096; the leading shape is the student's. vocab_size: columns that
     the softmax had, for a student that has more.
 
+    Ids out of range or twice in a row, and probabilities of a sum above 1, are errors on a CPU and under
+    FUSEDKD_CHECK=1. Elsewhere nobody looks: an id out of range is left to the bucket, one that is there twice is
+    counted twice.
+
     tail: what becomes of the tokens that are not listed, whose masses are P_r = 1 − Σ p and Q_r.
 
     "bucket": they are one outcome more. D is that of K + 1 outcomes: never negative, 0 at p == q, the dense one where

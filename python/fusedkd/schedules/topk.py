@@ -178,6 +178,7 @@ class Compared(NamedTuple):
     labels: Tensor  # negative in rows that do not count
     ids: Tensor
     logits: Tensor  # (n, K) of the student at the listed tokens
+    top: Tensor  # (n,) logit that is 0 among the student's outcomes
     kept: Tensor  # (n, MASSES)
 
 
@@ -186,9 +187,15 @@ def compared(problem: Problem, teacher: Logits, labels: Tensor | None, memory: S
     outcomes, t = _outcomes(teacher), teacher.x[0]
     masses, k = columns_of(Masses, memory.masses, keepdim=True), outcomes.ids.shape[1]
     s = t.new_zeros((len(t), t.shape[1] + -t.shape[1] % _PADDED))[:, : t.shape[1]]
-    s[:, :k] = (memory.logits - (masses.centre if outcomes.bucket else 0.0)) / problem.temperature
+    top = torch.zeros_like(masses.centre)
     if outcomes.bucket:
-        s[:, k] = masses.log_bucket[:, 0]
+        # Logits above the largest are small where q is large: there the difference costs no digit.
+        of_bucket = torch.where(masses.log_bucket == -torch.inf, -torch.inf, masses.centre)
+        top = torch.maximum(memory.logits.amax(-1, keepdim=True), of_bucket)
+        top = torch.where(top == -torch.inf, 0.0, torch.where(top == torch.inf, torch.nan, top))
+        s[:, k] = (masses.log_bucket + (masses.centre - top) / problem.temperature)[:, 0]
+    s[:, :k] = (memory.logits - top) / problem.temperature
+    if outcomes.bucket:
         # A bucket that both sides leave empty is no outcome.
         t = torch.cat((t[:, :k], _nonempty(t[:, k : k + 1], masses.log_bucket), t[:, k + 1 :]), 1)
     of_outcomes = problem._replace(vocab_size=t.shape[1], temperature=1.0, ce_weight=0.0, argmax=False)
@@ -200,6 +207,7 @@ def compared(problem: Problem, teacher: Logits, labels: Tensor | None, memory: S
         _counting(labels, outcomes),
         outcomes.ids,
         memory.logits,
+        top[:, 0],
         memory.masses,
     )
 
@@ -326,16 +334,17 @@ class TopKRows:
 
 
 def finish(problem: Problem, both: Compared, of_label: Tensor | None, loss: Tensor, stats: Tensor | None) -> None:
-    """Add the cross-entropy to the loss, and the centre to the student's log-sum-exp in the statistics.
+    """Add the cross-entropy to the loss, and the top to the student's log-sum-exp in the statistics.
 
     of_label: (n,) the student's logits at the labels, where there is a cross-entropy.
     """
-    masses, counted = columns_of(Masses, both.kept), both.targets >= 0
+    counted = both.targets >= 0
     if of_label is not None:
-        loss += torch.where(counted, problem.ce_weight * (masses.ce_lse - of_label), 0.0)
-    if stats is not None and both.student.x.shape[2] > both.ids.shape[1] + 1:
+        ce_lse = columns_of(Masses, both.kept).ce_lse
+        loss += torch.where(counted, problem.ce_weight * (ce_lse - of_label), 0.0)
+    if stats is not None:
         at = TokenStats._fields.index("student_lse")
-        stats[:, at] += torch.where(counted, masses.centre / problem.temperature, 0.0)
+        stats[:, at] += torch.where(counted, both.top / problem.temperature, 0.0)
 
 
 def _outcomes(teacher: Logits) -> Outcomes:
@@ -529,9 +538,11 @@ def _integrand(problem: Problem, student: Logits, teacher: Logits) -> tuple[Tens
         found = tuple((1.0 - parameter) * x + parameter * y for x, y in zip(forward, reverse, strict=True))
     else:
         m = parameter * p + (1.0 - parameter) * q
-        log_m = torch.where(listed, m.log(), 0.0)
-        of_p = torch.where(listed & (p > 0), p * (logp - log_m), 0.0)
-        of_q = torch.where(listed & (q > 0), q * (logq - log_m), 0.0)
+        log_m, close = torch.where(listed, m.log(), 0.0), d.abs() < 1.0
+        near = torch.where(close, d, 0.0)  # where m/p and m/q are near 1, and so is what their logarithms would lose
+        of_p = torch.where(close, -torch.log1p((1.0 - parameter) * torch.expm1(-near)), logp - log_m)
+        of_q = torch.where(close, -torch.log1p(parameter * torch.expm1(near)), logq - log_m)
+        of_p, of_q = (torch.where(listed & (x > 0), x * of_x, 0.0) for x, of_x in ((p, of_p), (q, of_q)))
         between = (parameter * of_p + (1.0 - parameter) * of_q, (1.0 - parameter) * of_q)
         ends = zip(between, forward, reverse, strict=True)
         found = tuple(torch.where(parameter == 0, x, torch.where(parameter == 1, y, mid)) for mid, x, y in ends)
