@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.torch_rows import finish_rows, values_at
+from ..backends.torch_rows import dominant_entry, finish_rows, values_at
 from ..call import LossCall, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
 from ..kernels.device.args import (
@@ -320,12 +320,14 @@ def _add_dominant(
     dominant = columns_of(Dominant, found)
     has = dominant.token >= 0 if labels is None else (dominant.token >= 0) & (labels >= 0)
     at = dominant.token.clamp(min=0).long()
-    g = -upstream * (problem.factor / problem.temperature) * dominant.rest
-    if problem.ce_weight:
-        one = 0.0 if labels is None else (labels == at).to(g.dtype)
-        q = (dominant.logit - columns_of(RowScalars, saved).ce_lse).exp()
-        g = g + upstream * problem.ce_weight * (q - one)
-    g = torch.where(has, g * dominant.slope, 0.0)
+    g = dominant_entry(
+        dominant,
+        upstream * (problem.factor / problem.temperature),
+        upstream * problem.ce_weight if problem.ce_weight else None,
+        columns_of(RowScalars, saved).ce_lse,
+        labels,
+    )
+    g = torch.where(has, g, 0.0)
     if weight is None:
         flat = grads.x.view(len(g), sweep.student.width)
         entry = flat.gather(1, at[:, None])
