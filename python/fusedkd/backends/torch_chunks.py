@@ -37,8 +37,22 @@ from .torch_rows import (
     statistics,
     sweep_of,
     term_sums,
+    threads_of_a_cpu,
     uncounted_zeroed,
 )
+
+_SHARE = 128  # rows of a thread: of fewer, a product takes as long as reading the weight
+
+
+def threads_for(rows: int) -> int:
+    """How many work on the vocabulary's chunks, each on rows of its own."""
+    return max(1, min(threads_of_a_cpu(), rows // _SHARE))
+
+
+def shares(rows: int, device: torch.device) -> list[slice]:
+    """Rows of each of these threads."""
+    step = max(1, -(-rows // (threads_for(rows) if device.type == "cpu" else 1)))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def absorb(

@@ -12,7 +12,7 @@ logits). Rows that do not count are not read.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeGuard
 
@@ -368,24 +368,33 @@ def _gradient(call: Call, kind: Kind, rows: Rows, saved: Tensor, upstream: Tenso
         write_gradient(call.inputs(piece), kind, piece, saved, upstream, out, row_gradients)
 
 
+@torch.compiler.assume_constant_result  # where a plan is traced
+def threads_of_a_cpu() -> int:
+    """How many may take groups of rows."""
+    return min(torch.get_num_threads(), _WORKERS)
+
+
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a group at a time, by several threads on a CPU."""
-    threads = torch.get_num_threads()
-    workers = min(threads, _WORKERS) if call.student.x.is_cpu else 1
+    workers = threads_of_a_cpu() if call.student.x.is_cpu else 1
     share = -(-count_of(rows) * call.width // workers)
-    groups = call.parts(rows, max(PIECE, min(GROUP, share)))
-    if min(workers, len(groups)) <= 1:
-        for group in groups:
-            work(group)
-        return
-    inference = torch.is_inference_mode_enabled()
+    in_threads(work, call.parts(rows, max(PIECE, min(GROUP, share))), workers)
 
-    def in_thread(group: Rows) -> None:
+
+def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
+    """Does the work of every part, in as many threads, each with its share of torch's."""
+    if min(workers, len(parts)) <= 1:
+        for part in parts:
+            work(part)
+        return
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def in_thread(part: Any) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            work(group)
+            work(part)
 
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        for done in [pool.submit(in_thread, group) for group in groups]:
+        for done in [pool.submit(in_thread, part) for part in parts]:
             done.result()
     torch.set_num_threads(threads)  # what threads that are yet to come take for theirs
 
