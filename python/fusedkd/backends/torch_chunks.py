@@ -22,6 +22,7 @@ from ..kernels.maths.moments import entropies_advance
 from ..kernels.maths.quantities import Centre, EntropySums, LogNorms, Maxima
 from .torch_rows import (
     PIECE,
+    WORKERS,
     Call,
     Held,
     Inputs,
@@ -37,21 +38,21 @@ from .torch_rows import (
     statistics,
     sweep_of,
     term_sums,
-    threads_of_a_cpu,
     uncounted_zeroed,
 )
 
 _SHARE = 128  # rows of a thread: of fewer, a product takes as long as reading the weight
 
 
-def threads_for(rows: int) -> int:
-    """How many work on the vocabulary's chunks, each on rows of its own."""
-    return max(1, min(threads_of_a_cpu(), rows // _SHARE))
+def most_threads(rows: int) -> int:
+    """How many threads may work on the vocabulary's chunks, each on rows of its own."""
+    return max(1, min(WORKERS, rows // _SHARE))
 
 
 def shares(rows: int, device: torch.device) -> list[slice]:
-    """Rows of each of these threads."""
-    step = max(1, -(-rows // (threads_for(rows) if device.type == "cpu" else 1)))
+    """Rows of each thread that does."""
+    threads = min(torch.get_num_threads(), most_threads(rows)) if device.type == "cpu" else 1
+    step = max(1, -(-rows // threads))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 

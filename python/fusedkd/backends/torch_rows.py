@@ -43,7 +43,7 @@ BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py ta
 PIECE = 5 << 16  # logits per side of which a cache holds the temporaries
 # Logits per side between which the numbers of rows are calculated, and which a second sweep reads again.
 GROUP = 3 << 19
-_WORKERS = 8  # threads that take groups: each needs memory of its own
+WORKERS = 8  # threads that take groups: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
 _LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
@@ -368,15 +368,9 @@ def _gradient(call: Call, kind: Kind, rows: Rows, saved: Tensor, upstream: Tenso
         write_gradient(call.inputs(piece), kind, piece, saved, upstream, out, row_gradients)
 
 
-@torch.compiler.assume_constant_result  # where a plan is traced
-def threads_of_a_cpu() -> int:
-    """How many may take groups of rows."""
-    return min(torch.get_num_threads(), _WORKERS)
-
-
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a group at a time, by several threads on a CPU."""
-    workers = threads_of_a_cpu() if call.student.x.is_cpu else 1
+    workers = min(torch.get_num_threads(), WORKERS) if call.student.x.is_cpu else 1
     share = -(-count_of(rows) * call.width // workers)
     in_threads(work, call.parts(rows, max(PIECE, min(GROUP, share))), workers)
 

@@ -13,16 +13,15 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
-from ..backends.torch_chunks import threads_for
-from ..backends.torch_rows import BLOCK, PIECE, threads_of_a_cpu
+from ..backends.torch_chunks import most_threads
+from ..backends.torch_rows import BLOCK
 from ..divergence import Divergence, as_divergence
 from ..dtypes import logit_dtype
 from ..kernels.maths.definition import Form
 from .ceilings import TABLE, Ceiling, ceiling
 from .gemm import BLOCK_GRADIENT, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_WEIGHT
 
-_BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_logprobs.py, and in few threads of torch_rows.py
-_PIECE_COPIES = 16  # piece-sized tensors alive at once in each thread of torch_rows.py
+_BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and torch_logprobs.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
 _CPU_INNER, _GPU_INNER = 192, 512  # with fewer tokens a product waits for the weight, with more a CPU for new memory
 _CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
@@ -93,7 +92,7 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
         total += 3 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
-        total += _rows_of_a_cpu(width) * max(4, shape.accumulator_bytes)
+        total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
         total += _products_of_a_cpu(inner, width, shape.student_dim, 1)
         if shape.hidden_bytes < shape.accumulator_bytes:  # blocks of upcast weight, and upcast hidden states
             dim = max(shape.student_dim, shape.teacher_dim)
@@ -132,19 +131,13 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
     if shape.on_cpu:
-        total += _rows_of_a_cpu(width) * max(4, shape.accumulator_bytes)
-        workers = threads_for(shape.rows)
+        total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
+        workers = most_threads(shape.rows)
         total += _products_of_a_cpu(shape.rows, width, shape.student_dim, workers)
         if shape.hidden_bytes < shape.accumulator_bytes:
             dim = max(shape.student_dim, shape.teacher_dim)
             total += 4 * (2 * workers * _upcast_of_a_cpu(width, dim) + shape.rows * 2 * dim)
     return total
-
-
-def _rows_of_a_cpu(width: int) -> int:
-    """Elements of the temporaries of row work."""
-    pieces = threads_of_a_cpu() * max(PIECE, width)
-    return max(_BLOCK_COPIES * max(BLOCK, 2 * width), _PIECE_COPIES * pieces)
 
 
 def _products_of_a_cpu(rows: int, width: int, dim: int, workers: int) -> int:
