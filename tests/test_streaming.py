@@ -24,6 +24,7 @@ from cases import (
 from compare import assert_close
 
 import fusedkd
+from fusedkd.backends import torch_chunks
 from fusedkd.call import LossCall
 from fusedkd.schedules import planner
 
@@ -225,6 +226,30 @@ def test_operators(calls: dict[str, tuple[Any, ...]]) -> None:
     assert torch.allclose(torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden), value)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(loss(hidden), hidden, create_graph=True)
+
+
+@each("case", [("rkl", {}), ("jsd", {}), ("taid", {"t": torch.linspace(0.1, 0.9, 6).view(LEAD)})])
+def test_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes rows of its own through the whole vocabulary, ignored and confident rows among them."""
+    monkeypatch.setattr(torch_chunks, "_SHARE", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch_chunks.shares(6, torch.device("cpu")) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    student, teacher = sides("head-head")
+    labels = random_labels(LEAD, VOCABULARY)
+    for factor in (1.0, 5.0):
+        ours = type(student)(student.hidden, factor * student.weight, student.bias)
+        for options in ({}, {"ce_weight": 0.5, "drop_ignored": False}):
+            check_heads(ours, teacher, labels, case, "torch", schedule="streaming", **options)
+
+
+@each("length", [0, 1, 255, 256, 700, 5000])
+def test_shares(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows, in order, as many parts as threads may take; one where threads would take too few."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    parts = torch_chunks.shares(length, torch.device("cpu"))
+    assert [i for part in parts for i in range(length)[part]] == list(range(length))
+    assert len(parts) == (0 if not length else 1 if length < 256 else 2 if length < 384 else 3)
+    assert len(torch_chunks.shares(length, torch.device("meta"))) <= 1
 
 
 def test_backends_and_schedules_agree() -> None:

@@ -41,7 +41,7 @@ from .loads import label_of, load_pair, row_ptrs, row_values
 from .rows import Logits, Problem, arguments, grad_arg, gradient_term, tile
 from .tiles import Tile
 
-__all__ = ["CARRY", "DOMINANT", "EMPTY", "absorb", "add_sums", "gradient", "online_of"]
+__all__ = ["CARRY", "DOMINANT", "EMPTY", "absorb", "add_sums", "gradient", "online_of", "shares"]
 
 
 def online_of(problem: Problem) -> OnlineForm:
@@ -127,6 +127,11 @@ def _gradient(
 
 def _tile(problem: Problem, student: Logits, teacher: Logits, width: int) -> Tile:
     return tile(problem._replace(vocab_size=max(width, 1)), student, teacher)
+
+
+def shares(rows: int, device: torch.device) -> list[slice]:
+    """All rows: a launch has a program for each."""
+    return [slice(0, rows)]
 
 
 def absorb(

@@ -8,6 +8,7 @@ What a launcher of Triton kernels returns, the compiled kernel, is of no interes
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels.device.rows import Logits, Problem
@@ -73,6 +74,10 @@ class RowBackend(Sweeps, Protocol):
 
 class ChunkBackend(Protocol):
     """The row work of the streaming schedule: all rows, the columns from `first` on, V of which are compared."""
+
+    def shares(self, rows: int, device: torch.device, /) -> list[slice]:
+        """Parts of N rows, each for a thread of its own: `labels` and what is (N, ...) is then that of a part."""
+        ...
 
     def absorb(
         self,

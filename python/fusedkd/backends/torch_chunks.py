@@ -1,183 +1,189 @@
 """The row work of the streaming schedule in plain torch, with the interface of kernels/device/vocab_chunks.py.
 
-Here the online forms of the divergences run in torch too: their twins sum over the last axis (kernels/language.py).
+The sweeps are those of torch_rows.py, over a chunk's columns; here is what joins the chunks of a row.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
+from torch import Tensor
 
-from ..kernels.device.args import Carry, Dominant, RowScalars, columns_of, extras_of
+from ..kernels.device.args import (
+    CARRY,
+    Carry,
+    Dominant,
+    RowScalars,
+    TermSums,
+    columns_of,
+    extras_of,
+)
 from ..kernels.device.rows import Logits, Problem
-from ..kernels.device.vocab_chunks import CARRY, online_of
-from ..kernels.maths.centering import centred, raise_maxima
+from ..kernels.maths.centering import merge_maxima
 from ..kernels.maths.decomposition import ABSENT
-from ..kernels.maths.elementary import exp
-from ..kernels.maths.moments import cross_entropy_advance, entropies_advance
-from ..kernels.maths.quantities import Centre
-from .torch_rows import columnwise, logits, or_unknown, row_blocks
+from ..kernels.maths.moments import entropies_advance
+from ..kernels.maths.quantities import Centre, EntropySums, LogNorms, Maxima
+from .torch_rows import (
+    PIECE,
+    WORKERS,
+    Call,
+    Held,
+    Inputs,
+    Kind,
+    Rows,
+    Statistics,
+    at_column,
+    counted,
+    each,
+    kind_of,
+    or_unknown,
+    row_gradients,
+    statistics,
+    sweep_of,
+    term_sums,
+    uncounted_zeroed,
+)
+
+_SHARE = 128  # rows of a thread: of fewer, a product takes as long as reading the weight
+
+
+def most_threads(rows: int) -> int:
+    """How many threads may work on the vocabulary's chunks, each on rows of its own."""
+    return max(1, min(WORKERS, rows // _SHARE))
+
+
+def shares(rows: int, device: torch.device) -> list[slice]:
+    """Rows of each thread that does."""
+    threads = min(torch.get_num_threads(), most_threads(rows)) if device.type == "cpu" else 1
+    step = max(1, -(-rows // threads))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def absorb(
     problem: Problem,
     student: Logits,
     teacher: Logits,
-    labels: torch.Tensor | None,
-    carry: torch.Tensor,
+    labels: Tensor | None,
+    carry: Tensor,
     first: int,
     with_stats: bool,
 ) -> None:
     """Adds a chunk to `carry`, as device.vocab_chunks.absorb."""
-    advance = online_of(problem).advance.torch
-    for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, carry):
-        own: Any = columns_of(Carry, carry[rows], keepdim=True)
-        maxima, entropy_sums, ce = own[:3], own[3:6], own[6:8]
-        state: Any = tuple(carry[rows, CARRY:].unsqueeze(-1).unbind(1))
-        if problem.ce_weight:
-            ce = cross_entropy_advance.torch(ce, s, torch.ones_like(s, dtype=torch.bool))
-        s, t, live = s[:, : problem.vocab_size], t[:, : problem.vocab_size], live[:, : problem.vocab_size]
-        label = _local(labels, rows, first)
-        picked = [own.label_s, own.label_t]
-        if label is not None and problem.vocab_size:
-            here = (label >= 0) & (label < problem.vocab_size)
-            at = label.clamp(0, problem.vocab_size - 1)
-            seen = live.gather(1, at)
-            picked = [
-                torch.where(here, or_unknown(s.gather(1, at)), picked[0]),
-                torch.where(here, torch.where(seen, or_unknown(t.gather(1, at)), -torch.inf), picked[1]),
-            ]
-            live = live.scatter(1, at, seen & ~here)
-        s, t = (torch.where(live, x, ABSENT) for x in (s, t))  # what does not count may then be called live
-        if problem.vocab_size:
-            inv_tau, mix = 1.0 / problem.temperature, _mix(problem, rows, carry)
-            maxima, centre, move, own_log_t = raise_maxima.torch(maxima, s, t, True, inv_tau, mix)
-            z, u, d = centred.torch(s, t, centre, inv_tau, mix)
-            if with_stats:
-                _, plain, _ = centred.torch(s, t, centre, inv_tau, ())
-                entropy_sums = entropies_advance.torch(entropy_sums, state[0], move[0], own_log_t, z, plain, True)
-            state = advance(state, move, z, u, d, exp.torch(z), exp.torch(u), True, _theta(problem, rows, carry))
-        carry[rows] = torch.cat((*maxima, *entropy_sums, *ce, *picked, *state), -1)
+    call = _chunk(problem, student, teacher, labels, carry, first)
+    kind, rows = kind_of(call.problem, carry.dtype, with_stats), counted(labels, None, len(carry))
+    found = torch.empty_like(carry)
+
+    def work(part: Rows) -> None:
+        found[part] = sweep_of(call, kind, part)(_gathered)
+
+    each(work, call, rows)
+    carry[rows] = _merged(call, kind, rows, carry[rows], found[rows])
 
 
 def add_sums(
     problem: Problem,
     student: Logits,
     teacher: Logits,
-    labels: torch.Tensor | None,
-    saved: torch.Tensor,
-    sums: torch.Tensor,
+    labels: Tensor | None,
+    saved: Tensor,
+    sums: Tensor,
     first: int,
 ) -> None:
     """Adds a chunk's Σ f and Σ phi, as device.vocab_chunks.add_sums."""
-    for rows, s, t, live, _ in _blocks(problem, student, teacher, labels, saved):
-        _, d, f, phi = _terms(problem, rows, s, t, saved)
-        live = _without(live, _local(labels, rows, first))
-        total, mass, widest = sums[rows].unbind(-1)
-        f, phi = torch.where(live, f, 0.0), torch.where(live, phi, 0.0)
-        far = torch.maximum(widest, torch.where(live, d, 0.0).amax(-1))
-        sums[rows] = torch.stack((total + f.sum(-1), mass + phi.sum(-1), far), -1)
+    call, kind = _chunk(problem, student, teacher, labels, saved, first), kind_of(problem, saved.dtype)
+
+    def work(part: Rows) -> None:
+        scalars = columns_of(RowScalars, saved[part], keepdim=True)
+        extras = extras_of(saved[part], kind.definition.extras, keepdim=True)
+        norms = Centre(*scalars[:4]), LogNorms(*scalars[4:7])
+        before = columns_of(TermSums, sums[part], keepdim=True)
+        found = sweep_of(call, kind, part)(term_sums, None, *norms, extras)
+        widest = torch.maximum(before.widest, found.widest)
+        sums[part] = torch.cat((before.total + found.total, before.mass + found.mass, widest), -1)
+
+    each(work, call, counted(labels, None, len(saved)))
 
 
 def gradient(
     problem: Problem,
     student: Logits,
     teacher: Logits,
-    labels: torch.Tensor | None,
-    saved: torch.Tensor,
-    upstream: torch.Tensor,
-    dominant: torch.Tensor,
-    out: torch.Tensor,
+    labels: Tensor | None,
+    saved: Tensor,
+    upstream: Tensor,
+    dominant: Tensor,
+    out: Tensor,
     first: int,
 ) -> None:
     """A chunk's dZ without the dominant token, as device.vocab_chunks.gradient."""
-    V = problem.vocab_size
-    for rows, s, t, live, slope in _blocks(problem, student, teacher, labels, saved, out):
-        scalars = columns_of(RowScalars, saved[rows], keepdim=True)
-        a, b, grad_y, ce_lse = scalars.a, scalars.b, scalars.grad_y, scalars.ce_lse
-        up = upstream[rows].unsqueeze(-1)
-        idle = up == 0  # its gradient is 0, whatever the row holds
-        label = _local(labels, rows, first)
-        g = torch.zeros_like(s)
-        before = columns_of(Dominant, dominant[rows], keepdim=True)
-        rest = before.rest
-        dominates = torch.zeros_like(s, dtype=torch.bool)
-        if V:
-            q, _, _, phi = _terms(problem, rows, s[:, :V], t[:, :V], saved)
-            live = live[:, :V]
-            inner = torch.where(live, a * phi + b * q, 0.0)
-            hot = live & (q > 0.5) & ~idle
-            if label is not None:
-                at = (torch.arange(V, device=s.device) == label) & live
-                inner, hot = torch.where(at, grad_y, inner), hot & ~at
-            g[:, :V], dominates[:, :V] = inner.masked_fill(s[:, :V] <= ABSENT, 0.0), hot
-            rest = rest + torch.where(hot, 0.0, inner).sum(-1, keepdim=True)
-        g *= up * (problem.factor / problem.temperature)
-        if problem.ce_weight:
-            one = torch.zeros_like(s)
-            if label is not None:
-                one = (torch.arange(s.shape[1], device=s.device) == label).to(s.dtype)
-            g += up * problem.ce_weight * (exp.torch(s - ce_lse) - one)
-        slope = slope if isinstance(slope, torch.Tensor) else torch.full_like(s, slope)
-        top = dominates.to(torch.int8).argmax(-1, keepdim=True)
-        now = Dominant(top + float(first), rest, s.gather(1, top), slope.gather(1, top))
-        has = dominates.any(-1, keepdim=True)
-        dominant[rows] = torch.where(has, torch.cat(now, -1), torch.cat(before._replace(rest=rest), -1))
-        out[rows] = (g * slope).masked_fill_(dominates, 0.0).masked_fill_(idle, 0.0).to(out.dtype)
+    call = _chunk(problem, student, teacher, labels, saved, first)
+    kind = kind_of(call.problem, saved.dtype)
+
+    def work(part: Rows) -> None:
+        for piece in call.parts(part, PIECE):
+            to = out[piece]  # a view where the rows are neighbours
+            found = row_gradients(call.inputs(piece), kind, saved[piece], upstream[piece].unsqueeze(-1), to)
+            has = found.token >= 0
+            at_column(to, Held(found.token.clamp(min=0), has), 0.0)
+            if not isinstance(piece, slice):
+                out[piece] = to
+            before = columns_of(Dominant, dominant[piece], keepdim=True)
+            rest = before.rest + found.rest
+            here = found._replace(token=found.token + float(first), rest=rest)
+            dominant[piece] = torch.where(has, torch.cat(here, -1), torch.cat(before._replace(rest=rest), -1))
+
+    each(work, call, uncounted_zeroed(labels, upstream, out))
 
 
-def _blocks(
-    problem: Problem,
-    student: Logits,
-    teacher: Logits,
-    labels: torch.Tensor | None,
-    like: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> Iterator[tuple[Any, ...]]:
-    """Counted rows, student logits over the chunk, teacher logits beside them (−1e30 beyond), compared columns, slope.
-
-    Other rows of `out` are zeroed.
-    """
-    width, V = student.x.shape[2], problem.vocab_size
-    if problem.ce_weight == 0:
-        width = V
-    for rows in row_blocks(width, labels, len(like), like.device, out):
-        s, slope = logits(student, rows, width, like.dtype)
-        t, _ = logits(teacher, rows, V, like.dtype)
-        live = t != -torch.inf  # true of a NaN, which must show
-        t = torch.nn.functional.pad(t.clamp(min=ABSENT), (0, width - V), value=ABSENT)
-        live = torch.nn.functional.pad(live, (0, width - V), value=False)
-        yield rows, s.clamp(min=ABSENT), t, live, slope
+def _chunk(problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, like: Tensor, first: int) -> Call:
+    """A chunk as rows take it. Where none of its columns is compared, one is, outside the support."""
+    if not problem.vocab_size:
+        problem = problem._replace(vocab_size=1)
+        teacher = Logits(like.new_full((1, 1, 1), -torch.inf).expand(1, len(like), 1))
+    return Call(problem, student, teacher, labels, like.dtype, first)
 
 
-def _terms(
-    problem: Problem, rows: torch.Tensor | slice, s: torch.Tensor, t: torch.Tensor, saved: torch.Tensor
-) -> tuple[Any, ...]:
-    """q, d, f and phi at the final offsets."""
-    scalars = columns_of(RowScalars, saved[rows], keepdim=True)
-    z, u, d = centred.torch(s, t, Centre(*scalars[:4]), 1.0 / problem.temperature, _mix(problem, rows, saved))
-    logq, logp = z - scalars.l_s, u - scalars.l_t
-    theta = (*_theta(problem, rows, saved), *extras_of(saved[rows], problem.definition.extras, keepdim=True))
-    q = exp.torch(logq)
-    f, phi = problem.definition.term.torch(q, exp.torch(logp), logq, logp, d - scalars.r, theta)
-    return q, d, f, phi
+def _gathered(inputs: Inputs, kind: Kind) -> Tensor:
+    """What `carry` (n, CARRY + online state) would be after these columns alone."""
+    found: Statistics = statistics(inputs, kind)
+    zero = torch.zeros_like(found.label_s)
+    entropies = found.entropy_sums or EntropySums(zero, zero, zero)
+    # What is not finite has to show: its maximum is 0, its sums are NaN.
+    top_s, top_t, top_mixed = found.maxima
+    top_s, top_t = top_s + 0.0 * found.state[0], top_t + 0.0 * found.state[1]
+    has_ce = inputs.numbers.ce is not None
+    ce = (found.ce_lse, torch.ones_like(zero)) if has_ce else (zero, zero)
+    label_s = label_t = torch.full_like(zero, -torch.inf)
+    if inputs.label is not None:
+        here = inputs.label.here
+        assert here is not None  # some columns of a row
+        s_y = or_unknown(found.label_s.clamp(min=ABSENT)) if has_ce else found.target.s
+        label_s = torch.where(here, s_y, -torch.inf)
+        label_t = torch.where(here & found.target.in_support, found.target.t, -torch.inf)
+    return torch.cat((*Carry(top_s, top_t, top_mixed, *entropies, *ce, label_s, label_t), *found.state), -1)
 
 
-def _local(labels: torch.Tensor | None, rows: torch.Tensor | slice, first: int) -> torch.Tensor | None:
-    """(n, 1) columns of the labels in the chunk; out of its range where they lie elsewhere."""
-    if labels is None:
-        return None
-    label = labels[rows].unsqueeze(-1)
-    return label - first
+def _merged(call: Call, kind: Kind, rows: Rows, *parts: Tensor) -> Tensor:
+    """What was gathered of some columns and of others, (n, CARRY + online state), as kernels merge a row's splits."""
 
+    def beside(x: Tensor) -> Tensor:  # four axes, the parts last: no formula takes it for columns of a row
+        return x[:, None, None]
 
-def _without(live: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-    return live if label is None else live & (torch.arange(live.shape[1], device=live.device) != label)
-
-
-def _theta(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return columnwise(problem.parameters, rows, like)
-
-
-def _mix(problem: Problem, rows: torch.Tensor | slice, like: torch.Tensor) -> tuple[Any, ...]:
-    return () if problem.mix is None else columnwise((problem.mix,), rows, like)
+    both = torch.stack(parts, -1)  # (n, CARRY + online state, 2)
+    carry = Carry(*(beside(x) for x in both[:, :CARRY].unbind(1)))
+    state = tuple(beside(x) for x in both[:, CARRY:].unbind(1))
+    numbers = call.numbers(rows)
+    theta, mix = (
+        tuple(x[..., None, None] if isinstance(x, Tensor) else x for x in xs) for xs in (numbers.theta, numbers.mix)
+    )
+    raised = merge_maxima.torch(Maxima(*carry[:3]), numbers.inv_tau, mix)
+    none = torch.zeros_like(carry.top_s)
+    live = none > 0
+    entropies = EntropySums(*carry[3:6])
+    move = raised.move
+    if kind.with_stats:
+        entropies = entropies_advance.torch(entropies, state[0], move.log_s, raised.own_log_t, none, none, live)
+    state = kind.online.advance.torch(state, move, none, none, none, none, none, live, theta)
+    top = carry.ce_top.amax(-1, keepdim=True)
+    total = (carry.ce_total * (carry.ce_top - top).exp()).sum(-1, keepdim=True)
+    sums = (x.sum(-1, keepdim=True) for x in (*entropies, *state))
+    labels = (x.amax(-1, keepdim=True) for x in (carry.label_s, carry.label_t))
+    entropy = [next(sums) for _ in EntropySums._fields]
+    return torch.cat((*raised.maxima, *entropy, top, total, *labels, *sums), -1)[:, 0, 0]

@@ -12,7 +12,7 @@ logits). Rows that do not count are not read.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeGuard
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..kernels.device.args import (
     MOST_EXTRAS,
     SAVED,
+    Dominant,
     RowScalars,
     TermSums,
     TokenStats,
@@ -42,7 +43,7 @@ BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py ta
 PIECE = 5 << 16  # logits per side of which a cache holds the temporaries
 # Logits per side between which the numbers of rows are calculated, and which a second sweep reads again.
 GROUP = 3 << 19
-_WORKERS = 8  # threads that take groups: each needs memory of its own
+WORKERS = 8  # threads that take groups: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
 _LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
@@ -81,13 +82,20 @@ class Numbers(NamedTuple):
     ce: Any  # weight of the cross-entropy, None: none
 
 
+class Held(NamedTuple):
+    """The columns held out, (n, 1)."""
+
+    at: Tensor
+    here: Tensor | None = None  # rows that hold one out; None: all
+
+
 class Inputs(NamedTuple):
     """Some rows of a call."""
 
     student: Stored
     teacher: Stored
     floor: Tensor | None  # (n, 1) logits to which the teacher's are raised
-    label: Tensor | None  # (n, 1)
+    label: Held | None
     numbers: Numbers
 
 
@@ -150,7 +158,7 @@ def value(
     def work(rows: Rows) -> None:
         keep(_value(call, kind, rows), rows, loss, saved, stats)
 
-    _each(work, call, counted(labels, None, len(loss)))
+    each(work, call, counted(labels, None, len(loss)))
 
 
 def gradient(
@@ -168,7 +176,7 @@ def gradient(
     def work(rows: Rows) -> None:
         _gradient(call, kind, rows, saved, upstream, out)
 
-    _each(work, call, uncounted_zeroed(labels, upstream, out))
+    each(work, call, uncounted_zeroed(labels, upstream, out))
 
 
 def value_and_gradient(
@@ -190,7 +198,7 @@ def value_and_gradient(
         keep(_value(call, kind, rows), rows, loss, saved, stats)
         _gradient(call, kind, rows, saved, upstream, out)
 
-    _each(work, call, counted(labels, None, len(loss)))
+    each(work, call, counted(labels, None, len(loss)))
     uncounted_zeroed(labels, upstream, out)
 
 
@@ -220,10 +228,16 @@ class Call(NamedTuple):
     teacher: Logits
     labels: Tensor | None
     dtype: torch.dtype
+    first: int | None = None  # the first column of a chunk of the vocabulary; None: the rows are whole
+
+    @property
+    def width(self) -> int:
+        """Columns of the student that are read."""
+        return self.student.x.shape[2] if self.problem.ce_weight else self.problem.vocab_size
 
     def parts(self, rows: Rows, size: int) -> list[Rows]:
         """Rows that have about `size` logits per side, at least one."""
-        step = max(1, size // max(self.problem.vocab_size, 1))
+        step = max(1, size // max(self.width, 1))
         return [part_of(rows, i, i + step) for i in range(0, count_of(rows), step)]
 
     def inputs(self, rows: Rows, number: Callable[[float], Any] = float) -> Inputs:
@@ -236,12 +250,19 @@ class Call(NamedTuple):
 
         V, floor = self.problem.vocab_size, self.teacher.floor
         return Inputs(
-            side(self.student, self.student.x.shape[2] if self.problem.ce_weight else V),
+            side(self.student, self.width),
             side(self.teacher, V),
             None if floor is None else floor[rows].to(self.dtype).unsqueeze(-1),
-            None if self.labels is None else self.labels[rows].unsqueeze(-1),
+            None if self.labels is None else self._held(self.labels[rows].unsqueeze(-1)),
             self.numbers(rows, number),
         )
+
+    def _held(self, label: Tensor) -> Held:
+        """The labels' columns, of which a chunk has those of some rows."""
+        if self.first is None:
+            return Held(label)
+        at = (label - self.first).clamp(0, self.problem.vocab_size - 1)
+        return Held(at, at + self.first == label)
 
     def numbers(self, rows: Rows, number: Callable[[float], Any] = float) -> Numbers:
         """The parameters at some rows."""
@@ -321,8 +342,8 @@ def tree(fn: Callable[..., Any], *trees: Any) -> Any:
     return fn(*trees) if isinstance(first, Tensor) else first
 
 
-def _value(call: Call, kind: Kind, rows: Rows) -> RowResult:
-    """`row_values`, whose sweeps take a piece of rows at a time."""
+def sweep_of(call: Call, kind: Kind, rows: Rows) -> Sweep:
+    """A sweep of some rows, a piece at a time."""
     pieces = call.parts(rows, PIECE)
 
     def sweep(function: Callable[..., Any], *row_numbers: Any) -> Any:
@@ -333,7 +354,12 @@ def _value(call: Call, kind: Kind, rows: Rows) -> RowResult:
         ]
         return tree(lambda *x: torch.cat(x), *found) if len(found) > 1 else found[0]
 
-    return row_values(call.numbers(rows), kind, sweep)
+    return sweep
+
+
+def _value(call: Call, kind: Kind, rows: Rows) -> RowResult:
+    """`row_values`, whose sweeps take a piece of rows at a time."""
+    return row_values(call.numbers(rows), kind, sweep_of(call, kind, rows))
 
 
 def _gradient(call: Call, kind: Kind, rows: Rows, saved: Tensor, upstream: Tensor | None, out: Tensor) -> None:
@@ -342,24 +368,27 @@ def _gradient(call: Call, kind: Kind, rows: Rows, saved: Tensor, upstream: Tenso
         write_gradient(call.inputs(piece), kind, piece, saved, upstream, out, row_gradients)
 
 
-def _each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
+def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a group at a time, by several threads on a CPU."""
-    threads = torch.get_num_threads()
-    workers = min(threads, _WORKERS) if call.student.x.is_cpu else 1
-    share = -(-count_of(rows) * call.problem.vocab_size // workers)
-    groups = call.parts(rows, max(PIECE, min(GROUP, share)))
-    if min(workers, len(groups)) <= 1:
-        for group in groups:
-            work(group)
-        return
-    inference = torch.is_inference_mode_enabled()
+    workers = min(torch.get_num_threads(), WORKERS) if call.student.x.is_cpu else 1
+    share = -(-count_of(rows) * call.width // workers)
+    in_threads(work, call.parts(rows, max(PIECE, min(GROUP, share))), workers)
 
-    def in_thread(group: Rows) -> None:
+
+def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
+    """Does the work of every part, in as many threads, each with its share of torch's."""
+    if min(workers, len(parts)) <= 1:
+        for part in parts:
+            work(part)
+        return
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def in_thread(part: Any) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            work(group)
+            work(part)
 
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        for done in [pool.submit(in_thread, group) for group in groups]:
+        for done in [pool.submit(in_thread, part) for part in parts]:
             done.result()
     torch.set_num_threads(threads)  # what threads that are yet to come take for theirs
 
@@ -430,11 +459,13 @@ def _numbered(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
 
 
-def _at_column(x: Tensor, y: Tensor, value: Any) -> Tensor:
-    """x (n, c) with `value` in the columns y (n, 1), in place if it is at hand."""
+def at_column(x: Tensor, y: Held, value: Any) -> Tensor:
+    """x (n, c) with `value` in the columns y, in place if it is at hand."""
+    if y.here is not None:
+        value = torch.where(y.here, value, x.gather(1, y.at))
     if torch.compiler.is_compiling():
-        return torch.where(_numbered(x) == y.int(), value, x)
-    return x.scatter_(1, y, value)
+        return torch.where(_numbered(x) == y.at.int(), value, x)
+    return x.scatter_(1, y.at, value)
 
 
 def _take_out_dominant(g: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -444,7 +475,7 @@ def _take_out_dominant(g: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.where(q > 0.5, 0.0, g), column, column >= 0
     column = likeliest(q).unsqueeze(-1)
     dominates = q.gather(1, column) > 0.5
-    return _at_column(g, column, torch.where(dominates, 0.0, g.gather(1, column))), column, dominates
+    return at_column(g, Held(column, dominates), 0.0), column, dominates
 
 
 def likeliest(q: Tensor) -> Tensor:
@@ -483,37 +514,46 @@ def _columns(inputs: Inputs, kind: Kind) -> Columns:
     return Columns(s, t, outside, full, slope, holes=True)
 
 
-def _held_out(x: Tensor, y: Tensor | None) -> Tensor:
+def _held_out(x: Tensor, y: Held | None) -> Tensor:
     """x without the columns y, in place if it is at hand."""
-    return x if y is None else _at_column(x, y, ABSENT)
+    return x if y is None else at_column(x, y, ABSENT)
 
 
-def _target(columns: Columns, label: Tensor | None, argmax: bool) -> tuple[Target, Tensor | None]:
-    """The target, and its columns (n, 1) if there is one."""
+def _target(columns: Columns, label: Held | None, argmax: bool) -> tuple[Target, Held | None]:
+    """The target, and its columns if there is one."""
     s, t = columns.s, columns.t
-    y = t.argmax(-1, keepdim=True) if argmax else label
+    y = Held(t.argmax(-1, keepdim=True)) if argmax else label
     if y is None:
         nothing = torch.full_like(s[:, :1], ABSENT)
         return Target(torch.full_like(nothing, -1), nothing, nothing, nothing > 0), None
-    s_y, t_y = (or_unknown(x.gather(1, y)) for x in (s, t))
-    outside = torch.zeros_like(y, dtype=torch.bool) if columns.outside is None else columns.outside.gather(1, y)
-    return Target(y.to(s.dtype), s_y, t_y, ~outside), y
+    s_y, t_y = (or_unknown(x.gather(1, y.at)) for x in (s, t))
+    outside = torch.zeros_like(y.at, dtype=torch.bool) if columns.outside is None else columns.outside.gather(1, y.at)
+    return Target(y.at.to(s.dtype), s_y, t_y, ~outside), y
 
 
-def _maximum(x: Tensor, y: Tensor | None, x_y: Tensor) -> Tensor:
+def _held_of(inputs: Inputs, kind: Kind, target: Tensor | None) -> Held | None:
+    """The columns held out; `target` (n, 1) has their numbers where rows look for them."""
+    if not kind.argmax:
+        return inputs.label
+    assert target is not None
+    return Held(target.long())
+
+
+def _maximum(x: Tensor, y: Held | None, x_y: Tensor) -> Tensor:
     """Maxima of rows without the columns y, whose numbers are x_y: (n, 1)."""
     if y is None:
         return thread_max.torch(x)
     if not _at_hand(x):
-        return thread_max.torch(torch.where(_numbered(x) == y.int(), ABSENT, x))
+        return thread_max.torch(torch.where(_numbered(x) == y.at.int(), ABSENT, x))
     top = thread_max.torch(x)
-    again = ~(x_y < top).flatten()
+    again = ~(x_y < top)
+    again = (again if y.here is None else again & y.here).flatten()
     if again.any():
-        top[again] = thread_max.torch(_at_column(x[again], y[again], ABSENT))
+        top[again] = thread_max.torch(at_column(x[again], Held(y.at[again]), ABSENT))
     return top
 
 
-def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
+def statistics(inputs: Inputs, kind: Kind) -> Statistics:
     """The first sweep: maxima, online sums, the target's column held out."""
     numbers, columns = inputs.numbers, _columns(inputs, kind)
     s, t, inv_tau, mix = columns.s, columns.t, numbers.inv_tau, numbers.mix
@@ -543,7 +583,7 @@ def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
     ce_lse = label_s = torch.zeros_like(target.s)
     if numbers.ce is not None and inputs.label is not None:
         ce_lse = or_unknown(columns.full.logsumexp(-1, keepdim=True))
-        label_s = columns.full.gather(1, inputs.label)
+        label_s = columns.full.gather(1, inputs.label.at)
     hole = torch.zeros_like(target.in_support)
     if columns.holes and columns.outside is not None:
         hole = ((s <= ABSENT) & ~columns.outside).any(-1, keepdim=True)
@@ -564,7 +604,7 @@ def _row_parameters(
 ) -> tuple[Tensor, ...]:
     """The parameters that each row finds for itself, (n, 1) each."""
     numbers = inputs.numbers
-    y = target.y.long() if kind.argmax or inputs.label is not None else None
+    y = _held_of(inputs, kind, target.y)
 
     def columns() -> tuple[Tensor, ...]:
         found = _columns(inputs, kind)
@@ -573,7 +613,7 @@ def _row_parameters(
             return tile
         logq, logp, delta, *_ = norms.binary
         own = (logq.exp(), logp.exp(), logq, logp, delta)
-        return tuple(_at_column(x, y, x_y) for x, x_y in zip(tile, own, strict=True))
+        return tuple(at_column(x, y, x_y) for x, x_y in zip(tile, own, strict=True))
 
     near = state[3] < 0.5 * state[0]
     assert kind.definition.row_parameters is not None
@@ -581,12 +621,12 @@ def _row_parameters(
     return kind.definition.row_parameters.torch(whole, numbers.theta)
 
 
-def _term_sums(
-    inputs: Inputs, kind: Kind, target: Target, centre: Centre, log_norms: LogNorms, extras: tuple[Tensor, ...]
+def term_sums(
+    inputs: Inputs, kind: Kind, target: Tensor | None, centre: Centre, log_norms: LogNorms, extras: tuple[Tensor, ...]
 ) -> TermSums:
     """The sweep of what has no one-sweep form: Σ f, Σ phi and the largest d, (n, 1) each."""
     numbers, columns = inputs.numbers, _columns(inputs, kind)
-    y = target.y.long() if kind.argmax or inputs.label is not None else None
+    y = _held_of(inputs, kind, target)
     tile = _normalized(columns, centre, log_norms, numbers, kind.definition.reads_logs)
     widest = _counted(tile[4].clone(), columns, y)
     f, phi = (_counted(x, columns, y) for x in kind.definition.term.torch(*tile, (*numbers.theta, *extras)))
@@ -594,10 +634,10 @@ def _term_sums(
     return TermSums(thread_sum.torch(f), thread_sum.torch(phi), thread_max.torch(widest).clamp(min=0.0))
 
 
-def _counted(x: Tensor, columns: Columns, y: Tensor | None) -> Tensor:
+def _counted(x: Tensor, columns: Columns, y: Held | None) -> Tensor:
     """x (n, V) with 0 in the target's column and outside the support, in place if it is at hand."""
     x = x if columns.outside is None else torch.where(columns.outside, 0.0, x)
-    return x if y is None else _at_column(x, y, 0.0)
+    return x if y is None else at_column(x, y, 0.0)
 
 
 def _normalized(columns: Columns, centre: Centre, log_norms: LogNorms, numbers: Numbers, with_logs: bool) -> Any:
@@ -615,7 +655,7 @@ def _exps(x: Tensor, y: Tensor, with_logs: bool) -> tuple[tuple[Any, Any], tuple
 
 def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     """All sweeps of the value, as `row_value` of device/forward.py."""
-    first: Statistics = sweep(_statistics)
+    first: Statistics = sweep(statistics)
     state, target, online = first.state, first.target, kind.online
     norms = finalize_normalizers.torch(
         first.maxima, state, target.s, target.t, target.in_support, numbers.inv_tau, numbers.mix, online.ratio.torch,
@@ -624,7 +664,7 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     extras = sweep(_row_parameters, state, norms, target) if kind.definition.row_parameters is not None else ()
     theta = (*numbers.theta, *extras)
     if online.sums is None:
-        sums = sweep(_term_sums, target, norms.centre, norms.log_norms, extras)
+        sums = sweep(term_sums, target.y, norms.centre, norms.log_norms, extras)
         widest = sums.widest if kind.dtype == torch.float32 else torch.where(first.hole, 1e30, 0.0)
         total, mass = or_infinite.torch(sums.total, widest), sums.mass
     else:
@@ -667,17 +707,15 @@ def _stats(first: Statistics, norms: RowNorms, terms: Decomposition, only_target
     return torch.cat(stats._replace(**{name: getattr(stats, name) + unknown for name in of_target}), -1)
 
 
-def row_gradients(
-    inputs: Inputs, kind: Kind, saved: Tensor, upstream: Tensor | None, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def row_gradients(inputs: Inputs, kind: Kind, saved: Tensor, upstream: Tensor | None, out: Tensor | None) -> Dominant:
     """The gradient sweep: writes into `out` (n, width), or over the student's numbers; wrong at the dominant token.
 
-    Returns that token (−1: there is none) and its entry, minus the sum of the others, which does not cancel: (n, 1).
+    Returns that token and what `dominant_entry` takes, (n, 1) each.
     """
     numbers, columns = inputs.numbers, _columns(inputs, kind)
     scalars = columns_of(RowScalars, saved, keepdim=True)
     extras = extras_of(saved, kind.definition.extras, keepdim=True)
-    y = target_of(saved).long() if kind.argmax else inputs.label
+    y = _held_of(inputs, kind, target_of(saved))
     to, V, slope = inputs.student.x if out is None else out, columns.s.shape[1], columns.slope
     direct = numbers.ce is None and not isinstance(slope, Tensor)
     up = torch.ones_like(scalars.a) if upstream is None else upstream
@@ -688,44 +726,66 @@ def row_gradients(
     workspace = to[:, :V] if direct and _at_hand(to) and to.dtype == phi.dtype else None
     g = torch.addcmul(phi * (scalars.a * scale), q, scalars.b * scale, out=workspace)
     if y is not None:
-        q, g = _at_column(q, y, 0.0), _at_column(g, y, scalars.grad_y * scale)
+        q, g = at_column(q, y, 0.0), at_column(g, y, scalars.grad_y * scale)
     if columns.outside is not None:
         g = torch.where(columns.outside, 0.0, g)
     g, token, dominates = _take_out_dominant(g, q)
-    entry, token = -thread_sum.torch(g), torch.where(dominates, token, -1)
+    rest = torch.where(scale == 0, 0.0, thread_sum.torch(g) / scale)
+    at, token = token.clamp(min=0).long(), torch.where(dominates, token, -1)
     if columns.holes:
         g = torch.where(columns.s <= ABSENT, 0.0, g)  # NaN has to pass
     if direct:
         if g is not workspace:
             to[:, :V].copy_(g)
-        return token, entry
-    full, at = columns.full, token.clamp(min=0).long()
+        return Dominant(token, rest, torch.zeros_like(rest), torch.zeros_like(rest) + slope)
+    slope_at = slope.gather(1, at) if isinstance(slope, Tensor) else torch.zeros_like(rest) + slope
+    found = Dominant(token, rest, columns.full.gather(1, at), slope_at)
     if numbers.ce is not None and inputs.label is not None:
-        ce, label = up * numbers.ce, inputs.label
-
-        def slope_of_ce(s: Tensor, one: Any) -> Tensor:
-            return ((s - scalars.ce_lse).exp() - one) * ce
-
-        entry = entry + slope_of_ce(full.gather(1, at), (at == label).to(full.dtype))
-        whole = _at_column(slope_of_ce(full, 0.0), label, slope_of_ce(full.gather(1, label), 1.0))
+        full, label = columns.full, inputs.label
+        whole = cross_entropy_slope(full, 0.0, scalars.ce_lse) * (up * numbers.ce)
+        of_label = cross_entropy_slope(full.gather(1, label.at), 1.0, scalars.ce_lse) * (up * numbers.ce)
+        whole = at_column(whole, label, of_label)
         if full.shape[1] > V:
             to[:, V:].copy_((whole * slope)[:, V:])
         g = g + whole[:, :V]
     to[:, :V].copy_(g * (slope[:, :V] if isinstance(slope, Tensor) else slope))
-    return token, entry * (slope.gather(1, at) if isinstance(slope, Tensor) else slope)
+    return found
+
+
+def cross_entropy_slope(s: Tensor, one: Any, ce_lse: Tensor) -> Tensor:
+    """Derivative of the cross-entropy by the logits s; `one` is 1 at the label, else 0."""
+    return (s - ce_lse).exp() - one
+
+
+def dominant_entry(found: Dominant, scale: Any, ce: Any, ce_lse: Tensor, label: Tensor | None) -> Tensor:
+    """The gradient at the dominant token: minus the sum of the others, which does not cancel.
+
+    scale, ce: what the gradients of the divergence by z and of the cross-entropy are multiplied by; ce may be None.
+    """
+    entry = -scale * found.rest
+    if ce is not None and label is not None:
+        entry = entry + ce * cross_entropy_slope(found.logit, (label == found.token).to(entry.dtype), ce_lse)
+    return entry * found.slope
 
 
 def write_gradient(
     inputs: Inputs, kind: Kind, rows: Rows, saved: Tensor, upstream: Tensor | None, out: Tensor, sweep: Sweep
 ) -> None:
     """The gradient of some rows of a call, whose numbers `saved` and `upstream` are, over the width of `out`."""
-    x = inputs.student.x
+    x, numbers = inputs.student.x, inputs.numbers
     beside = isinstance(rows, slice)
     to = out[rows, : x.shape[1]] if beside else x.new_empty(x.shape, dtype=out.dtype)
     up = None if upstream is None else upstream[rows].to(saved.dtype).unsqueeze(-1)
-    token, entry = sweep(inputs, kind, saved[rows], up, to)
-    at = token.clamp(min=0).long()
-    to.scatter_(1, at, torch.where(token >= 0, entry.to(to.dtype), to.gather(1, at)))
+    found: Dominant = sweep(inputs, kind, saved[rows], up, to)
+    one = 1.0 if up is None else up
+    entry = dominant_entry(
+        found,
+        one * (numbers.factor * numbers.inv_tau),
+        None if numbers.ce is None else one * numbers.ce,
+        columns_of(RowScalars, saved[rows], keepdim=True).ce_lse,
+        None if inputs.label is None else inputs.label.at,
+    )
+    at_column(to, Held(found.token.clamp(min=0).long(), found.token >= 0), entry.to(to.dtype))
     if not beside:
         out[rows, : x.shape[1]] = to
     out[rows, x.shape[1] :] = 0
@@ -772,8 +832,3 @@ def values_at(values: tuple[Any, ...], rows: Rows, like: Tensor) -> tuple[Tensor
         else torch.full((), value, dtype=like.dtype, device=like.device)
         for value in values
     )
-
-
-def columnwise(values: tuple[Any, ...], rows: Rows, like: Tensor) -> tuple[Tensor, ...]:
-    """The same beside columns: per-row values as (n, 1)."""
-    return tuple(x.unsqueeze(-1) if x.dim() else x for x in values_at(values, rows, like))

@@ -3,17 +3,18 @@
 On a GPU half-precision operands go to cuBLAS with a float32 result (`out_dtype`), never upcast. A CPU has no such
 product, so there the weight is upcast a block of vocabulary rows at a time.
 
-float32 products of a CPU that read all of the weight come from oneDNN, which torch has beside the BLAS that `torch.mm`
-calls: with a chunk's few tokens a BLAS spends much of its time on rearranging the weight (the ceilings section of the
-benchmark times both).
+float32 products of a CPU come from oneDNN, which torch has beside the BLAS that `torch.mm` calls: with a chunk's few
+tokens a BLAS spends much of its time on rearranging the weight (the ceilings section of the benchmark times both).
 """
 
 from collections.abc import Iterator
 
 import torch
 
-BLOCK_ROWS = 8192  # vocabulary rows of a weight that a CPU upcasts, or multiplies for logits, at once
+BLOCK_ROWS = 8192  # vocabulary rows of a weight that a CPU multiplies for logits at once
+BLOCK_WEIGHT = 1 << 21  # elements of a weight that a CPU upcasts at once
 BLOCK_TOKENS = 256  # tokens beside them: a block of logits is copied to its place while it is in the cache
+BLOCK_GRADIENT = 1 << 20  # elements of a weight gradient that a CPU makes at once, likewise
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -62,7 +63,12 @@ def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, a
     """out (V, D) = dz (n, V)ᵀ @ hidden (n, D), added to what is there if `accumulate`."""
     if dz.dtype != hidden.dtype:
         hidden = hidden.to(dz.dtype)  # a CPU's float32 dz; a few rows of hidden
-    if dz.dtype == out.dtype:
+    if _of_a_cpu(out) and len(dz):  # oneDNN has no sums of nothing
+        step = max(1, BLOCK_GRADIENT // max(out.shape[1], 1))
+        for columns, to in zip(torch.split(dz, step, 1), torch.split(out, step), strict=True):
+            product = _product(columns.t(), hidden.t())
+            to.copy_(product if not accumulate else product.add_(to))
+    elif dz.dtype == out.dtype:
         if accumulate:
             out.addmm_(dz.t(), hidden)
         else:
@@ -74,6 +80,8 @@ def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, a
 
 
 def _upcast(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    for start in range(0, weight.shape[0], BLOCK_ROWS):
-        rows = slice(start, min(start + BLOCK_ROWS, weight.shape[0]))
+    whole = weight.dtype == torch.float32
+    step = BLOCK_ROWS if whole else min(BLOCK_ROWS, max(1, BLOCK_WEIGHT // max(weight.shape[1], 1)))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
         yield rows, weight[rows].float()

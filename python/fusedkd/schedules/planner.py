@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
+from ..backends.torch_chunks import most_threads
 from ..backends.torch_rows import BLOCK
 from ..divergence import Divergence, as_divergence
 from ..dtypes import logit_dtype
 from ..kernels.maths.definition import Form
 from .ceilings import TABLE, Ceiling, ceiling
-from .gemm import BLOCK_ROWS, BLOCK_TOKENS
+from .gemm import BLOCK_GRADIENT, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_WEIGHT
 from .model import KernelTime, Product, RowWork, counted_as, table, time_of_product, time_of_rows
 
-_BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and torch_chunks.py
+_BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and torch_logprobs.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
 _CPU_INNER, _GPU_INNER = 192, 512  # with fewer tokens a product waits for the weight, with more a CPU for new memory
 _CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
@@ -30,7 +31,7 @@ _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and thei
 _STREAM_LEAST = 512  # columns of a chunk: fewer, and a product re-reads all hidden states too often
 _STREAM_NARROW = 128  # one tile of a product: what is given up for memory ends here
 DOMINANT_ROWS = 1024  # rows at a time that get the streamed gradient of their dominant token
-_CPU_STREAM, _GPU_STREAM = 1 << 22, 1 << 24  # logits of a chunk: what feeds a product on few cores, four waves on many
+_CPU_STREAM, _GPU_STREAM = 1 << 21, 1 << 24  # logits of a chunk: what feeds a product on few cores, four waves on many
 _GENEROUS = 1 << 30  # dZ may take as much as dW, or this
 
 
@@ -96,10 +97,10 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
-        total += _products_of_a_cpu(inner, width, shape.student_dim)
+        total += _products_of_a_cpu(inner, width, shape.student_dim, 1)
         if shape.hidden_bytes < shape.accumulator_bytes:  # blocks of upcast weight, and upcast hidden states
             dim = max(shape.student_dim, shape.teacher_dim)
-            total += 4 * (2 * min(width, BLOCK_ROWS) * dim + (inner + outer) * dim)
+            total += 4 * (2 * _upcast_of_a_cpu(width, dim) + (inner + outer) * dim)
     return total
 
 
@@ -135,16 +136,23 @@ def streaming_workspace(shape: Shape, width: int) -> int:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
     if shape.on_cpu:
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
-        total += _products_of_a_cpu(shape.rows, width, shape.student_dim)
+        workers = most_threads(shape.rows)
+        total += _products_of_a_cpu(shape.rows, width, shape.student_dim, workers)
         if shape.hidden_bytes < shape.accumulator_bytes:
             dim = max(shape.student_dim, shape.teacher_dim)
-            total += 4 * (2 * min(width, BLOCK_ROWS) * dim + shape.rows * 2 * dim)
+            total += 4 * (2 * workers * _upcast_of_a_cpu(width, dim) + shape.rows * 2 * dim)
     return total
 
 
-def _products_of_a_cpu(rows: int, width: int, dim: int) -> int:
-    """Bytes of products before they are in their place: a block of logits, a chunk's hidden gradient."""
-    return 4 * (min(rows, BLOCK_TOKENS) * min(width, BLOCK_ROWS) + rows * dim)
+def _products_of_a_cpu(rows: int, width: int, dim: int, workers: int) -> int:
+    """Bytes of products before they are in their place: blocks of logits or weight gradient, a hidden gradient."""
+    logits = min(rows, workers * BLOCK_TOKENS) * min(width, BLOCK_ROWS)
+    return 4 * max(logits + rows * dim, min(width * dim, workers * BLOCK_GRADIENT))
+
+
+def _upcast_of_a_cpu(width: int, dim: int) -> int:
+    """Elements of a block of upcast weight."""
+    return min(min(width, BLOCK_ROWS) * dim, max(BLOCK_WEIGHT, dim))
 
 
 def choose_width(shape: Shape, memory_budget: int | None) -> int:

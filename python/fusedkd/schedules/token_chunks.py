@@ -153,7 +153,7 @@ def run(call: LossCall) -> Result:
                 out = sink.out(chunk, rows)
                 t = group.teacher.logits(slice(rows.start - first, rows.stop - first), of_teacher, teacher_buffer)
                 s = student.logits(rows, of_student, out if sink.in_place else student_buffer)
-                here = _at_rows(problem, rows)
+                here = problem_at(problem, rows)
                 label = None if call.labels is None else call.labels[rows]
                 if floors is not None:
                     row_work.floor_rows(here, t, label, floors[rows], FLOOR_DEPTH)
@@ -220,7 +220,7 @@ def _kept(call: LossCall) -> torch.Tensor | None:
     return None if bool(counted.all()) else counted.nonzero().squeeze(-1)
 
 
-def _at_rows(problem: Problem, rows: slice) -> Problem:
+def problem_at(problem: Problem, rows: slice) -> Problem:
     """The problem with per-row parameters cut to some rows."""
 
     def cut(value: Any) -> Any:

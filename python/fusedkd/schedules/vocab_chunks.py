@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.torch_rows import finish_rows, values_at
+from ..backends.torch_rows import dominant_entry, finish_rows, in_threads, values_at
 from ..call import LossCall, empty_rows, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
 from ..kernels.device.args import (
@@ -81,22 +81,32 @@ class _Pass(NamedTuple):
     student: DenseLogits | HeadLogits
     teacher: Operand
     width: int  # columns per chunk
-    student_buffer: Tensor | None  # (N, width) products, of a Head
+    student_buffer: Tensor | None  # (N, width) products, of a Head; a thread has its rows of it
     teacher_buffer: Tensor | None
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """The chunks in turn, in one buffer for each side."""
+    def columns(self) -> Iterator[slice]:
+        """Those of every chunk."""
         total = self.student.width if self.problem.ce_weight else self.problem.vocab_size
-        rows = slice(0, self.student.rows)
-        for start in range(0, total, self.width):
-            columns = slice(start, min(start + self.width, total))
-            compared = max(0, min(columns.stop, self.problem.vocab_size) - start)
-            student = self.student.logits(rows, columns, self.student_buffer)
-            # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
-            until = max(start + compared, start + 1) if start < self.teacher.width else start
-            beside = slice(start, until)
-            teacher = student if until == start else self.teacher.logits(rows, beside, self.teacher_buffer)
-            yield _Chunk(columns, self.problem._replace(vocab_size=compared), student, teacher)
+        return _slices(slice(0, total), self.width)
+
+    def chunk(self, rows: slice, columns: slice) -> _Chunk:
+        """A chunk of some rows, in their part of one buffer for each side."""
+        start = columns.start
+        compared = max(0, min(columns.stop, self.problem.vocab_size) - start)
+        # The rows of a chunk that dZ will lie over are neighbours, those of the teacher lie where it likes.
+        mine = None if self.student_buffer is None else front(self.student_buffer, self.student.rows, columns)[rows]
+        theirs = None if self.teacher_buffer is None else self.teacher_buffer[rows]
+        student = self.student.logits(rows, columns, mine)
+        # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
+        until = max(start + compared, start + 1) if start < self.teacher.width else start
+        teacher = student if until == start else self.teacher.logits(rows, slice(start, until), theirs)
+        problem = token_chunks.problem_at(self.problem, rows)._replace(vocab_size=compared)
+        return _Chunk(columns, problem, student, teacher)
+
+
+def _slices(columns: slice, step: int) -> Iterator[slice]:
+    """Columns, `step` at a time."""
+    return (slice(i, min(i + step, columns.stop)) for i in range(columns.start, columns.stop, step))
 
 
 def _pass(call: LossCall) -> _Pass:
@@ -123,15 +133,29 @@ def forward(call: LossCall) -> Rows:
     carry = call.student.new_zeros((n, CARRY + count), dtype=wide)
     for column, value in zip(columns_of(Carry, carry), EMPTY, strict=True):
         column.fill_(value)
-    for x in sweep.chunks():
-        chunks.absorb(x.problem, x.student, x.teacher, labels, carry, x.columns.start, call.return_stats)
+    shares = chunks.shares(n, carry.device)
+
+    def absorb(rows: slice) -> None:
+        label = None if labels is None else labels[rows]
+        for columns in sweep.columns():
+            x = sweep.chunk(rows, columns)
+            chunks.absorb(x.problem, x.student, x.teacher, label, carry[rows], columns.start, call.return_stats)
+
+    in_threads(absorb, shares, len(shares))
     norms = _row_norms(problem, carry, labels, call.return_stats)
     sums_of = online_of(problem).sums
     if sums_of is None:
         memory = call.student.new_zeros((n, TERM_SUMS), dtype=wide)
-        for x in sweep.chunks():
-            if x.problem.vocab_size:
-                chunks.add_sums(x.problem, x.student, x.teacher, labels, norms.saved, memory, x.columns.start)
+
+        def add_sums(rows: slice) -> None:
+            label = None if labels is None else labels[rows]
+            for columns in sweep.columns():
+                if columns.start < problem.vocab_size:
+                    x = sweep.chunk(rows, columns)
+                    saved = norms.saved[rows]
+                    chunks.add_sums(x.problem, x.student, x.teacher, label, saved, memory[rows], columns.start)
+
+        in_threads(add_sums, shares, len(shares))
         sums = columns_of(TermSums, memory)
         total, mass = or_infinite.torch(sums.total, sums.widest), sums.mass
     else:
@@ -155,7 +179,9 @@ def _topk_chunks(call: LossCall, sweep: _Pass) -> topk.TopKChunks:
 
 
 def _student_chunks(sweep: _Pass) -> Iterator[topk.StudentChunk]:
-    return (topk.StudentChunk(x.columns, x.problem, x.student) for x in sweep.chunks())
+    for columns in sweep.columns():
+        x = sweep.chunk(slice(0, sweep.student.rows), columns)
+        yield topk.StudentChunk(x.columns, x.problem, x.student)
 
 
 def _row_norms(problem: Problem, memory: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
@@ -270,32 +296,45 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     dtype = x.dtype if weight is None else gradient_dtype(x)
     # A product that lands in the buffer leaves nothing to put back; only float16 has no range for a plain dZ.
     direct = weight_grad is not None and dtype != torch.float16
-    size = upstream.new_ones(()) if direct else size_of(upstream)
+    size = upstream.new_ones(()) if direct or weight is None else size_of(upstream)
     scaled = (upstream / size).contiguous()
+    if weight is not None and call.needs_weight:
+        hidden = hidden.to(dtype)  # a CPU's products are float32
     workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if workspace is not None and workspace.dtype != dtype:
         workspace = x.new_empty((n, sweep.width), dtype=dtype)
     beside_topk = _topk_chunks(call, sweep) if topk.is_topk(call.teacher_kind) else None
-    of_rows = upstream if workspace is None else scaled
+    shares = chunks.shares(n, x.device) if beside_topk is None else [slice(0, n)]
     if beside_topk is not None:
-        beside_topk.prepare(saved, of_rows)
-    for columns, part, s, t in sweep.chunks():
-        dz = grad_x.view(n, student.width)[:, columns] if workspace is None else front(workspace, n, columns)
+        beside_topk.prepare(saved, scaled)
+
+    def by_rows(rows: slice, columns: slice, dz: Tensor) -> None:
+        """dZ of a chunk at some rows, and what it adds to the gradient of their hidden states."""
+        part, label = sweep.chunk(rows, columns), None if labels is None else labels[rows]
         if beside_topk is not None:
-            beside_topk.gradient(topk.StudentChunk(columns, part, s), dz)
+            beside_topk.gradient(topk.StudentChunk(columns, part.problem, part.student), dz)
         else:
-            chunks.gradient(part, s, t, labels, saved, of_rows, dominant, dz, columns.start)
-        if workspace is None:
-            continue
-        assert weight is not None
-        if sum_x is not None:
-            gemm.hidden_gradient(dz, weight[columns], sum_x, accumulate=True)
+            sides = (part.problem, part.student, part.teacher, label)
+            chunks.gradient(*sides, saved[rows], scaled[rows], dominant[rows], dz[rows], columns.start)
+        if sum_x is not None and weight is not None:
+            gemm.hidden_gradient(dz[rows], weight[columns], sum_x[rows], accumulate=True)
+
+    def by_columns(columns: slice, dz: Tensor) -> None:
+        """The gradients of weight and bias at some columns, whose dZ is given."""
         if weight_grad is not None:
             _add_product(dz, hidden, size, weight_grad[columns])
         elif call.needs_weight:
             _product_into(dz, hidden, size, grad_weight[columns])
         if call.needs_bias:
             grad_bias[columns] = dz.sum(0, dtype=wide) * size
+
+    for columns in sweep.columns():
+        dz = grad_x.view(n, student.width)[:, columns] if workspace is None else front(workspace, n, columns)
+        in_threads(lambda rows, at=columns, dz=dz: by_rows(rows, at, dz), shares, len(shares))
+        if workspace is not None:
+            step = -(-dz.shape[1] // max(len(shares), 1))
+            parts = list(zip(_slices(columns, step), torch.split(dz, step, 1), strict=True))
+            in_threads(lambda part: by_columns(*part), parts, len(shares))
     if sum_x is not None:
         sum_x *= size
     whole = made if weight_grad is None else made._replace(weight=weight_grad)
@@ -345,12 +384,14 @@ def _add_dominant(
     dominant = columns_of(Dominant, found)
     has = dominant.token >= 0 if labels is None else (dominant.token >= 0) & (labels >= 0)
     at = dominant.token.clamp(min=0).long()
-    g = -upstream * (problem.factor / problem.temperature) * dominant.rest
-    if problem.ce_weight:
-        one = 0.0 if labels is None else (labels == at).to(g.dtype)
-        q = (dominant.logit - columns_of(RowScalars, saved).ce_lse).exp()
-        g = g + upstream * problem.ce_weight * (q - one)
-    g = torch.where(has, g * dominant.slope, 0.0)
+    g = dominant_entry(
+        dominant,
+        upstream * (problem.factor / problem.temperature),
+        upstream * problem.ce_weight if problem.ce_weight else None,
+        columns_of(RowScalars, saved).ce_lse,
+        labels,
+    )
+    g = torch.where(has, g, 0.0)
     if weight is None:
         flat = grads.x.view(len(g), sweep.student.width)
         entry = flat.gather(1, at[:, None])
