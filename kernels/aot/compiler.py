@@ -107,7 +107,7 @@ def specialization(
     """Signature, constants and attributes of a variant with labels, and without bias, scale, softcap, floor and CE."""
     element = "*" + DTYPES[dtype][0]
     apart = "i64" if call.aligned == "none" else "constexpr"  # columns
-    side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
+    side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 5)
     definition, online = variant.definition, variant.online
     row_parameters = None if definition is None else definition.row_parameters
     given = 0 if definition is None else len(definition.parameters)
@@ -119,7 +119,7 @@ def specialization(
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": stats,
         "out": ValueArg("*fp32", stats),
-        "grad": GradArg(element, "i64", apart, "i32"),
+        "grad": GradArg(element, "i64", apart, "i32", "constexpr"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",

@@ -50,10 +50,10 @@ from .args import (
     store_saved,
     sums_at,
 )
-from .backward import gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
+from .backward import gradient_start, gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
 from .forward import accumulate_tile, add_terms, finish_row, merge, no_exponentials, no_sums, store_ignored
 from .loads import as_numbers, finite, label_of, load_pair, row_ptrs, row_values, upstream_of
-from .rows import Logits, Problem, arguments, grad_arg, gradient_term, sweep_of, tile_key
+from .rows import Logits, Problem, arguments, gradient_term, sweep_of, tile_key
 from .tiles import FUSION, Tile
 from .vocab_chunks import online_of
 
@@ -199,8 +199,9 @@ def _write_gradient(
 ):  # fmt: skip
     """Store a tile of the gradient. The last program of the row also stores the entry of the dominant token."""
     dominant = gradient_tile(
-        x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, no_dominant(1), TERM
-    )
+        x, cols, label, label, scales, mix, student.softcap, grad, gradient_start(grad, row), grad.width, scalars,
+        upstream, theta, no_dominant(1), TERM,
+    )  # fmt: skip
     dominant = merge_dominant(dominant, student)
     slope = tl.where(dominant.token >= 0, dominant.slope, 0.0)
     at = dominant_at(dominant_ptr, row * num_splits + split)
@@ -410,10 +411,10 @@ def gradient(
     _check(problem)
     if len(out):
         plan = _Layout(problem, student, len(out), _tile(problem, student, teacher, len(out)))
-        given = arguments(problem, student, teacher)
+        given = arguments(problem, student, teacher, out)
         del given["ARGMAX"]
         _gradient[(plan.rows * plan.num_splits,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream,
             workspace=plan.workspace(), **given, GRADIENT_TERM=gradient_term(problem, out),
             EXTRAS=problem.definition.extras, NUM_SPLITS=plan.counts["NUM_SPLITS"],
             BLOCK=plan.tile.block, **plan.tile.options(),
