@@ -19,6 +19,7 @@ from ..dtypes import logit_dtype
 from ..kernels.maths.definition import Form
 from .ceilings import TABLE, Ceiling, ceiling
 from .gemm import BLOCK_ROWS, BLOCK_TOKENS
+from .operands import padded
 
 _BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and torch_chunks.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
@@ -72,12 +73,13 @@ class Chunks:
 
 def workspace(shape: Shape, outer: int, inner: int) -> int:
     """Bytes that a call with these chunks holds at its peak."""
-    total = shape.rows * _ROW_BYTES + inner * shape.teacher_width * shape.logit_bytes
+    of_student, of_teacher = padded(shape.student_width), padded(shape.teacher_width)
+    total = shape.rows * _ROW_BYTES + inner * of_teacher * shape.logit_bytes
     in_place = shape.needs_gradient and shape.logit_bytes == shape.dz_bytes
     if shape.student_width and not in_place:
-        total += inner * shape.student_width * shape.logit_bytes
+        total += inner * of_student * shape.logit_bytes
     if shape.student_width and shape.needs_gradient:
-        total += outer * shape.student_width * shape.dz_bytes
+        total += outer * of_student * shape.dz_bytes
     if shape.needs_hidden and shape.student_dim:
         total += shape.rows * shape.student_dim * shape.accumulator_bytes
     if shape.needs_weight and shape.student_dim:
@@ -88,7 +90,7 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
         total += shape.rows * shape.student_logits * shape.student_logit_bytes
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
-        total += 3 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)
+        total += 3 * inner * shape.student_logit_bytes * max(of_student, of_teacher)
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
@@ -116,9 +118,9 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     """Bytes that the streaming schedule holds at its peak with chunks of `width` vocabulary columns."""
     total = shape.rows * (_ROW_BYTES + _STREAM_ROW * shape.accumulator_bytes)
     sides = bool(shape.student_width) + bool(shape.teacher_width)
-    total += shape.rows * width * sides * shape.logit_bytes
+    total += shape.rows * padded(width) * sides * shape.logit_bytes
     if shape.student_width and shape.needs_gradient and shape.logit_bytes != shape.dz_bytes:
-        total += shape.rows * width * shape.dz_bytes
+        total += shape.rows * padded(width) * shape.dz_bytes
     if shape.needs_hidden and shape.student_dim:
         total += 3 * min(shape.rows, DOMINANT_ROWS) * shape.student_dim * shape.accumulator_bytes
         if shape.hidden_bytes < shape.accumulator_bytes:

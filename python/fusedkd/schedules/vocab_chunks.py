@@ -41,7 +41,7 @@ from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infin
 from ..kernels.maths.moments import log_sum
 from ..kernels.maths.quantities import Binary, SideStats
 from . import gemm, token_chunks
-from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front
+from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front, room
 from .planner import DOMINANT_ROWS
 
 
@@ -255,7 +255,7 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     scaled = (upstream / size).contiguous()
     workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if workspace is not None and workspace.dtype != dtype:
-        workspace = x.new_empty((n, sweep.width), dtype=dtype)
+        workspace = room(x, n, sweep.width, dtype)
     for columns, part, s, t in sweep.chunks():
         if workspace is None:
             dz = grad_x.view(n, student.width)[:, columns]
