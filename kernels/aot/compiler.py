@@ -50,12 +50,15 @@ class Variant(NamedTuple):
 class Call(NamedTuple):
     """What a launch gives, as far as it decides what is compiled."""
 
-    aligned: str = "all"  # multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides
+    # Multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides; CONGRUENT: none, but
+    # rows of both sides and of the gradient begin alike.
+    aligned: str = "all"
     stats: bool = False
     warp: int = 32  # threads
     saved: bool = True  # whether `value` keeps what `gradient` needs
 
 
+CONGRUENT = "congruent"
 PLAIN = Call()
 ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
 _CHUNK_KERNELS = {
@@ -162,9 +165,12 @@ def specialization(
             column = kind._fields.index("stride_v")
             if apart == "constexpr":
                 constexprs[at, column] = 1
+            if call.aligned == CONGRUENT and name != "student":
+                constexprs[at, kind._fields.index("congruent")] = 1
+            elif apart == "constexpr" and call.aligned != CONGRUENT:
                 sixteen = ("ptr", "first", "stride_outer", "stride_n", "width")
                 aligned |= {(at, i): _ALIGNED for i, field in enumerate(kind._fields) if field in sixteen}
-        elif (name == "V" and call.aligned != "none") or (str(kind)[0] == "*" and call.aligned == "all"):
+        elif (name == "V" and call.aligned in ("all", "logits")) or (str(kind)[0] == "*" and call.aligned == "all"):
             aligned[at,] = _ALIGNED
     return signature, constexprs, aligned
 
@@ -184,14 +190,14 @@ def build(source: Any, tile: Tile, architecture: str) -> Any:
 
 
 def compile_variant(
-    kernel: str, variant: Variant, dtype: str, architecture: str, instructions: bool = False
+    kernel: str, variant: Variant, dtype: str, architecture: str, instructions: bool = False, aligned: str = "all"
 ) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes.
 
     "instructions", where asked for, are those of each loop over columns, in the order of the machine code, per logit
     pair (sass.py); per logit where there is one side, and where a loop only writes.
     """
-    call = Call(warp=ARCHITECTURES[architecture][2])
+    call = Call(aligned, warp=ARCHITECTURES[architecture][2])
     built = build(source(variant, dtype, call), variant.tile, architecture)
     report: dict[str, Any] = {
         "name": variant.name,
@@ -245,11 +251,12 @@ def main() -> None:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="of a divergence's variant, such as decoupled_rkl")
+    parser.add_argument("--aligned", choices=("all", CONGRUENT), default="all", help="what Triton knows of rows")
     parser.add_argument("--instructions", action="store_true", help="count them in each loop (NVIDIA only)")
     args = parser.parse_args()
     for kernel, variant in variants(DTYPES[args.dtype][1], args.architecture):
         if not args.names or variant.name in args.names:
-            report = compile_variant(kernel, variant, args.dtype, args.architecture, args.instructions)
+            report = compile_variant(kernel, variant, args.dtype, args.architecture, args.instructions, args.aligned)
             print(json.dumps(report), flush=True)
 
 

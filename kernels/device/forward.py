@@ -8,7 +8,7 @@ A tile is (R, T, V) as thread_sums.tile_columns lays it out. Each of the T threa
 """
 
 from ..language import constant, jit, tl
-from ..maths.centering import at_offsets, beside_columns, centred, exponentials, merge_maxima, no_maxima, raise_maxima
+from ..maths.centering import beside_columns, centred, exponentials, merge_maxima, no_maxima, raise_maxima
 from ..maths.decomposition import decompose, finalize_normalizers, or_infinite, side_stats
 from ..maths.moments import cross_entropy_advance, entropies_advance, log_sum
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -27,6 +27,7 @@ from .args import (
     store_side_stats,
     store_terms,
 )
+from .column_sweep import column_sweep
 from .loads import as_numbers, finite, load_logits, load_pair, load_raw, row_ptrs, row_values
 from .thread_sums import scatter_to_thread0, tile_columns
 from .tile_order import full_tile, masked_tile, tile_order
@@ -203,9 +204,8 @@ def statistics_sweep(
 
 
 @jit
-def add_terms(sums, s, t, live, centre, log_norms, inv_tau, mix, theta, TERM):
-    """Add a tile of logits (R, T, V) to TermSums, (T,) each."""
-    x = at_offsets(s, t, centre, log_norms, inv_tau, mix)  # (R, T, V) each
+def add_terms(sums, x, live, theta, TERM):
+    """Add a NormalizedTile (R, T, V) to TermSums, (T,) each."""
     f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)  # (R, T, V) each
     total = sums.total + thread_sum(tl.where(live, f, 0.0))
     mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
@@ -213,30 +213,15 @@ def add_terms(sums, s, t, live, centre, log_norms, inv_tau, mix, theta, TERM):
 
 
 @jit
+def _add_terms(sums, x, live, theta, TERM):
+    """`add_terms` for column_sweep."""
+    return add_terms(TermSums(*sums), x, live, theta, TERM)
+
+
+@jit
 def term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """Second sweep, for divergences without a one-sweep form: add a row's columns to `sums`, TermSums of scalars."""
-    tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
-    sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
-    vectors = row_vectors(student, teacher, ctx.ptrs, ctx.V, ctx.V)
-    y = ctx.y - vectors.ptrs.first
-    order = tile_order(y, -1, vectors.V, vectors.width, True, BLOCK)
-    for i in range(0, order.num_full):
-        cols = full_tile(order, i, BLOCK) + tile  # (R, T, V)
-        x = load_raw(student, teacher, vectors.ptrs, cols, None, None)
-        s, t = finite(x.s), finite(x.t)
-        sums = add_terms(sums, s, t, x.live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
-    for i in range(0, order.num_masked):
-        cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
-        x = load_pair(student, teacher, vectors.ptrs, cols, cols < vectors.V, cols < vectors.V)
-        live = x.live & (cols != y)
-        sums = add_terms(sums, x.s, x.t, live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
-    if teacher.congruent is not None:
-        for i in range(0, tl.cdiv(ctx.V - vectors.V, tile.shape[1])):
-            cols = edge_columns(vectors, i, tile.shape[1])  # (1, T, 1)
-            before = cols < ctx.V - vectors.ptrs.first
-            x = load_pair(student, teacher, vectors.ptrs, cols, before, before)
-            live = x.live & (cols != y)
-            sums = add_terms(sums, x.s, x.t, live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
+    sums = TermSums(*column_sweep(student, teacher, ctx, log_norms, sums, theta, _add_terms, TERM, BLOCK, THREADS))
     return TermSums(tl.sum(sums.total), tl.sum(sums.mass), tl.max(sums.widest))
 
 
@@ -305,7 +290,7 @@ def row_value(
     extras, sums = (), ()
     if ROW_PARAMETERS is not None:
         logs = TargetLogs(norms.binary.logq_y, norms.binary.logp_y, norms.binary.delta_y, target.in_support)
-        extras, sums = ROW_PARAMETERS(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK)
+        extras, sums = ROW_PARAMETERS(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK, THREADS)
         theta = theta + extras
     if len(sums) == 2:
         total, mass = sums

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..language import jit, tl, triton
+from ..maths.centering import at_offsets
 from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -156,7 +157,7 @@ def _finalize_normalizers(
     )
     extras = ()
     if ROW_PARAMETERS is not None:  # of those that look at the online state alone
-        extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0)
+        extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0, 0)
     return SharedRow(norms, acc, cross, target, extras)
 
 
@@ -164,8 +165,9 @@ def _finalize_normalizers(
 def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
     """Store TermSums of a LogitTile, (BLOCK,) each."""
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
+    of_row = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
     live = x.live & (cols != label)
-    store_numbers(at, add_terms(none, x.s, x.t, live, norms.centre, norms.log_norms, inv_tau, mix, theta, TERM))
+    store_numbers(at, add_terms(none, of_row, live, theta, TERM))
 
 
 @jit

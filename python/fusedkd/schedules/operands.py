@@ -264,7 +264,7 @@ KINDS: dict[str, type[Operand]] = {kind.kind: kind for kind in (DenseLogits, Pic
 def padded(columns: int) -> int:
     """The columns that a buffer has memory for: of its rows all begin at multiples of 16 elements.
 
-    Row kernels load 16 bytes at once then, whatever V is, and products find a leading dimension that they are fast with.
+    Row kernels load 16 bytes at once then, whatever V is, and products have a leading dimension they are fast with.
     """
     return -(-columns // 16) * 16
 
