@@ -122,7 +122,7 @@ def specialization(
         "saved_ptr": "*fp32" if call.saved else "constexpr",
         "stats_ptr": stats,
         "out": ValueArg("*fp32", stats),
-        "grad": GradArg(element, "i64", apart, "i32", "constexpr"),
+        "grad": GradArg(element, "i64", apart, "i32"),
         "workspace": WorkspaceArg("*fp32", "*fp32", "*fp32", "*i32", "i32"),
         **dict.fromkeys(("V", "first"), "i32"),
         "inv_tau": "fp32",
@@ -165,9 +165,9 @@ def specialization(
             column = kind._fields.index("stride_v")
             if apart == "constexpr":
                 constexprs[at, column] = 1
-            if call.aligned == CONGRUENT and name != "student":
+            if call.aligned == CONGRUENT and name == "teacher":
                 constexprs[at, kind._fields.index("congruent")] = 1
-            elif apart == "constexpr" and call.aligned != CONGRUENT:
+            if apart == "constexpr" and call.aligned != CONGRUENT:
                 sixteen = ("ptr", "first", "stride_outer", "stride_n", "width")
                 aligned |= {(at, i): _ALIGNED for i, field in enumerate(kind._fields) if field in sixteen}
         elif (name == "V" and call.aligned in ("all", "logits")) or (str(kind)[0] == "*" and call.aligned == "all"):

@@ -33,7 +33,7 @@ class LogitsArg(NamedTuple):
     scale: Any = None
     softcap: Any = None
     floor_ptr: Any = None  # (N,), teacher only
-    congruent: Any = None  # 1, teacher only: each row begins as far behind a vector's end as the student's (vectors.py)
+    congruent: Any = None  # 1, teacher only: rows of all tensors begin alike (vectors.py)
 
 
 class GradArg(NamedTuple):
@@ -43,7 +43,6 @@ class GradArg(NamedTuple):
     stride_n: Any
     stride_v: Any
     width: Any
-    congruent: Any = None  # 1: likewise
 
 
 class CrossEntropyArg(NamedTuple):

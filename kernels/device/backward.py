@@ -141,18 +141,15 @@ def gradient_sweep(
         seen, seen_vectors = grad.width, vectors.width
     start = gradient_start(grad, row)
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
-    if grad.congruent is not None:
+    if teacher.congruent is not None:
         start = vector_ptr(start, first, tile.shape[2])
-    elif teacher.congruent is not None:
-        start = start + first
     dominant = no_dominant(tile.shape[1])  # (T,) each
     INNER: tl.constexpr = scales.ce is None
     # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (centering.py).
     none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
-    held_out = top_col - first
-    if teacher.congruent is not None:  # another copy of the logits, made since, may have its tiles elsewhere
-        held_out = tl.where(held_out % BLOCK == 0, held_out, -1)
-    known = held_out >= 0
+    # The tiles of the value may lie elsewhere: it had other copies of the logits, or found rows to begin alike.
+    known = (top_col >= first) & ((top_col - first) % BLOCK == 0)
+    held_out = tl.where(known, top_col - first, -1)
     held_out = tl.where(none_dominates, -1, held_out)
     order = tile_order(y - first, held_out, vectors.V, vectors.width, INNER & (none_dominates | known), BLOCK)
     full_tiles = dominant.rest  # (T,)

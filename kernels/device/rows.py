@@ -15,6 +15,7 @@ from both sides, gradient 0. NaN in a compared column makes the row's loss NaN, 
 Launchers return what Triton compiled: None in its interpreter and where there are no rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -155,19 +156,19 @@ def _value_and_gradient(
 
 def arguments(problem: Problem, student: Logits, teacher: Logits, out: torch.Tensor | None = None) -> dict[str, Any]:
     """Everything the row kernels take in common, and the gradient where there is one."""
-    in_step = congruent(problem, student, teacher)
+    others = [teacher] if out is None else [teacher, Logits(out[None])]
     ce = CrossEntropyArg(float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
     mix = () if problem.mix is None else (problem.mix,)
     given = {
         "student": logits_arg(student),
-        "teacher": logits_arg(teacher, 1 if in_step else None),
+        "teacher": logits_arg(teacher, 1 if congruent(problem, student, others) else None),
         "V": problem.vocab_size,
         "scales": ScalesArg(1.0 / problem.temperature, float(problem.factor), ce),
         "numbers": ParametersArg(problem.parameters, WeightsArg(*problem.weights), mix),
         "ARGMAX": problem.argmax,
     }
     if out is not None:
-        given["grad"] = grad_arg(out, congruent=1 if in_step and _in_step(student, Logits(out[None])) else None)
+        given["grad"] = grad_arg(out)
     return given
 
 
@@ -178,17 +179,17 @@ def logits_arg(side: Logits, congruent: int | None = None) -> LogitsArg:
     return LogitsArg(side.x, side.first, side.x.shape[1], outer, n, v, *about, congruent)
 
 
-def grad_arg(out: torch.Tensor, width: int | None = None, congruent: int | None = None) -> GradArg:
+def grad_arg(out: torch.Tensor, width: int | None = None) -> GradArg:
     """A gradient (N, ≥ width) as kernels take it, all of its columns unless told."""
     n, v = out.stride()
-    return GradArg(out, n, v, out.shape[1] if width is None else width, congruent)
+    return GradArg(out, n, v, out.shape[1] if width is None else width)
 
 
-def congruent(problem: Problem, student: Logits, teacher: Logits) -> bool:
-    """Whether kernels are to find the whole vectors of a row: Triton does not see them, and both sides' lie alike."""
-    numbers = [problem.vocab_size, student.x.data_ptr(), teacher.x.data_ptr()]
-    numbers += [stride for side in (student, teacher) for stride in side.x.stride()[:2]]
-    return any(number % 16 for number in numbers) and _in_step(student, teacher)
+def congruent(problem: Problem, student: Logits, others: Sequence[Logits]) -> bool:
+    """Whether kernels are to find the whole vectors of a row: Triton does not see them, and all tensors' lie alike."""
+    sides = [student, *others]
+    numbers = [problem.vocab_size, *(n for side in sides for n in (side.x.data_ptr(), *side.x.stride()[:2]))]
+    return any(number % 16 for number in numbers) and all(_in_step(student, other) for other in others)
 
 
 def _in_step(student: Logits, other: Logits) -> bool:

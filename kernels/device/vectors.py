@@ -1,8 +1,9 @@
 """Which of a row's columns lie in whole vectors, of 16 bytes of the student: those that a sweep's tiles are made of.
 
 Where Triton knows that every row begins at a multiple of 16 bytes and that V ends a vector, they are all columns.
-Elsewhere, if the rows of both sides are congruent (LogitsArg.congruent), tiles begin with a row's first vector and end
-with its last. The few columns before and behind, its edges, follow in a tile with a column for each thread, (1, T, 1).
+Elsewhere, if rows of both sides and of the gradient begin alike (LogitsArg.congruent), tiles begin with a row's first
+vector and end with its last. The few columns before and behind, its edges, follow in a tile with a column for each
+thread, (1, T, 1).
 """
 
 from ..language import constant, jit, tl
