@@ -31,8 +31,8 @@ from .timing import Clock, Timer, interleaved
 CLASSES = {"light": "rkl", "heavy": "ab", "two": "jsd", "many": "amid"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROWS, ROUNDS = 2048, 10
-BLOCKS = (1024, 2048, 4096, 8192)
-WARPS = (4, 8, 16)
+BLOCKS = (1024, 2048, 4096, 8192, 16384)  # others' best for long rows: 8192 x 8, 4096 x 8, 16384 x 16
+WARPS = (4, 8, 16, 32)
 REGISTERS = (None, 128, 255)
 LOAD = 16  # bytes that a thread loads at a time: a tile has at least as many for each
 MOST_COLUMNS = 32  # per thread: with more, a tile's numbers do not fit into registers

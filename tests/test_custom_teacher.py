@@ -155,7 +155,10 @@ WAYS = [("logits", "auto"), ("head", "chunked"), ("head", "streaming")]
 @each("way", WAYS)
 @each("options", OPTIONS)
 def test_the_same_numbers(teacher: str, way: tuple[str, str], options: str, backend: str) -> None:
-    """As with the logits themselves: to the bit, but where those take another path, because they are stored."""
+    """As with the logits themselves: to the bit, but where those take another path, because they are stored.
+
+    A kernel sums in another order where rows begin elsewhere: those that `at` copies, and their places in a buffer.
+    """
     (kind, schedule), given = way, {"divergence": "rkl", "backend": backend, **OPTIONS[options]}
     if kind == "logits" and given.pop("drop_ignored", None) is not None:
         pytest.skip("an option of heads")
@@ -163,7 +166,7 @@ def test_the_same_numbers(teacher: str, way: tuple[str, str], options: str, back
     logits, labels = 3 * torch.randn(N, V), labels_of(given.get("vocab_size", V))
     ours = results(student, leaves, TEACHERS[teacher](logits), labels, schedule=schedule, **given)
     plain = results(student, leaves, logits, labels, schedule=schedule, **given)
-    exact = teacher == "wrapped"
+    exact = teacher == "wrapped" and backend != "triton"
     for one, other in zip(ours, plain, strict=True):
         assert torch.equal(one, other) if exact else relative(one, other.double()) < VALUE
 

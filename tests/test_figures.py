@@ -207,6 +207,34 @@ def test_a_worse_kernel_counts_more(more: str, what: set[str]) -> None:
     assert after.instructions - before.instructions == 2
 
 
+WHOLE_VECTORS = [
+    f"autograd-{name}-{dtype}" for name in ("fkl", "rkl", "ab", "jsd", "amid") for dtype in ("bf16", "fp32")
+] + ["fused-rkl-bf16"]
+# In flight, in KB, where less than 24: 16 columns for a thread would spill, and 330 instructions a pair hide latency.
+FEWER = {"autograd-amid-bf16:_value": 16}
+
+
+@pytest.mark.parametrize("name", WHOLE_VECTORS)
+def test_unaligned_rows_are_as_cheap(name: str) -> None:
+    """At most 1.15 instructions for one of aligned rows, and bytes enough in flight.
+
+    A first vector in the middle of a sector costs each request one more: 17 for 16.
+    """
+    aligned, unaligned = (CASES[f"{name}-{rows}"] for rows in compiled_figures.SHAPES)
+    for kernel, one in aligned["kernels"].items():
+        other = unaligned["kernels"][kernel]
+        per_pair = [
+            x["instructions"] / (case["n"] * case["columns"]) for x, case in ((one, aligned), (other, unaligned))
+        ]
+        assert per_pair[1] <= 1.15 * per_pair[0], kernel
+        sectors = [x["load_sectors"] / case["n"] for x, case in ((one, aligned), (other, unaligned))]
+        assert sectors[1] <= 17 / 16 * sectors[0], kernel
+        for x in (one, other):
+            in_flight = x["bytes_ahead"] * x["threads"] * x["blocks_at_once"] >> 10
+            assert in_flight >= FEWER.get(f"{name}:{kernel.split(':')[1]}", 24), kernel
+            assert x["spilled"] == 0
+
+
 def test_the_committed_files() -> None:
     """All cases are there, with every kernel of ours, and the page is that of the result."""
     assert list(CASES) == list(compiled_figures.CASES)

@@ -208,8 +208,8 @@ def test_what_cannot_be_searched(monkeypatch: pytest.MonkeyPatch) -> None:
         tune._check(gpu, 100_000)
     monkeypatch.setattr(tune, "interpreted", lambda: False)
     tune._check(gpu, 100_000)
-    with pytest.raises(argparse.ArgumentError, match="--vocab: tiles of up to 8192 columns"):
-        tune._check(gpu, 8191)
+    with pytest.raises(argparse.ArgumentError, match="--vocab: tiles of up to 16384 columns"):
+        tune._check(gpu, 16383)
     monkeypatch.setattr(tune, "HAS_TRITON", False)
     with pytest.raises(argparse.ArgumentError, match="pip install triton"):
         tune._check(gpu, 100_000)

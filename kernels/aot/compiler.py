@@ -51,13 +51,16 @@ class Variant(NamedTuple):
 class Call(NamedTuple):
     """What a launch gives, as far as it decides what is compiled."""
 
-    aligned: str = "all"  # multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides
+    # Multiples of 16: "all" addresses, strides and V; of "logits" only; "none", and any strides; CONGRUENT: none, but
+    # rows of both sides and of the gradient begin alike.
+    aligned: str = "all"
     stats: bool = False
     warp: int = 32  # threads
     saved: bool = True  # whether `value` keeps what `gradient` needs
     gradient: str | None = None  # its dtype, if not that of the logits
 
 
+CONGRUENT = "congruent"
 PLAIN = Call()
 ROW_KERNELS = {"value": rows._value, "gradient": rows._gradient, "value_and_gradient": rows._value_and_gradient}
 _CHUNK_KERNELS = {
@@ -120,7 +123,7 @@ def specialization(
     """Signature, constants and attributes of a variant with labels, and without bias, scale, softcap, floor and CE."""
     element, written = "*" + DTYPES[dtype][0], call.gradient or dtype
     apart = "i64" if call.aligned == "none" else "constexpr"  # columns
-    side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 4)
+    side = LogitsArg(element, "i32", "i32", "i64", "i64", apart, *["constexpr"] * 5)
     definition, online = variant.definition, variant.online
     row_parameters = None if definition is None else definition.row_parameters
     given = 0 if definition is None else len(definition.parameters)
@@ -180,9 +183,14 @@ def specialization(
             column = kind._fields.index("stride_v")
             if apart == "constexpr":
                 constexprs[at, column] = 1
+            if call.aligned == CONGRUENT and name == "teacher":
+                constexprs[at, kind._fields.index("congruent")] = 1
+            if apart == "constexpr" and call.aligned != CONGRUENT:
                 sixteen = ("ptr", "first", "stride_outer", "stride_n", "width")
                 aligned |= {(at, i): _ALIGNED for i, field in enumerate(kind._fields) if field in sixteen}
-        elif (name in ("V", "width") and call.aligned != "none") or (str(kind)[0] == "*" and call.aligned == "all"):
+        elif (name in ("V", "width") and call.aligned in ("all", "logits")) or (
+            str(kind)[0] == "*" and call.aligned == "all"
+        ):
             aligned[at,] = _ALIGNED
     return signature, constexprs, aligned
 
@@ -208,6 +216,7 @@ def compile_variant(
     architecture: str,
     instructions: bool = False,
     gradient: str | None = None,
+    aligned: str = "all",
 ) -> dict[str, Any]:
     """Compile; returns registers, stack and shared bytes, and the width of the widest global load in bytes.
 
@@ -215,7 +224,7 @@ def compile_variant(
     pair (sass.py); per logit where there is one side, and where a loop only writes. "special", "fp32" and "bytes" are
     the other counts of sass.LoopCount, "runs" as in `runs`.
     """
-    call = Call(warp=ARCHITECTURES[architecture][2], gradient=gradient)
+    call = Call(aligned, warp=ARCHITECTURES[architecture][2], gradient=gradient)
     built = build(source(variant, dtype, call), variant.tile, architecture)
     report: dict[str, Any] = {
         "name": variant.name,
@@ -294,10 +303,11 @@ def main() -> None:
     parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="of a divergence's variant, such as decoupled_rkl")
     parser.add_argument("--kernels", metavar="KERNEL", nargs="+", help="of those kernels alone, such as value")
+    parser.add_argument("--aligned", choices=("all", CONGRUENT), default="all", help="what Triton knows of rows")
     parser.add_argument("--instructions", action="store_true", help="count them in each loop (NVIDIA only)")
     parser.add_argument("--gradient", choices=DTYPES, help="dtype of gradients, if not that of logits")
     args = parser.parse_args()
-    about = args.dtype, args.architecture, args.instructions, args.gradient
+    about = args.dtype, args.architecture, args.instructions, args.gradient, args.aligned
     for kernel, variant in variants(DTYPES[args.dtype][1], args.architecture):
         if variant.name in (args.names or [variant.name]) and kernel in (args.kernels or [kernel]):
             print(json.dumps(compile_variant(kernel, variant, *about)), flush=True)

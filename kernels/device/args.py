@@ -33,6 +33,7 @@ class LogitsArg(NamedTuple):
     scale: Any = None
     softcap: Any = None
     floor_ptr: Any = None  # (N,), teacher only
+    congruent: Any = None  # 1, teacher only: rows of all tensors begin alike (vectors.py)
 
 
 class GradArg(NamedTuple):
@@ -98,11 +99,20 @@ class WorkspaceArg(NamedTuple):
 
 
 class RowPtrs(NamedTuple):
-    """A row's index, and the addresses at which it begins."""
+    """A row's index, and the addresses of one of its columns."""
 
     row: Any
     student: Any
     teacher: Any
+    first: Any  # that column, from which others are counted
+
+
+class RowVectors(NamedTuple):
+    """A row's columns that lie in whole vectors (vectors.py)."""
+
+    ptrs: Any  # RowPtrs of the first of them
+    V: Any  # how many of them are compared
+    width: Any  # how many there are
 
 
 class TileOrder(NamedTuple):
@@ -224,7 +234,7 @@ class RowScalars(NamedTuple):
     b: Any
     grad_y: Any
     ce_lse: Any  # log-sum-exp of all the student's logits at temperature 1
-    top_col: Any  # first column of the tile with the student's largest logit; −1: not known
+    top_col: Any  # first column of the tile with the student's largest logit; −1: not known; forward.EDGE: in none
 
 
 class Carry(NamedTuple):

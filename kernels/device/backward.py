@@ -13,13 +13,14 @@ from .args import Dominant
 from .loads import finite, load_pair, load_raw, row_ptrs, spread
 from .thread_sums import tile_columns
 from .tile_order import full_tile, masked_tile, tile_order
+from .vectors import NOWHERE, edge_columns, row_vectors, vector_ptr
 
 
 @jit
 def no_dominant(THREADS: tl.constexpr):
     """Dominant of no columns, (THREADS,) each."""
     zeros = tl.zeros((THREADS,), tl.float32)
-    return Dominant(tl.full((THREADS,), -1, tl.int32), zeros, zeros, zeros)
+    return Dominant(tl.full((THREADS,), NOWHERE, tl.int32), zeros, zeros, zeros)
 
 
 @jit
@@ -33,12 +34,18 @@ def slopes(s, t, scalars, inv_tau, mix, theta, TERM):
 
 
 @jit
-def store_gradient(grad, row, cols, g, slope, width):
-    """Round dZ = g·slope at `cols` of a row, float32, to the dtype that it is stored in: no other place does.
+def gradient_start(grad, row):
+    """The address at which a row of GradArg begins."""
+    return grad.ptr + row * grad.stride_n
 
-    Stores the columns below `width`, all if it is None.
+
+@jit
+def store_gradient(grad, start, cols, g, slope, width):
+    """Round dZ = g·slope, float32, to the dtype that it is stored in: no other place does.
+
+    Stores the columns `cols`, counted from the one at `start`, that are below `width`; all if it is None.
     """
-    at = grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v)
+    at = start + spread(cols, grad.stride_v)
     dz = (g * slope).to(grad.ptr.dtype.element_ty)
     if width is None:
         tl.store(at, dz)
@@ -47,7 +54,7 @@ def store_gradient(grad, row, cols, g, slope, width):
 
 
 @jit
-def inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM):
+def inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, theta, TERM):
     """Store the gradient of a full tile (R, T, V) in which no token is the target or the dominant one.
 
     Returns it, (R, T, V), times upstream. Logits of −inf have their share too, which is stored as 0: of the dominant
@@ -57,15 +64,15 @@ def inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, thet
     scale = upstream * scales.factor * scales.inv_tau
     g = tl.where(x.live, (scalars.a * scale) * phi + (scalars.b * scale) * q, 0.0)
     # Not `s > -1e30` the other way round: NaN has to pass.
-    store_gradient(grad, row, cols, tl.where(x.s <= -1e30, 0.0, g), x.slope, None)
+    store_gradient(grad, start, cols, tl.where(x.s <= -1e30, 0.0, g), x.slope, None)
     return g
 
 
 @jit
 def gradient_tile(
-    x, cols, row, y, label, scales, mix, softcap, grad, scalars, upstream, theta, dominant, TERM
+    x, cols, y, label, scales, mix, softcap, grad, start, width, scalars, upstream, theta, dominant, TERM
 ):  # fmt: skip
-    """Store the gradient of a tile (R, T, V), 0 for the dominant token.
+    """Store the gradient of a tile (R, T, V), its columns below `width`, 0 for the dominant token.
 
     Returns Dominant, (T,) each, with the tile.
     """
@@ -74,7 +81,7 @@ def gradient_tile(
     g = tl.where(x.live, tl.where(cols == y, scalars.grad_y, scalars.a * phi + scalars.b * q), 0.0)
     g = tl.where(dominates, 0.0, g)
     rest = dominant.rest + thread_sum(g)  # (T,)
-    token = tl.maximum(dominant.token, thread_max(tl.where(dominates, cols, -1)))
+    token = tl.maximum(dominant.token, thread_max(tl.where(dominates, cols, NOWHERE)))
     # At most one is not 0; `grad` may lie over the logits, so it cannot be read later.
     logit = dominant.logit + thread_sum(tl.where(dominates, x.s, 0.0))
     slope = dominant.slope
@@ -85,7 +92,7 @@ def gradient_tile(
     if scales.ce is not None:
         g += upstream * scales.ce.weight * (tl.exp(x.s - scalars.ce_lse) - tl.where(cols == label, 1.0, 0.0))
         g = tl.where(dominates, 0.0, g)
-    store_gradient(grad, row, cols, g, x.slope, grad.width)
+    store_gradient(grad, start, cols, g, x.slope, width)
     return Dominant(token, rest, logit, slope)
 
 
@@ -112,7 +119,7 @@ def store_dominant(row, label, scales, grad, dominant, full_tiles, ce_lse, upstr
         if scales.ce is not None:
             q = tl.exp(dominant.logit - ce_lse)
             g += upstream * scales.ce.weight * (q - tl.where(dominant.token == label, 1.0, 0.0))
-        store_gradient(grad, row, dominant.token, g, dominant.slope, None)
+        store_gradient(grad, gradient_start(grad, row), dominant.token, g, dominant.slope, None)
 
 
 @jit
@@ -126,31 +133,51 @@ def gradient_sweep(
     sums to 0, and the sum of the others does not cancel; of the tiles without a mask it comes beside, times upstream.
     The dominant token can be nowhere but in the tile of top_col; with a top_col of −1 it is looked for in every tile.
     """
-    seen = V
-    if scales.ce is not None:
-        seen = grad.width
     ptrs = row_ptrs(student, teacher, row)
+    vectors = row_vectors(student, teacher, ptrs, V, grad.width)
+    first = vectors.ptrs.first
+    seen, seen_vectors = V, vectors.V
+    if scales.ce is not None:
+        seen, seen_vectors = grad.width, vectors.width
+    start = gradient_start(grad, row)
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
+    if teacher.congruent is not None:
+        start = vector_ptr(start, first, tile.shape[2])
     dominant = no_dominant(tile.shape[1])  # (T,) each
     INNER: tl.constexpr = scales.ce is None
     # No q can exceed e^(1/8τ − l_s): a centre lies within 1/8 of its maximum (centering.py).
     none_dominates = tl.exp(0.125 * scales.inv_tau - scalars.l_s) <= 0.5
-    held_out = tl.where(none_dominates, -1, top_col)
-    order = tile_order(y, held_out, V, grad.width, INNER & (none_dominates | (top_col >= 0)), BLOCK)
+    # The tiles of the value may lie elsewhere: it had other copies of the logits, or found rows to begin alike.
+    known = (top_col >= first) & ((top_col - first) % BLOCK == 0)
+    held_out = tl.where(known, top_col - first, -1)
+    held_out = tl.where(none_dominates, -1, held_out)
+    order = tile_order(y - first, held_out, vectors.V, vectors.width, INNER & (none_dominates | known), BLOCK)
     full_tiles = dominant.rest  # (T,)
     if INNER:
         for i in range(0, order.num_full):
             cols = full_tile(order, order.num_full - 1 - i, BLOCK) + tile  # (R, T, V)
-            x = load_raw(student, teacher, ptrs, cols, None, None)
-            g = inner_gradient_tile(x, cols, row, scales, mix, grad, scalars, upstream, theta, TERM)
+            x = load_raw(student, teacher, vectors.ptrs, cols, None, None)
+            g = inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, theta, TERM)
             full_tiles += thread_sum(g)
     for i in range(0, order.num_masked):
         cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
-        x = load_pair(student, teacher, ptrs, cols, cols < V, cols < seen)
+        x = load_pair(student, teacher, vectors.ptrs, cols, cols < vectors.V, cols < seen_vectors)
         dominant = gradient_tile(
-            x, cols, row, y, label, scales, mix, student.softcap, grad, scalars, upstream, theta, dominant, TERM
-        )
-    return merge_dominant(dominant, student), tl.sum(full_tiles)
+            x, cols, y - first, label - first, scales, mix, student.softcap, grad, start, vectors.width, scalars,
+            upstream, theta, dominant, TERM,
+        )  # fmt: skip
+    if teacher.congruent is not None:
+        for i in range(0, tl.cdiv(grad.width - vectors.V, tile.shape[1])):
+            cols = edge_columns(vectors, i, tile.shape[1])  # (1, T, 1)
+            x = load_pair(student, teacher, vectors.ptrs, cols, cols < V - first, cols < seen - first)
+            dominant = gradient_tile(
+                x, cols, y - first, label - first, scales, mix, student.softcap, grad, start, grad.width - first,
+                scalars, upstream, theta, dominant, TERM,
+            )  # fmt: skip
+    dominant = merge_dominant(dominant, student)
+    if teacher.congruent is not None:
+        dominant = Dominant(dominant.token + first, dominant.rest, dominant.logit, dominant.slope)
+    return dominant, tl.sum(full_tiles)
 
 
 @jit
@@ -172,7 +199,7 @@ def store_zero_tile(grad, row, start, BLOCK: tl.constexpr):
     """Store zeros as BLOCK columns of a row of the gradient."""
     cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
     zeros = tl.zeros((BLOCK,), grad.ptr.dtype.element_ty)
-    tl.store(grad.ptr + row * grad.stride_n + spread(cols, grad.stride_v), zeros, mask=cols < grad.width)
+    tl.store(gradient_start(grad, row) + spread(cols, grad.stride_v), zeros, mask=cols < grad.width)
 
 
 @jit

@@ -7,8 +7,8 @@ A tile is (R, T, V) as thread_sums.tile_columns lays it out. Each of the T threa
 `merge` makes scalars after the last tile.
 """
 
-from ..language import jit, tl
-from ..maths.centering import at_offsets, beside_columns, centred, exponentials, merge_maxima, no_maxima, raise_maxima
+from ..language import constant, jit, tl
+from ..maths.centering import beside_columns, centred, exponentials, merge_maxima, no_maxima, raise_maxima
 from ..maths.decomposition import decompose, finalize_normalizers, or_infinite, side_stats
 from ..maths.moments import cross_entropy_advance, entropies_advance, log_sum
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -27,9 +27,16 @@ from .args import (
     store_side_stats,
     store_terms,
 )
+from .column_sweep import column_sweep
 from .loads import as_numbers, finite, load_logits, load_pair, load_raw, row_ptrs, row_values
 from .thread_sums import scatter_to_thread0, tile_columns
 from .tile_order import full_tile, masked_tile, tile_order
+from .vectors import NOWHERE, edge_columns, row_vectors
+
+# RowScalars.top_col of a row whose largest logit lies in no tile, but among its edges: beyond any vocabulary, exact in
+# float32, and a multiple of every BLOCK.
+EDGE = 1 << 23
+_EDGE = constant(EDGE)
 
 
 @jit
@@ -100,6 +107,41 @@ def merge(acc, cross, thread, inv_tau, mix, stats_ptr, theta, ADVANCE):
 
 
 @jit
+def _masked_statistics(
+    student, teacher, ptrs, cols, V, width, held_out, acc, cross, scales, mix, stats_ptr, theta, ADVANCE, ARGMAX
+):  # fmt: skip
+    """Add the columns `cols` (R, T, V) below V to `acc` and those below `width` to `cross`, (T,) each.
+
+    held_out: (y, logits of the argmax so far). Returns it, RowSums and LogSumExp.
+    """
+    y, best_s, best_t = held_out
+    x = load_raw(student, teacher, ptrs, cols, cols < V, cols < width)
+    s, t, live = x.s, x.t, x.live  # (R, T, V)
+    if scales.ce is not None:
+        cross = cross_entropy_advance(cross, finite(s), cols < width)
+    if ARGMAX:
+        # The argmax so far is held out; one that beats it takes its place, and the old one that of the new.
+        s = finite(s)
+        t = finite(t)
+        top = tl.max(tl.where(live, t, -2e30))
+        new_argmax = tl.min(tl.where(live & (t == top), cols, 2147483647))
+        beats = (top > best_t) | ((top == best_t) & (new_argmax < y))  # the first of equals, in whatever order
+        new_argmax = tl.where(beats, new_argmax, NOWHERE)
+        mine = cols == new_argmax
+        s_new = tl.sum(tl.where(mine, s, 0.0))
+        s = tl.where(mine, best_s, s)
+        t = tl.where(mine, best_t, t)
+        live = live & (tl.where(mine, best_t, 0.0) > -1e30)
+        y = tl.where(beats, new_argmax, y)
+        best_s = tl.where(beats, s_new, best_s)
+        best_t = tl.where(beats, top, best_t)
+    else:
+        live = live & (cols != y)
+    acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    return (y, best_s, best_t), acc, cross
+
+
+@jit
 def statistics_sweep(
     student, teacher, ptrs, y, V, scales, mix, stats_ptr, theta, acc, cross,
     ADVANCE, ARGMAX, BLOCK: tl.constexpr, THREADS: tl.constexpr,
@@ -109,10 +151,11 @@ def statistics_sweep(
     Returns (target, RowSums, LogSumExp, RowScalars.top_col). With ARGMAX the target is searched: y is −1, and the
     teacher's argmax so far is held out of the sums. Entropies are summed only where statistics are wanted.
     """
-    best_s, best_t = -1e30, -1e30  # logits of the argmax so far
     width = V
     if scales.ce is not None:
         width = scales.ce.width
+    vectors = row_vectors(student, teacher, ptrs, V, width)
+    first = vectors.ptrs.first
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
     thread = tl.arange(0, tile.shape[1])  # (T,)
     acc = RowSums(
@@ -122,52 +165,47 @@ def statistics_sweep(
     )  # each (T,)
     cross = LogSumExp(tl.where(thread == 0, cross.top, -1e20), tl.where(thread == 0, cross.total, 0.0))
     INNER: tl.constexpr = not ARGMAX and scales.ce is None
-    order = tile_order(y, -1, V, width, INNER, BLOCK)
+    y = tl.full((), NOWHERE, tl.int32) if ARGMAX else y - first
+    held_out = (y, -1e30, -1e30)  # with logits of the argmax so far
+    order = tile_order(y, -1, vectors.V, vectors.width, INNER, BLOCK)
     top_col = tl.full((tile.shape[1],), -1, tl.int32)  # (T,)
     if INNER:
         for i in range(0, order.num_full):
             start, top = full_tile(order, i, BLOCK), acc.maxima.s
-            x = load_raw(student, teacher, ptrs, start + tile, None, None)  # (R, T, V)
+            x = load_raw(student, teacher, vectors.ptrs, start + tile, None, None)  # (R, T, V)
             acc = accumulate_raw_tile(x.s, x.t, x.live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
             top_col = tl.where(acc.maxima.s > top, start, top_col)
     for i in range(0, order.num_masked):
         start, top = masked_tile(order, i, BLOCK), acc.maxima.s
-        cols = start + tile  # (R, T, V)
-        x = load_raw(student, teacher, ptrs, cols, cols < V, cols < width)
-        s, t, live = x.s, x.t, x.live  # (R, T, V)
-        if scales.ce is not None:
-            cross = cross_entropy_advance(cross, finite(s), cols < width)
-        if ARGMAX:
-            # The argmax so far is held out; one that beats it takes its place, and the old one that of the new.
-            s = finite(s)
-            t = finite(t)
-            top = tl.max(tl.where(live, t, -2e30))
-            new_argmax = tl.min(tl.where(live & (t == top), cols, 2147483647))
-            new_argmax = tl.where(top > best_t, new_argmax, -1)
-            mine = cols == new_argmax
-            s_new = tl.sum(tl.where(mine, s, 0.0))
-            s = tl.where(mine, best_s, s)
-            t = tl.where(mine, best_t, t)
-            live = live & (tl.where(mine, best_t, 0.0) > -1e30)
-            y = tl.where(new_argmax >= 0, new_argmax, y)
-            best_s = tl.where(new_argmax >= 0, s_new, best_s)
-            best_t = tl.where(new_argmax >= 0, top, best_t)
-        else:
-            live = live & (cols != y)
-        acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+        held_out, acc, cross = _masked_statistics(
+            student, teacher, vectors.ptrs, start + tile, vectors.V, vectors.width, held_out, acc, cross, scales, mix,
+            stats_ptr, theta, ADVANCE, ARGMAX,
+        )  # fmt: skip
         top_col = tl.where(acc.maxima.s > top, start, top_col)
+    if teacher.congruent is not None:
+        for i in range(0, tl.cdiv(width - vectors.V, tile.shape[1])):
+            top = acc.maxima.s
+            held_out, acc, cross = _masked_statistics(
+                student, teacher, vectors.ptrs, edge_columns(vectors, i, tile.shape[1]), V - first, width - first,
+                held_out, acc, cross, scales, mix, stats_ptr, theta, ADVANCE, ARGMAX,
+            )  # fmt: skip
+            top_col = tl.where(acc.maxima.s > top, _EDGE, top_col)
+    y, best_s, best_t = held_out
     if ARGMAX:
+        y = tl.where(y > NOWHERE, y + first, -1)
         top_col = -1  # the logits that change places are not where they were loaded
     else:
+        y = y + first
         top_col = tl.max(tl.where(acc.maxima.s == tl.max(acc.maxima.s), top_col, -1))
+        if teacher.congruent is not None:
+            top_col = tl.where(top_col >= 0, top_col + first, -1)
     acc, cross = merge(acc, cross, thread, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     return y, acc, cross, top_col
 
 
 @jit
-def add_terms(sums, s, t, live, centre, log_norms, inv_tau, mix, theta, TERM):
-    """Add a tile of logits (R, T, V) to TermSums, (T,) each."""
-    x = at_offsets(s, t, centre, log_norms, inv_tau, mix)  # (R, T, V) each
+def add_terms(sums, x, live, theta, TERM):
+    """Add a NormalizedTile (R, T, V) to TermSums, (T,) each."""
     f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)  # (R, T, V) each
     total = sums.total + thread_sum(tl.where(live, f, 0.0))
     mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
@@ -175,21 +213,15 @@ def add_terms(sums, s, t, live, centre, log_norms, inv_tau, mix, theta, TERM):
 
 
 @jit
+def _add_terms(sums, x, live, theta, TERM):
+    """`add_terms` for column_sweep."""
+    return add_terms(TermSums(*sums), x, live, theta, TERM)
+
+
+@jit
 def term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """Second sweep, for divergences without a one-sweep form: add a row's columns to `sums`, TermSums of scalars."""
-    tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
-    sums = TermSums(*scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1])))  # each (T,)
-    order = tile_order(ctx.y, -1, ctx.V, ctx.V, True, BLOCK)
-    for i in range(0, order.num_full):
-        cols = full_tile(order, i, BLOCK) + tile  # (R, T, V)
-        x = load_raw(student, teacher, ctx.ptrs, cols, None, None)
-        s, t = finite(x.s), finite(x.t)
-        sums = add_terms(sums, s, t, x.live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
-    for i in range(0, order.num_masked):
-        cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
-        x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
-        live = x.live & (cols != ctx.y)
-        sums = add_terms(sums, x.s, x.t, live, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, theta, TERM)
+    sums = TermSums(*column_sweep(student, teacher, ctx, log_norms, sums, theta, _add_terms, TERM, BLOCK, THREADS))
     return TermSums(tl.sum(sums.total), tl.sum(sums.mass), tl.max(sums.widest))
 
 
@@ -250,7 +282,7 @@ def row_value(
         ADVANCE, ARGMAX, BLOCK, THREADS,
     )  # fmt: skip
     held_out = load_pair(student, teacher, ptrs, y, (y >= 0) & (y < V), (y >= 0) & (y < V))
-    target = Target(held_out.s, held_out.t, held_out.live, y >= 0)
+    target = Target(held_out.s, held_out.t, (y >= 0) & held_out.live, y >= 0)
     norms = finalize_normalizers(
         acc.maxima, acc.state, target.s, target.t, target.in_support, scales.inv_tau, mix, RATIO, DECOUPLED
     )
@@ -258,7 +290,7 @@ def row_value(
     extras, sums = (), ()
     if ROW_PARAMETERS is not None:
         logs = TargetLogs(norms.binary.logq_y, norms.binary.logp_y, norms.binary.delta_y, target.in_support)
-        extras, sums = ROW_PARAMETERS(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK)
+        extras, sums = ROW_PARAMETERS(student, teacher, ctx, acc.state, norms.log_norms, logs, theta, BLOCK, THREADS)
         theta = theta + extras
     if len(sums) == 2:
         total, mass = sums
@@ -270,7 +302,7 @@ def row_value(
         total, mass = SUMS(acc.state, norms.log_norms.l_s, norms.log_norms.l_t, norms.log_norms.r, theta)
     label_s = 0.0
     if scales.ce is not None:
-        label_s, label_slope = load_logits(student, ptrs.student, label, label >= 0)
+        label_s, label_slope = load_logits(student, ptrs.student, 0, label, label >= 0)
     totals = Totals(total, mass, cross, label_s)
     scalars = finish_row(
         row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM, DECOUPLED

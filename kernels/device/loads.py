@@ -53,12 +53,14 @@ def row_start(side, row):
 @jit
 def row_ptrs(student, teacher, row):
     """RowPtrs of a row: a division that no compiler takes out of a loop."""
-    return RowPtrs(row, row_start(student, row), row_start(teacher, row))
+    return RowPtrs(row, row_start(student, row), row_start(teacher, row), 0)
 
 
 @jit
-def load_logits(side, start, cols, mask):
+def load_logits(side, start, first, cols, mask):
     """Logits at `cols`, −inf where masked (None: nowhere), and their derivative by the stored number.
+
+    start: the address of the column `first`, from which `cols` are counted.
 
     Returns two tiles of the shape of `cols`, float32; the derivative is a number where there is no softcap.
     """
@@ -70,9 +72,9 @@ def load_logits(side, start, cols, mask):
     slope = 1.0
     if side.bias_ptr is not None:
         if mask is None:
-            x += tl.load(side.bias_ptr + cols).to(tl.float32)
+            x += tl.load(side.bias_ptr + first + cols).to(tl.float32)
         else:
-            x += tl.load(side.bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            x += tl.load(side.bias_ptr + first + cols, mask=mask, other=0.0).to(tl.float32)
     if side.scale is not None:
         x *= side.scale
         slope = slope * side.scale
@@ -89,15 +91,15 @@ def load_logits(side, start, cols, mask):
 @jit
 def load_raw(student, teacher, ptrs, cols, mask, student_mask):
     """LogitTile at `cols`, logits −inf where they are or where they are masked (None: nowhere)."""
-    s, slope = load_logits(student, ptrs.student, cols, student_mask)
-    t, teacher_slope = load_logits(teacher, ptrs.teacher, cols, mask)
+    s, slope = load_logits(student, ptrs.student, ptrs.first, cols, student_mask)
+    t, teacher_slope = load_logits(teacher, ptrs.teacher, ptrs.first, cols, mask)
     live = t != float("-inf")
     if teacher.floor_ptr is not None:
         live = live | (s != float("-inf"))
         floor = tl.load(teacher.floor_ptr + ptrs.row)
         t = tl.where(t < floor, floor, t)
-    if mask is not None:
-        live = mask & live
+    if mask is not None and (teacher.floor_ptr is not None or teacher.scale is not None):
+        live = mask & live  # else a masked logit is −inf
     return LogitTile(s, t, live, slope)
 
 

@@ -15,6 +15,7 @@ from both sides, gradient 0. NaN in a compared column makes the row's loss NaN, 
 Launchers return what Triton compiled: None in its interpreter and where there are no rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,9 @@ from .loads import label_of, load_logits, row_start, row_values, upstream_of
 from .tiles import SMALLEST, Tile, TileKey, architecture, tile_for
 
 __all__ = ["SAVED", "STATS", "Logits", "Problem", "floor_rows", "gradient", "value", "value_and_gradient"]
+
+
+VECTOR = 16  # bytes that a thread loads at once
 
 
 class Logits(NamedTuple):
@@ -160,30 +164,59 @@ def _value_and_gradient(
         store_zeros(grad, row, BLOCK)
 
 
-def arguments(problem: Problem, student: Logits, teacher: Logits) -> dict[str, Any]:
-    """Everything the row kernels take in common."""
+def arguments(problem: Problem, student: Logits, teacher: Logits, out: torch.Tensor | None = None) -> dict[str, Any]:
+    """Everything the row kernels take in common, and the gradient where there is one."""
+    others = [teacher] if out is None else [teacher, Logits(out[None])]
     ce = CrossEntropyArg(float(problem.ce_weight), student.x.shape[2]) if problem.ce_weight else None
     mix = () if problem.mix is None else (problem.mix,)
-    return {
+    given = {
         "student": logits_arg(student),
-        "teacher": logits_arg(teacher),
+        "teacher": logits_arg(teacher, 1 if congruent(problem, student, others) else None),
         "V": problem.vocab_size,
         "scales": ScalesArg(1.0 / problem.temperature, float(problem.factor), ce),
         "numbers": ParametersArg(problem.parameters, WeightsArg(*problem.weights), mix),
         "ARGMAX": problem.argmax,
     }
+    if out is not None:
+        given["grad"] = grad_arg(out)
+    return given
 
 
-def logits_arg(side: Logits) -> LogitsArg:
+def logits_arg(side: Logits, congruent: int | None = None) -> LogitsArg:
     """A side as kernels take it."""
     outer, n, v = side.x.stride()
-    return LogitsArg(side.x, side.first, side.x.shape[1], outer, n, v, side.bias, side.scale, side.softcap, side.floor)
+    about = side.bias, side.scale, side.softcap, side.floor
+    return LogitsArg(side.x, side.first, side.x.shape[1], outer, n, v, *about, congruent)
 
 
 def grad_arg(out: torch.Tensor, width: int | None = None) -> GradArg:
     """A gradient (N, ≥ width) as kernels take it, all of its columns unless told."""
     n, v = out.stride()
     return GradArg(out, n, v, out.shape[1] if width is None else width)
+
+
+def congruent(problem: Problem, student: Logits, others: Sequence[Logits]) -> bool:
+    """Whether kernels are to find the whole vectors of a row: Triton does not see them, and all tensors' lie alike."""
+    sides = [student, *others]
+    numbers = [problem.vocab_size, *(n for side in sides for n in (side.x.data_ptr(), *side.x.stride()[:2]))]
+    return any(number % 16 for number in numbers) and all(_in_step(student, other) for other in others)
+
+
+def _in_step(student: Logits, other: Logits) -> bool:
+    """Whether each row of `other` begins as far from a boundary of the vectors that kernels load as the student's."""
+    vector = VECTOR // max(student.x.element_size(), other.x.element_size())
+    if student.x.stride(2) != 1 or other.x.stride(2) != 1 or not vector:
+        return False
+    return _residues(student, vector) == _residues(other, vector)
+
+
+def _residues(side: Logits, vector: int) -> tuple[int, ...]:
+    """Where rows begin, in elements modulo `vector`: equal for two tensors only if all their rows begin alike."""
+    (outer, n, _), (rows, inner, _) = side.x.stride(), side.x.shape
+    at = side.x.data_ptr() // side.x.element_size()
+    if rows == 1 or (outer - inner * n) % vector == 0:
+        return (at + side.first * n) % vector, n % vector
+    return at % vector, n % vector, outer % vector, inner, side.first
 
 
 def gradient_term(problem: Problem, out: torch.Tensor) -> Any:
@@ -258,8 +291,8 @@ def gradient(
     if n:
         best = tile(problem, student, teacher)
         return _gradient[(n,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
-            **arguments(problem, student, teacher), GRADIENT_TERM=gradient_term(problem, out),
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream,
+            **arguments(problem, student, teacher, out), GRADIENT_TERM=gradient_term(problem, out),
             EXTRAS=problem.definition.extras, **best.launch(),
         )  # fmt: skip
     return None
@@ -281,8 +314,8 @@ def value_and_gradient(
         best = tile(problem, student, teacher)
         return _value_and_gradient[(n,)](
             label_ptr=labels, out=ValueArg(loss, stats), upstream_ptr=upstream,
-            grad=grad_arg(out), GRADIENT_TERM=gradient_term(problem, out),
-            **arguments(problem, student, teacher), **sweep_of(problem), **best.launch(),
+            GRADIENT_TERM=gradient_term(problem, out),
+            **arguments(problem, student, teacher, out), **sweep_of(problem), **best.launch(),
         )  # fmt: skip
     return None
 
@@ -311,7 +344,7 @@ def _floor(teacher, label_ptr, out_ptr, V, inv_tau, depth, BLOCK: tl.constexpr):
     top, total = -1e20, 0.0
     for start in range(0, tl.where(counted, V, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        t, slope = load_logits(teacher, row_start(teacher, row), cols, cols < V)
+        t, slope = load_logits(teacher, row_start(teacher, row), 0, cols, cols < V)
         new = tl.maximum(top, tl.max(t))
         total = total * tl.exp((top - new) * inv_tau) + tl.sum(tl.where(cols < V, tl.exp((t - new) * inv_tau), 0.0))
         top = new

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..language import jit, tl, triton
+from ..maths.centering import at_offsets
 from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -50,10 +51,10 @@ from .args import (
     store_saved,
     sums_at,
 )
-from .backward import gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
+from .backward import gradient_start, gradient_tile, merge_dominant, no_dominant, store_dominant, store_zero_tile
 from .forward import accumulate_tile, add_terms, finish_row, merge, no_exponentials, no_sums, store_ignored
 from .loads import as_numbers, finite, label_of, load_pair, row_ptrs, row_values, upstream_of
-from .rows import Logits, Problem, arguments, grad_arg, gradient_term, sweep_of, tile_key
+from .rows import Logits, Problem, arguments, gradient_term, sweep_of, tile_key
 from .tiles import FUSION, Tile
 from .vocab_chunks import online_of
 
@@ -156,7 +157,7 @@ def _finalize_normalizers(
     )
     extras = ()
     if ROW_PARAMETERS is not None:  # of those that look at the online state alone
-        extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0)
+        extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0, 0)
     return SharedRow(norms, acc, cross, target, extras)
 
 
@@ -164,8 +165,9 @@ def _finalize_normalizers(
 def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
     """Store TermSums of a LogitTile, (BLOCK,) each."""
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
+    of_row = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
     live = x.live & (cols != label)
-    store_numbers(at, add_terms(none, x.s, x.t, live, norms.centre, norms.log_norms, inv_tau, mix, theta, TERM))
+    store_numbers(at, add_terms(none, of_row, live, theta, TERM))
 
 
 @jit
@@ -199,8 +201,9 @@ def _write_gradient(
 ):  # fmt: skip
     """Store a tile of the gradient. The last program of the row also stores the entry of the dominant token."""
     dominant = gradient_tile(
-        x, cols, row, label, label, scales, mix, student.softcap, grad, scalars, upstream, theta, no_dominant(1), TERM
-    )
+        x, cols, label, label, scales, mix, student.softcap, grad, gradient_start(grad, row), grad.width, scalars,
+        upstream, theta, no_dominant(1), TERM,
+    )  # fmt: skip
     dominant = merge_dominant(dominant, student)
     slope = tl.where(dominant.token >= 0, dominant.slope, 0.0)
     at = dominant_at(dominant_ptr, row * num_splits + split)
@@ -410,10 +413,10 @@ def gradient(
     _check(problem)
     if len(out):
         plan = _Layout(problem, student, len(out), _tile(problem, student, teacher, len(out)))
-        given = arguments(problem, student, teacher)
+        given = arguments(problem, student, teacher, out)
         del given["ARGMAX"]
         _gradient[(plan.rows * plan.num_splits,)](
-            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream, grad=grad_arg(out),
+            label_ptr=labels, saved_ptr=saved, upstream_ptr=upstream,
             workspace=plan.workspace(), **given, GRADIENT_TERM=gradient_term(problem, out),
             EXTRAS=problem.definition.extras, NUM_SPLITS=plan.counts["NUM_SPLITS"],
             BLOCK=plan.tile.block, **plan.tile.options(),

@@ -61,15 +61,14 @@ class Tile:
 # "light" and "heavy": one-sweep statistics with few or many sums; "two": normalisers, then sums; "many": further
 # sweeps with a heavy term.
 TABLE: dict[TileKey, Tile] = {
-    TileKey(ANY, "light", 2): Tile(4096, 8),
-    TileKey("sm_80", "light", 2): Tile(4096, 8, 128),  # else 8 bytes are spilled for a third block
+    TileKey(ANY, "light", 2): Tile(4096, 8, 128),
     TileKey(ANY, "light", 4): Tile(2048, 8, 128),
     TileKey(ANY, "heavy", 2): Tile(2048, 4, 168),
     TileKey(ANY, "heavy", 4): Tile(2048, 8, 128),
     TileKey(ANY, "two", 2): Tile(2048, 4, 168),
     TileKey(ANY, "two", 4): Tile(1024, 4, 168),
-    TileKey(ANY, "many", 2): Tile(2048, 8, 255),
-    TileKey(ANY, "many", 4): Tile(1024, 8, 255),
+    TileKey(ANY, "many", 2): Tile(2048, 8, 128),
+    TileKey(ANY, "many", 4): Tile(2048, 8, 128),
 }
 
 SMALLEST = 128  # a vocabulary below one tile gets the next power of two, not less than this

@@ -16,7 +16,7 @@ from ..maths.decomposition import side_stats
 from ..maths.moments import log_sum
 from .args import TOKEN_SAVED as SAVED
 from .args import TokenScalars, load_token_scalars, store_token_scalars
-from .backward import store_gradient, store_zeros
+from .backward import gradient_start, store_gradient, store_zeros
 from .loads import load_logits, row_start
 from .rows import Logits, grad_arg, logits_arg
 from .tiles import TileKey, architecture, tile_for
@@ -27,7 +27,7 @@ __all__ = ["SAVED", "gradient", "value"]
 @jit
 def _finite(side, row, cols, mask):
     """Logits with −inf made finite, and their derivative by the stored number, in the shape of `cols`."""
-    s, slope = load_logits(side, row_start(side, row), cols, mask)
+    s, slope = load_logits(side, row_start(side, row), 0, cols, mask)
     return tl.where(s < -1e30, -1e30, s), slope
 
 
@@ -80,9 +80,9 @@ def _gradient(side, token_ptr, saved_ptr, upstream_ptr, grad, V, inv_tau, BLOCK:
             g = tl.where((cols < V) & (cols != y), g, 0.0)
             at_y -= tl.sum(g)  # a row's gradient sums to 0: at the token nothing cancels this way
             slope_y += tl.sum(tl.where(cols == y, slope * tl.where(s <= -1e30, 0.0, 1.0), 0.0))
-            store_gradient(grad, row, cols, g * inv_tau, slope, V)
+            store_gradient(grad, gradient_start(grad, row), cols, g * inv_tau, slope, V)
         tl.debug_barrier()  # the 0 that a tile wrote there may be another warp's, and still on its way
-        store_gradient(grad, row, y, at_y * inv_tau, slope_y, None)
+        store_gradient(grad, gradient_start(grad, row), y, at_y * inv_tau, slope_y, None)
     else:
         store_zeros(grad, row, BLOCK)
 

@@ -16,7 +16,7 @@ from ..language import constant, jit, tl, triton
 from ..maths.moments import log_sum
 from ..maths.quantities import LogSumExp
 from .args import CrossEntropyArg, load_numbers, store_numbers
-from .backward import store_gradient, store_zeros
+from .backward import gradient_start, store_gradient, store_zeros
 from .loads import finite, label_of, load_logits, row_start
 from .rows import Logits, Problem, grad_arg, logits_arg
 from .tiles import SMALLEST, Tile, TileKey, architecture, tile_for
@@ -72,7 +72,7 @@ def _gather(side, label_ptr, ids_ptr, out_ptr, stride_n, K, BLOCK: tl.constexpr)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)  # (BLOCK,)
         ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=-1).to(tl.int32)
-        x, slope = load_logits(side, row_start(side, row), ids, (ids >= 0) & counted)
+        x, slope = load_logits(side, row_start(side, row), 0, ids, (ids >= 0) & counted)
         tl.store(out_ptr + row * stride_n + k, x, mask=k < K)
 
 
@@ -90,7 +90,7 @@ def _masses(student, label_ptr, bucket, masses_ptr, width, inv_tau, ce, BLOCK: t
     top, total, cross = -1e20, 0.0, LogSumExp(tl.full((), -1e20, tl.float32), tl.full((), 0.0, tl.float32))
     for start in range(0, tl.where(counted, width, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        s, slope = load_logits(student, row_start(student, row), cols, cols < width)
+        s, slope = load_logits(student, row_start(student, row), 0, cols, cols < width)
         s = finite(s)
         if ce is not None:
             x = tl.where(cols < width, s, -1e30)
@@ -127,13 +127,13 @@ def _gradient(
             seen = grad.width
         for start in range(0, grad.width, BLOCK):
             cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-            s, slope = load_logits(student, row_start(student, row), cols, cols < seen)
+            s, slope = load_logits(student, row_start(student, row), 0, cols, cols < seen)
             live = in_bucket(bucket, row, cols)
             s = finite(s)
             g = tl.where(live, of_bucket * tl.exp((s - of_row.centre) * inv_tau - of_row.log_bucket), 0.0)
             if ce is not None:
                 g += upstream * ce.weight * (tl.exp(s - of_row.ce_lse) - tl.where(cols == label, 1.0, 0.0))
-            store_gradient(grad, row, cols, tl.where(s <= -1e30, 0.0, g), slope, grad.width)
+            store_gradient(grad, gradient_start(grad, row), cols, tl.where(s <= -1e30, 0.0, g), slope, grad.width)
         tl.debug_barrier()  # the entries that the sweep wrote there may be another warp's, and still on their way
         for start in range(0, K, LISTED):
             k = start + tl.arange(0, LISTED)  # (LISTED,)
@@ -149,7 +149,7 @@ def _gradient(
             if student.softcap is not None:
                 slope = slope * (1.0 - (s / student.softcap) * (s / student.softcap))
             g = tl.where(s <= -1e30, 0.0, g)
-            store_gradient(grad, row, tl.where(ids < 0, grad.width, ids), g, slope, grad.width)
+            store_gradient(grad, gradient_start(grad, row), tl.where(ids < 0, grad.width, ids), g, slope, grad.width)
     else:
         store_zeros(grad, row, BLOCK)
 

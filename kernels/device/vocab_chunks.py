@@ -38,7 +38,7 @@ from .args import (
 from .backward import gradient_sweep, store_zeros
 from .forward import statistics_sweep, term_sweep
 from .loads import label_of, load_pair, row_ptrs, row_values
-from .rows import Logits, Problem, arguments, grad_arg, gradient_term, tile
+from .rows import Logits, Problem, arguments, gradient_term, tile
 from .tiles import Tile
 
 __all__ = ["CARRY", "DOMINANT", "EMPTY", "absorb", "add_sums", "gradient", "online_of", "shares"]
@@ -186,9 +186,9 @@ def gradient(
 ) -> Any:
     """Writes a chunk's dZ into `out` (N, chunk), 0 for the dominant token, which goes into `dominant` (N, DOMINANT)."""
     best = _tile(problem, student, teacher, out.shape[1])
-    common = arguments(problem, student, teacher)
+    common = arguments(problem, student, teacher, out)
     return _gradient[(len(out),)](
-        common["student"], common["teacher"], labels, saved, upstream, dominant, grad_arg(out),
+        common["student"], common["teacher"], labels, saved, upstream, dominant, common["grad"],
         problem.vocab_size, first, common["scales"], common["numbers"], GRADIENT_TERM=gradient_term(problem, out),
         EXTRAS=problem.definition.extras, **best.launch(),
     )  # fmt: skip

@@ -58,7 +58,7 @@ def _image(x):
 
 
 @jit
-def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
+def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """The weights of both KLs."""
     mu = theta[0]
     low = tl.full((), -2147483648, tl.int64)  # F > μ here, unless everything is in the head

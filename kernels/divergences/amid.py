@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from ..device.loads import load_normalized
+from ..device.column_sweep import column_sweep
 from ..language import formula, jit, tl
 from ..maths.decomposition import or_infinite
 from ..maths.definition import TWO_SWEEPS, Definition, Derived, Form, Parameter, RowParameters
 from ..maths.elementary import expm1_product, log1p
 from ..maths.mixture import log_mixture
 from ..maths.moments import log_sum
+from ..maths.reductions import thread_max, thread_sum
 from .ab import AB
 from .ab import term as ab_term
 
@@ -100,47 +101,60 @@ def log_total(near, far):
 
 
 @jit
-def _row_parameters(student, teacher, ctx, log_norms, label, theta, PARTS, BLOCK: tl.constexpr):
+def _add_growth(sums, x, live, theta, FORMULA):
+    """Σ q (e^a − 1) and Σ q e^a with a NormalizedTile's."""
+    near, far = sums
+    more, r = growth(x.q, x.logq, x.logp, x.delta, theta)
+    return near + thread_sum(tl.where(live, more, 0.0)), far + thread_sum(tl.where(live, r, 0.0))
+
+
+@jit
+def _add_parts(sums, x, live, known, PARTS):
+    """F, Φ, what Σ phi is made of and the largest d, with a NormalizedTile's."""
+    total, mass, shared, weight, direct, widest = sums
+    f, phi, share, r, past = PARTS(x.q, x.p, x.logq, x.logp, x.delta, known)
+    total += thread_sum(tl.where(live, f, 0.0))
+    mass += thread_sum(tl.where(live, phi, 0.0))
+    shared += thread_sum(tl.where(live, share * phi, 0.0))
+    weight += thread_sum(tl.where(live, share * r, 0.0))
+    direct += thread_sum(tl.where(live, past, 0.0))
+    return total, mass, shared, weight, direct, tl.maximum(widest, thread_max(tl.where(live, x.d, 0.0)))
+
+
+@jit
+def _row_parameters(student, teacher, ctx, log_norms, label, theta, PARTS, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """(log R, Φ), (F, Σ phi): two sweeps over the columns, the label's added by hand."""
     logq_y, logp_y, delta_y, in_support = label.logq, label.logp, label.delta, label.in_support
     q_y = tl.exp(logq_y)
     near, far = growth(q_y, logq_y, logp_y, delta_y, theta)
-    near = tl.where(in_support, near, 0.0)
-    far = tl.where(in_support, far, 0.0)
-    for start in range(0, ctx.V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        x, live, t = load_normalized(student, teacher, ctx, log_norms, cols)
-        more, r = growth(x.q, x.logq, x.logp, x.delta, theta)
-        near += tl.sum(tl.where(live, more, 0.0))
-        far += tl.sum(tl.where(live, r, 0.0))
-    log_r_sum = log_total(near, far)
+    sums = (tl.where(in_support, near, 0.0), tl.where(in_support, far, 0.0))
+    near, far = column_sweep(student, teacher, ctx, log_norms, sums, theta, _add_growth, None, BLOCK, THREADS)
+    log_r_sum = log_total(tl.sum(near), tl.sum(far))
     known = theta + (log_r_sum, 0.0)
     f_y, phi_y, share_y, r_y, direct_y = PARTS(q_y, tl.exp(logp_y), logq_y, logp_y, delta_y, known)
-    mass = tl.where(in_support, phi_y, 0.0)
-    total, shared, weight, direct, widest = 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, ctx.V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        x, live, t = load_normalized(student, teacher, ctx, log_norms, cols)
-        f, phi, share, r, past = PARTS(x.q, x.p, x.logq, x.logp, x.delta, known)
-        total += tl.sum(tl.where(live, f, 0.0))
-        mass += tl.sum(tl.where(live, phi, 0.0))
-        shared += tl.sum(tl.where(live, share * phi, 0.0))
-        weight += tl.sum(tl.where(live, share * r, 0.0))
-        direct += tl.sum(tl.where(live, past, 0.0))
-        widest = tl.maximum(widest, tl.max(tl.where(live, x.d, 0.0)))
-    return (log_r_sum, mass), (or_infinite(total, widest), shared - mass * weight + direct)
+    sums = (0.0, tl.where(in_support, phi_y, 0.0), 0.0, 0.0, 0.0, 0.0)
+    total, mass, shared, weight, direct, widest = column_sweep(
+        student, teacher, ctx, log_norms, sums, known, _add_parts, PARTS, BLOCK, THREADS
+    )
+    mass = tl.sum(mass)
+    past = tl.sum(shared) - mass * tl.sum(weight) + tl.sum(direct)
+    return (log_r_sum, mass), (or_infinite(tl.sum(total), tl.max(widest)), past)
 
 
 @jit
-def row_parameters_teacher(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
+def row_parameters_teacher(
+    student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr, THREADS: tl.constexpr
+):
     """For orders pr and rp."""
-    return _row_parameters(student, teacher, ctx, log_norms, label, theta, parts_teacher, BLOCK)
+    return _row_parameters(student, teacher, ctx, log_norms, label, theta, parts_teacher, BLOCK, THREADS)
 
 
 @jit
-def row_parameters_student(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
+def row_parameters_student(
+    student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr, THREADS: tl.constexpr
+):
     """For orders qr and rq."""
-    return _row_parameters(student, teacher, ctx, log_norms, label, theta, parts_student, BLOCK)
+    return _row_parameters(student, teacher, ctx, log_norms, label, theta, parts_student, BLOCK, THREADS)
 
 
 def _whole_rows(parts: Any) -> Any:

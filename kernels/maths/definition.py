@@ -30,8 +30,9 @@ TWO_SWEEPS = OnlineForm(tile="two")
 class RowParameters(NamedTuple):
     """How the last `extras` parameters of a definition are found on each row, on both backends.
 
-    kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK) -> (extras, sums): from the online state or
-        further sweeps (device/loads.py); sums is (F, Φ) without the label's column if these sweeps found them, else ().
+    kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK, THREADS) -> (extras, sums): from the online
+        state or further sweeps (device/column_sweep.py); sums is (F, Φ) without the label's column if these sweeps
+        found them, else ().
     torch(whole, theta) -> extras: the same from whole rows (backends/torch_rows.py, `Whole`).
     reads: how often each loop of `kernel` over the columns runs for a row, in their order.
     """

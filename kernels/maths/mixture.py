@@ -118,7 +118,7 @@ def log_mixture(weight, delta, far):
 
 
 @jit
-def _far_kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr):
+def _far_kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     return (tl.where(state[3] < 0.5 * state[0], 0.0, 1.0),), ()
 
 

@@ -12,7 +12,7 @@ from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype, size_of
 from ..kernels.device.args import TOKEN_SAVED, TokenScalars, columns_of
 from ..kernels.device.rows import Logits
 from ..schedules import gemm, token_chunks
-from ..schedules.operands import DenseLogits, HeadLogits, Parts
+from ..schedules.operands import DenseLogits, HeadLogits, Parts, room
 from .operator import no_gradients, operator
 from .scaled import scaled
 
@@ -99,7 +99,7 @@ def logprob_rows_gradient(call: TokensCall, saved: Tensor, upstream: Tensor) -> 
     tokens = backends.get(call.backend).tokens
     first, buffer = True, None
     if weight is not None and gradient_dtype(x) != logit_dtype(x.dtype, None):
-        buffer = x.new_empty((min(call.rows, max(len(ids), 1)), len(weight)), dtype=gradient_dtype(x))
+        buffer = room(x, min(call.rows, max(len(ids), 1)), len(weight), gradient_dtype(x))
     for rows, logits in sweep.chunks():
         out = made.x.view(len(ids), -1) if weight is None else logits.x[0]
         out = out if buffer is None else buffer[: rows.stop - rows.start]

@@ -182,7 +182,7 @@ class PickedLogits(NamedTuple):
 
     def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> Tensor:
         """In the dtype of the logits."""
-        return self.x.new_empty((rows, columns))
+        return room(self.x, rows, columns, self.x.dtype)
 
     def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
         """A copy."""
@@ -247,7 +247,7 @@ class HeadLogits(NamedTuple):
 
     def buffer(self, rows: int, columns: int, logits_dtype: torch.dtype | None) -> Tensor:
         """For products, in float32 unless asked."""
-        return self.hidden.new_empty((rows, columns), dtype=logit_dtype(self.hidden.dtype, logits_dtype))
+        return room(self.hidden, rows, columns, logit_dtype(self.hidden.dtype, logits_dtype))
 
     def logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Logits:
         """Their products; kernels do the rest."""
@@ -364,11 +364,23 @@ def grouped(teacher: Operand, kept: Tensor | None) -> Grouped:
     return Grouped(torch.cat(rows), groups)
 
 
+def padded(columns: int) -> int:
+    """The columns that a buffer has memory for: of its rows all begin at multiples of 16 elements.
+
+    Row kernels load 16 bytes at once then, whatever V is, and products have a leading dimension they are fast with.
+    """
+    return -(-columns // 16) * 16
+
+
+def room(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A buffer (rows, columns) on the device of `like`."""
+    return like.new_empty((rows, padded(columns)), dtype=dtype)[:, :columns]
+
+
 def front(buffer: Tensor | None, rows: int, columns: slice) -> Tensor:
-    """(rows, columns) of a buffer, contiguous also where a last chunk is narrower than the buffer."""
+    """(rows, columns) of a buffer, with its row stride also where a last chunk is narrower."""
     assert buffer is not None  # `buffer` made it
-    width = columns.stop - columns.start
-    return buffer.view(-1)[: rows * width].view(rows, width)
+    return buffer[:rows, : columns.stop - columns.start]
 
 
 def is_operand(side: object) -> TypeGuard[Operand]:

@@ -21,6 +21,7 @@ from ..kernels.maths.definition import Form
 from .ceilings import TABLE, Ceiling, ceiling
 from .gemm import BLOCK_GRADIENT, BLOCK_ROWS, BLOCK_TOKENS, BLOCK_WEIGHT
 from .model import KernelTime, Product, RowWork, counted_as, table, time_of_product, time_of_rows
+from .operands import padded
 
 _BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and torch_logprobs.py
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
@@ -75,12 +76,13 @@ class Chunks:
 
 def workspace(shape: Shape, outer: int, inner: int) -> int:
     """Bytes that a call with these chunks holds at its peak."""
-    total = shape.rows * _ROW_BYTES + inner * shape.teacher_width * shape.logit_bytes
+    of_student, of_teacher = padded(shape.student_width), padded(shape.teacher_width)
+    total = shape.rows * _ROW_BYTES + inner * of_teacher * shape.logit_bytes
     in_place = shape.needs_gradient and shape.logit_bytes == shape.dz_bytes
     if shape.student_width and not in_place:
-        total += inner * shape.student_width * shape.logit_bytes
+        total += inner * of_student * shape.logit_bytes
     if shape.student_width and shape.needs_gradient:
-        total += outer * shape.student_width * shape.dz_bytes
+        total += outer * of_student * shape.dz_bytes
     if shape.needs_hidden and shape.student_dim:
         total += shape.rows * shape.student_dim * shape.accumulator_bytes
     if shape.needs_weight and shape.student_dim:
@@ -93,7 +95,7 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
         total += inner * (12 * shape.outcomes * shape.accumulator_bytes + shape.student_width // 8)
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
-        total += 3 * inner * shape.student_logit_bytes * max(shape.student_width, shape.teacher_width)
+        total += 3 * inner * shape.student_logit_bytes * max(of_student, of_teacher)
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
@@ -121,9 +123,9 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     """Bytes that the streaming schedule holds at its peak with chunks of `width` vocabulary columns."""
     total = shape.rows * (_ROW_BYTES + _STREAM_ROW * shape.accumulator_bytes)
     sides = bool(shape.student_width) + bool(shape.teacher_width)
-    total += shape.rows * width * sides * shape.logit_bytes
+    total += shape.rows * padded(width) * sides * shape.logit_bytes
     if shape.student_width and shape.needs_gradient and shape.logit_bytes != shape.dz_bytes:
-        total += shape.rows * width * shape.dz_bytes
+        total += shape.rows * padded(width) * shape.dz_bytes
     if shape.needs_hidden and shape.student_dim:
         total += 3 * min(shape.rows, DOMINANT_ROWS) * shape.student_dim * shape.accumulator_bytes
         if shape.hidden_bytes < shape.accumulator_bytes:

@@ -21,7 +21,7 @@ from ..call import LossCall, at_rows, numbers_of, problem_of, row_count, wide_dt
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from ..kernels.device.rows import STATS, Problem
 from . import gemm, topk
-from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of, grouped
+from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of, grouped, room
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 
@@ -68,7 +68,7 @@ class _LogitsSink(_Sink):
         self.gradients = empty_gradients(student, True, False, False)
         self.picked, self.copy = None, self.gradients.x
         if isinstance(student, PickedLogits):
-            self.picked, self.copy = student.picked, student.x.new_empty((inner, student.width))
+            self.picked, self.copy = student.picked, room(student.x, inner, student.width, student.x.dtype)
             self.gradients.x.zero_()
 
     def out(self, chunk: slice, rows: slice) -> torch.Tensor:
@@ -88,7 +88,7 @@ class _HeadSink(_Sink):
         x, wide = student.hidden, accumulation_dtype(student.hidden)
         self.call, self.student, self.width = call, student, width
         self.gradients = empty_gradients(student, call.needs_student, call.needs_weight, call.needs_bias)
-        self.dz = x.new_empty((outer, width), dtype=gradient_dtype(x))  # of an outer chunk
+        self.dz = room(x, outer, width, gradient_dtype(x))  # of an outer chunk
         self.in_place = self.dz.dtype == logit_dtype(x.dtype, call.logits_dtype)
         self.bias_sums = x.new_empty(width, dtype=wide) if call.needs_bias else None
         self.uncounted = uncounted_rows(call.labels, call.token_weights) if call.needs_weight else None

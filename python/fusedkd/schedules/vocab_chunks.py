@@ -41,7 +41,7 @@ from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infin
 from ..kernels.maths.moments import log_sum
 from ..kernels.maths.quantities import Binary, SideStats
 from . import gemm, token_chunks, topk
-from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front
+from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front, room
 from .planner import DOMINANT_ROWS
 
 
@@ -93,9 +93,7 @@ class _Pass(NamedTuple):
         """A chunk of some rows, in their part of one buffer for each side."""
         start = columns.start
         compared = max(0, min(columns.stop, self.problem.vocab_size) - start)
-        # The rows of a chunk that dZ will lie over are neighbours, those of the teacher lie where it likes.
-        mine = None if self.student_buffer is None else front(self.student_buffer, self.student.rows, columns)[rows]
-        theirs = None if self.teacher_buffer is None else self.teacher_buffer[rows]
+        mine, theirs = (x if x is None else x[rows] for x in (self.student_buffer, self.teacher_buffer))
         student = self.student.logits(rows, columns, mine)
         # A chunk of student columns alone still needs a teacher to point at: one column, of which none is compared.
         until = max(start + compared, start + 1) if start < self.teacher.width else start
@@ -302,7 +300,7 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
         hidden = hidden.to(dtype)  # a CPU's products are float32
     workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if workspace is not None and workspace.dtype != dtype:
-        workspace = x.new_empty((n, sweep.width), dtype=dtype)
+        workspace = room(x, n, sweep.width, dtype)
     beside_topk = _topk_chunks(call, sweep) if topk.is_topk(call.teacher_kind) else None
     shares = chunks.shares(n, x.device) if beside_topk is None else [slice(0, n)]
     if beside_topk is not None:
