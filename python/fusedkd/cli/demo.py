@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from .. import Head, TopK, __version__, kd_loss, topk
+from .. import Head, TopK, __version__, kd_loss
+from ..top_tokens import topk
 from .commands import Progress, check_file, known_divergence, positive, require, usable_device
 from .eager import EAGER
 
@@ -347,7 +348,7 @@ def write_cache(
                 side = head(teacher, text.ids[at])
                 found.append(topk(side, k))
             bar.update(len(at))
-    ids, logprobs = (torch.cat([part[i].cpu() for part in found]) for i in range(2))
+    ids, logprobs = (torch.cat([x.cpu() for x in parts]) for parts in zip(*(part[:2] for part in found), strict=True))
     TopK(ids, logprobs, vocab_size=found[0].vocab_size).save(file)
     return taken
 
