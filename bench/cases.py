@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import Head, TopK
 from ..cli.eager import EAGER
+from ..top_tokens import topk
 from .shapes import Shape
 
 STD = 5.0  # of logits, as a trained model's
@@ -38,7 +41,20 @@ class HeadInputs(NamedTuple):
         """All logits of student and teacher, at least float32."""
         with torch.no_grad():
             teacher = self._capped(self.teacher_hidden @ self.teacher_weight.t())
-        return self._capped(self.hidden @ self.weight.t()), teacher
+        return self.student_logits(), teacher
+
+    def student_logits(self) -> Tensor:
+        """The student's alone."""
+        return self._capped(self.hidden @ self.weight.t())
+
+    def likeliest(self, k: int) -> TopK:
+        """The teacher's likeliest tokens."""
+        return topk(Head(self.teacher_hidden, self.teacher_weight, softcap=self.softcap), k)
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.weight.shape[0]
 
     def _capped(self, product: Tensor) -> Tensor:
         logits = _wide(product)
@@ -68,7 +84,20 @@ class RowInputs(NamedTuple):
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """The logits, at least float32."""
-        return _wide(self.student), _wide(self.teacher)
+        return self.student_logits(), _wide(self.teacher)
+
+    def student_logits(self) -> Tensor:
+        """The student's alone."""
+        return _wide(self.student)
+
+    def likeliest(self, k: int) -> TopK:
+        """The teacher's likeliest tokens."""
+        return topk(self.teacher, k)
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.student.shape[1]
 
     def split(self, rows: int) -> Iterator[tuple[dict[str, Tensor], RowInputs]]:
         """Parts of a few rows in float64, and the leaf of each."""
@@ -77,7 +106,46 @@ class RowInputs(NamedTuple):
             yield part.leaves, part
 
 
-Inputs = HeadInputs | RowInputs
+class ListedInputs(NamedTuple):
+    """A student's side as in `sides`, beside the log-probabilities of a teacher's K likeliest tokens."""
+
+    sides: HeadInputs | RowInputs
+    ids: Tensor  # (N, K) int32
+    logprobs: Tensor  # (N, K)
+    tail: str  # "bucket" or "truncate"
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gets a gradient."""
+        return self.sides.leaves
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,)."""
+        return self.sides.labels
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.sides.vocab
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the listed tokens, and of all others together where that is a tail."""
+        logq = self.sides.student_logits().log_softmax(-1).gather(-1, self.ids.long())
+        logp = self.logprobs
+        if self.tail == "truncate":
+            return logq, logp
+        s, t = (torch.cat([x, (-torch.expm1(x.logsumexp(-1, keepdim=True))).log()], -1) for x in (logq, logp))
+        return s, t
+
+    def split(self, rows: int) -> Iterator[tuple[dict[str, Tensor], ListedInputs]]:
+        """Parts of a few rows in float64, and the leaves of each."""
+        parts = zip(self.sides.split(rows), self.ids.split(rows), self.logprobs.split(rows), strict=True)
+        for (leaves, sides), ids, logprobs in parts:
+            yield leaves, ListedInputs(sides, ids, logprobs.double(), self.tail)
+
+
+Inputs = HeadInputs | RowInputs | ListedInputs
 Loss = Callable[[Any], Any]  # inputs -> the mean loss, or (loss, gradients) where the gradient comes with it
 
 
@@ -97,6 +165,8 @@ class Case:
         probability, 0.7 of the student's and 0.9 of the teacher's, as with trained models. A distance is noise on
         rows of either kind; a large one may bury the peak of the side that it is added to.
     families: the rivals to set beside it; None: all that were asked for.
+    listed: how many of the teacher's likeliest tokens are known; None: all. tail: what becomes of the others, as in
+        `TopK`.
     """
 
     path: str
@@ -106,6 +176,13 @@ class Case:
     distance: float | None = None
     families: tuple[str, ...] | None = None
     distribution: str = "random"
+    listed: int | None = None
+    tail: str = "bucket"
+
+    @property
+    def kind(self) -> str:
+        """What the implementations of a case are found by."""
+        return self.path if self.listed is None else f"top-k {self.path}"
 
     def small(self) -> Case:
         """The same with so few tokens and words that it costs nothing."""
@@ -117,11 +194,20 @@ class Case:
 
     def __str__(self) -> str:
         s = self.shape
-        return f"{self.distribution} {self.path} {self.divergence} {s.rows}x{s.vocab} {self.dtype}"
+        path = self.kind if self.listed is None else f"top-{self.listed} {self.tail} {self.path}"
+        return f"{self.distribution} {path} {self.divergence} {s.rows}x{s.vocab} {self.dtype}"
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
     """Return random inputs whose logits have a standard deviation of 5, but for the labels of peaked rows."""
+    sides = _sides(case, device)
+    if case.listed is None:
+        return sides
+    ids, logprobs, *_ = sides.likeliest(case.listed)
+    return ListedInputs(sides, ids, logprobs, case.tail)
+
+
+def _sides(case: Case, device: str) -> HeadInputs | RowInputs:
     torch.manual_seed(0)
     shape, dtype = case.shape, getattr(torch, case.dtype)
     peaked = case.distribution == "peaked"
@@ -185,6 +271,8 @@ def eager_loss(divergence: str) -> Loss:
 
     def loss(inputs: Inputs) -> Tensor:
         student, teacher = inputs.logits()
+        if isinstance(inputs, ListedInputs) and inputs.tail == "truncate":
+            return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()  # of fkl
         return per_token(student, teacher, inputs.labels).mean()
 
     return loss
@@ -206,8 +294,7 @@ def truth(inputs: Inputs, divergence: str) -> Answer:
     values: list[Tensor] = []
     pieces: dict[str, list[Tensor]] = {name: [] for name in inputs.leaves}
     rows = len(inputs.labels)
-    vocab = (inputs.weight if isinstance(inputs, HeadInputs) else inputs.teacher.t()).shape[0]
-    for leaves, part in inputs.split(max(1, CHUNK // vocab)):
+    for leaves, part in inputs.split(max(1, CHUNK // inputs.vocab)):
         value = loss(part) * (len(part.labels) / rows)
         value.backward()
         values.append(value.detach())

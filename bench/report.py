@@ -51,7 +51,10 @@ WORDS = {
     "peaked rows one token has most of the probability, as with trained models; elsewhere logits are normal.",
     "heads": "Hidden states and output layers in, loss and the gradients of hidden states and weight out. The floor is "
     "the four matrix products that no exact implementation can do without.",
-    "memory": "The same step while one size grows and the other stays.",
+    "topk": "The same two with the log-probabilities of a teacher's likeliest tokens in the place of the teacher: one "
+    "matrix product and one side's logits less. bucket: all other tokens are one outcome more; truncate: they are left "
+    "out. Beside them the dense loss.",
+    "memory": "The step of hidden states while one size grows and the other stays.",
     "accuracy": "Errors while the student comes closer to the teacher. Nothing is left out for being wrong here.",
     "step": "Teacher and student forward, loss head, backward and optimiser of an untrained transformers model. The "
     "floor is the same step with a sum in place of the loss head.",
@@ -60,6 +63,7 @@ TITLES = {
     "ceilings": "Ceilings",
     "rows": "Logits in",
     "heads": "Hidden states in",
+    "topk": "A teacher's likeliest tokens",
     "memory": "Growing N and V",
     "accuracy": "Accuracy",
     "step": "A whole training step",

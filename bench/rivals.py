@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import Head, kd_loss, kd_value_and_grad
+from .. import Head, TopK, kd_loss, kd_value_and_grad
 from ..cli.eager import EAGER
 from ..kernels.language import interpreted
-from .cases import Case, HeadInputs, Loss, RowInputs, eager_loss
+from .cases import Case, HeadInputs, ListedInputs, Loss, RowInputs, eager_loss
 
 KLS_AND_JSD = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # GKD's β, which Liger and TRL share
 FAMILIES = ("eager", "compile", "liger", "trl", "fla")
@@ -33,7 +33,7 @@ class Rival:
     """An implementation and what it can do.
 
     triton: it has Triton kernels only. cpu: it is for CPUs only. compiles: it goes through torch.compile. softcap: it
-    caps logits.
+    caps logits. tails: those that it has for a teacher's likeliest tokens.
     """
 
     name: str
@@ -46,11 +46,13 @@ class Rival:
     cpu: bool = False
     compiles: bool = False
     softcap: bool = False
+    tails: tuple[str, ...] = ("bucket", "truncate")
 
     def suits(self, case: Case) -> bool:
         """Whether this is something that the rival offers at all."""
         capped = case.shape.softcap is not None
-        return case.divergence in self.divergences and case.dtype in self.dtypes and (self.softcap or not capped)
+        known = case.divergence in self.divergences and case.tail in self.tails
+        return known and case.dtype in self.dtypes and (self.softcap or not capped)
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here, if it cannot."""
@@ -65,7 +67,7 @@ class Rival:
 def chosen(case: Case, families: tuple[str, ...]) -> list[Rival]:
     """Return the implementations that a case can have: fusedkd's own, and those of some families."""
     wanted = {OURS, *families}.intersection((OURS, *(families if case.families is None else case.families)))
-    return [rival for rival in RIVALS if rival.path == case.path and rival.family in wanted and rival.suits(case)]
+    return [rival for rival in RIVALS if rival.path == case.kind and rival.family in wanted and rival.suits(case)]
 
 
 def named(path: str, name: str) -> Rival:
@@ -106,8 +108,46 @@ def _fused_rows_at_once(divergence: str, **options: Any) -> Loss:
     return loss
 
 
-def _compiled(divergence: str) -> Loss:
-    return torch.compile(eager_loss(divergence), dynamic=False)
+def _compiled(divergence: str, of: Callable[[str], Loss] = eager_loss) -> Loss:
+    return torch.compile(of(divergence), dynamic=False)
+
+
+def _fused_listed(divergence: str, **options: Any) -> Loss:
+    def loss(x: ListedInputs) -> Any:
+        teacher = TopK(x.ids, x.logprobs, x.tail)
+        if isinstance(x.sides, RowInputs):
+            return kd_value_and_grad(x.sides.student, teacher, divergence=divergence, **options)
+        student = Head(x.sides.hidden, x.sides.weight, softcap=x.sides.softcap)
+        return kd_loss(student, teacher, divergence=divergence, **options)
+
+    return loss
+
+
+def _listed(x: ListedInputs) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's log-probabilities at the listed tokens; of the student's logits only a sum is kept."""
+    logits = x.sides.student_logits()
+    return logits.gather(-1, x.ids.long()) - logits.logsumexp(-1, keepdim=True), x.logprobs
+
+
+def _distillkit(divergence: str) -> Loss:
+    """KL over the listed tokens and the rest of each side, which is kept above 1e-8."""
+
+    def loss(x: ListedInputs) -> Tensor:
+        logq, logp = _listed(x)
+        p_rest, q_rest = ((1.0 - log.exp().sum(-1)).clamp(min=1e-8) for log in (logp, logq))
+        return ((logp.exp() * (logp - logq)).sum(-1) + p_rest * (p_rest.log() - q_rest.log())).mean()
+
+    return loss
+
+
+def _veomni(divergence: str) -> Loss:
+    """Σ p log(p/q) over the listed tokens, of raw probabilities."""
+
+    def loss(x: ListedInputs) -> Tensor:
+        logq, logp = _listed(x)
+        return (logp.exp() * (logp - logq)).sum(-1).mean()
+
+    return loss
 
 
 def _liger_fused_linear_jsd(divergence: str) -> Loss:
@@ -166,6 +206,34 @@ def _liger_kl_div(divergence: str) -> Loss:
 
 
 BETAS = tuple(KLS_AND_JSD)
+FKL = ("fkl",)
+
+
+def _beside_listed(path: str) -> tuple[Rival, ...]:
+    """Implementations for a teacher's likeliest tokens; the programs' formulas are written here, in their order."""
+    kind = f"top-k {path}"
+    distillkit, veomni = "DistillKit's formula", "VeOmni's formula"
+    return (
+        Rival("eager torch", "eager", kind, eager_loss, FKL, softcap=True),
+        Rival("torch.compile", "compile", kind, _compiled, FKL, softcap=True, compiles=True),
+        Rival(distillkit, "eager", kind, _distillkit, FKL, softcap=True, tails=("bucket",)),
+        Rival(
+            f"{distillkit}, torch.compile", "compile", kind, partial(_compiled, of=_distillkit), FKL,
+            softcap=True, compiles=True, tails=("bucket",),
+        ),
+        Rival(veomni, "eager", kind, _veomni, FKL, softcap=True, tails=("truncate",)),
+        Rival(
+            f"{veomni}, torch.compile", "compile", kind, partial(_compiled, of=_veomni), FKL,
+            softcap=True, compiles=True, tails=("truncate",),
+        ),
+        Rival(
+            "fusedkd compiled", "compile", kind, partial(_fused_listed, backend="compiled"), FKL,
+            cpu=True, compiles=True, softcap=True,
+        ),
+        Rival(OURS, OURS, kind, _fused_listed, FKL, softcap=True),
+    )  # fmt: skip
+
+
 RIVALS = (
     Rival("eager torch", "eager", "heads", eager_loss, softcap=True),
     Rival("torch.compile", "compile", "heads", _compiled, softcap=True, compiles=True),
@@ -194,4 +262,7 @@ RIVALS = (
     Rival("Liger KLDIVLoss", "liger", "rows", _liger_kl_div, ("fkl",), triton=True),
     Rival(OURS, OURS, "rows", _fused_rows_at_once),
     Rival("fusedkd, autograd", OURS, "rows", _fused_rows),
+    *_beside_listed("heads"),
+    Rival("fusedkd streaming", OURS, "top-k heads", partial(_fused_listed, schedule="streaming"), FKL, softcap=True),
+    *_beside_listed("rows"),
 )  # fmt: skip

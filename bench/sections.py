@@ -3,7 +3,8 @@
 ceilings   what the machine gives: a copy, and every matrix product of the head path alone
 rows       logits in
 heads      hidden states in: time, memory and accuracy of one training step of the loss head
-memory     the same while V or N grows
+topk       both with a teacher known by its likeliest tokens, beside the dense loss
+memory     the time and memory of heads while V or N grows
 accuracy   errors while the student comes closer to the teacher
 step       a whole training step of a small transformers model
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from .subjects import LossHead, Subject
 from .timing import Clock, interleaved, reason
 
 # Every section, and its share of a limited time.
-SECTIONS = {"ceilings": 1, "rows": 4, "heads": 8, "memory": 3, "accuracy": 2, "step": 3}
+SECTIONS = {"ceilings": 1, "rows": 4, "heads": 8, "topk": 4, "memory": 3, "accuracy": 2, "step": 3}
 # Relative L2 errors against float64. Above the first an implementation is called imprecise; above the second, which
 # a gradient of zeros has, it is wrong and is not timed.
 ALLOWED = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
@@ -37,6 +38,7 @@ DISTANCES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 GPU_DISTANCES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3)  # of hidden states: bfloat16 holds nothing closer
 FLOOR = "floor"
 TIME_UP = "not measured: the section's time was up"
+LISTED = 32  # tokens of a top-k teacher
 MAIN = ("fkl", "rkl", "drkl", "ab", "jsd")
 
 
@@ -93,7 +95,7 @@ class Bench(NamedTuple):
 
 def cases_of(section: str, settings: Settings) -> list[Case]:
     """Return the cases of a section, the most telling first."""
-    plans = {"rows": _rows, "heads": _heads, "memory": _growing, "accuracy": _closer}
+    plans = {"rows": _rows, "heads": _heads, "topk": _topk, "memory": _growing, "accuracy": _closer}
     return list(plans[section](settings)) if section in plans else []
 
 
@@ -141,6 +143,13 @@ def _heads(settings: Settings) -> Iterator[Case]:
     for other in (shapes.GEMMA2, shapes.GEMMA3, shapes.PHI4, shapes.PHI4_MINI, shapes.QWEN3_NARROW):
         yield Case("heads", other, dtype, "fkl", families=few)
     yield from (Case("heads", shape, dtype, name, families=few, distribution="peaked") for name in ("fkl", "jsd"))
+
+
+def _topk(settings: Settings) -> Iterator[Case]:
+    for path in ("heads", "rows"):
+        dense = Case(path, _shape(settings), _dtype(settings), "fkl", families=("eager",))
+        yield from (replace(dense, families=None, listed=LISTED, tail=tail) for tail in ("bucket", "truncate"))
+        yield dense
 
 
 def _growing(settings: Settings) -> Iterator[Case]:

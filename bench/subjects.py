@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cases import Answer, Case, HeadInputs, Inputs, Loss, answer, errors, make_inputs, truth
+from .cases import Answer, Case, HeadInputs, ListedInputs, Loss, RowInputs, answer, errors, make_inputs, truth
 from .measure import in_fresh_process, peak_bytes
 from .rivals import Rival, chosen, named
 
@@ -42,6 +42,14 @@ class Subject(Protocol):
         ...
 
 
+FLOORS = {
+    "heads": "four bare matrix products",
+    "rows": "one addition of the two, read and written once",
+    "top-k heads": "three bare matrix products",
+    "top-k rows": "one product with a number, read and written once",
+}
+
+
 class LossHead:
     """Inputs in, loss and gradients out."""
 
@@ -51,8 +59,7 @@ class LossHead:
         self.rivals = chosen(case, families)
         self.inputs = make_inputs(case, device)
         self.exact: Answer | None = truth(self.inputs, case.divergence)
-        heads = isinstance(self.inputs, HeadInputs)
-        self.floor_name = "four bare matrix products" if heads else "one addition of the two, read and written once"
+        self.floor_name = FLOORS[case.kind]
 
     def check(self, loss: Loss) -> dict[str, float]:
         """Errors of the loss and of every gradient, at the size that is timed."""
@@ -69,7 +76,11 @@ class LossHead:
 
     def floor(self) -> Callable[[], object]:
         """Return what no exact implementation can do without, into buffers that are there."""
-        return bare_gemms(self.inputs) if isinstance(self.inputs, HeadInputs) else bare_sweep(self.inputs)
+        inputs = self.inputs
+        if isinstance(inputs, ListedInputs):
+            sides = inputs.sides
+            return bare_gemms(sides, 1) if isinstance(sides, HeadInputs) else bare_product(sides)
+        return bare_gemms(inputs) if isinstance(inputs, HeadInputs) else bare_sweep(inputs)
 
     def peak(self, rival: Rival, loss: Loss) -> int:
         """In this process on a GPU, in a fresh one on a CPU."""
@@ -80,7 +91,7 @@ class LossHead:
 
 def _peak_of(case: Case, name: str) -> int:
     """The peak on a CPU, in a process that has run nothing large before."""
-    rival = named(case.path, name)
+    rival = named(case.kind, name)
     loss = rival.loss(case.divergence)
     answer(make_inputs(case.small(), "cpu"), loss)  # libraries load and threads start here, not in the measurement
     inputs = make_inputs(case, "cpu")
@@ -89,14 +100,15 @@ def _peak_of(case: Case, name: str) -> int:
     return peak_bytes(lambda: answer(inputs, loss).gradients, "cpu")
 
 
-def bare_gemms(inputs: HeadInputs) -> Callable[[], None]:
-    """Return the two products forward and the two backward."""
+def bare_gemms(inputs: HeadInputs, sides: int = 2) -> Callable[[], None]:
+    """Return the products forward, of both sides or of the student alone, and the two backward."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in inputs[:4])
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
-        torch.mm(teacher_hidden, teacher_weight.t(), out=logits)
+        if sides == 2:
+            torch.mm(teacher_hidden, teacher_weight.t(), out=logits)
         torch.mm(hidden, weight.t(), out=logits)
         torch.mm(logits, weight, out=hidden_grad)
         torch.mm(logits.t(), hidden, out=weight_grad)
@@ -104,8 +116,15 @@ def bare_gemms(inputs: HeadInputs) -> Callable[[], None]:
     return run
 
 
-def bare_sweep(inputs: Inputs) -> Callable[[], Tensor]:
+def bare_sweep(inputs: RowInputs) -> Callable[[], Tensor]:
     """Return a sweep that reads both sides' logits once and writes as much as a gradient."""
-    student, teacher = (x.detach() for x in inputs[:2])
+    student, teacher = inputs.student.detach(), inputs.teacher
     gradient = torch.empty_like(student)
     return lambda: torch.add(student, teacher, out=gradient)
+
+
+def bare_product(inputs: RowInputs) -> Callable[[], Tensor]:
+    """Return a sweep that reads the student's logits once and writes as much as a gradient."""
+    student = inputs.student.detach()
+    gradient = torch.empty_like(student)
+    return lambda: torch.mul(student, 0.5, out=gradient)

@@ -60,7 +60,14 @@ def about(case: dict[str, Any]) -> str:
     shape = case["case"]["shape"]
     widths = "" if case["case"]["path"] == "rows" else f", D={shape['dim']:,} / {shape['teacher_dim']:,}"
     softcap = f", softcap {shape['softcap']:g}" if shape["softcap"] else ""
-    return f"N={shape['rows']:,}, V={shape['vocab']:,}{widths}{softcap}, {case['case']['dtype']}{mark(case)}"
+    sizes = f"N={shape['rows']:,}, V={shape['vocab']:,}{widths}{softcap}"
+    return f"{sizes}, {case['case']['dtype']}{mark(case)}{listed(case)}"
+
+
+def listed(case: dict[str, Any]) -> str:
+    """Return what is added where the teacher is known by some tokens; files from before there were such do not say."""
+    k = case["case"].get("listed")
+    return f", K={k} {case['case']['tail']}" if k else ""
 
 
 def where(section: dict[str, Any]) -> str:
@@ -113,10 +120,19 @@ def _like(case: dict[str, Any]) -> tuple[str, ...]:
     return case["case"]["shape"]["name"] + mark(case), about(case)
 
 
-def _compared(section: str, title: str) -> Callable[[Result], Iterator[Table]]:
+def _like_beside_all(case: dict[str, Any]) -> tuple[str, ...]:
+    """As `_like`, in a section with both paths, and with teachers known by some tokens or by all."""
+    name, sizes = _like(case)
+    given = "logits in" if case["case"]["path"] == "rows" else "hidden states in"
+    return f"{name}{listed(case) or ', all tokens'}, {given}", sizes
+
+
+def _compared(
+    section: str, title: str, like: Callable[[dict[str, Any]], tuple[str, ...]] = _like
+) -> Callable[[Result], Iterator[Table]]:
     def shown(result: Result) -> Iterator[Table]:
         found = result["sections"][section]
-        for (name, sizes), members in grouped(cases(result, section), _like):
+        for (name, sizes), members in grouped(cases(result, section), like):
             rows = [_row(case, cell) for case in members for cell in case["cells"] if cell["status"] != "absent"]
             line = f"{sizes}. {floors(members)}. {where(found)}."
             yield Table(f"{title}: {name}", line, COLUMNS, rows, notes(members))
@@ -186,6 +202,7 @@ SECTIONS: dict[str, Callable[[Result], Iterator[Table]]] = {
     "ceilings": _ceilings,
     "rows": _compared("rows", "Logits in"),
     "heads": _compared("heads", "Hidden states in"),
+    "topk": _compared("topk", "A teacher's likeliest tokens", _like_beside_all),
     "memory": _growing,
     "accuracy": _accuracy,
     "step": _compared("step", "A whole training step"),

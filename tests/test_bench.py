@@ -19,8 +19,20 @@ import torch
 from test_commands import fusedkd_command
 from torch import Tensor
 
+import fusedkd
 from fusedkd.bench import cases, gpu, measure, readme, results, rivals, sections, shapes, subjects, targets, timing
-from fusedkd.bench.cases import Answer, Case, HeadInputs, RowInputs, answer, errors, make_inputs, relative, truth
+from fusedkd.bench.cases import (
+    Answer,
+    Case,
+    HeadInputs,
+    ListedInputs,
+    RowInputs,
+    answer,
+    errors,
+    make_inputs,
+    relative,
+    truth,
+)
 from fusedkd.bench.tables import tables
 from fusedkd.cli.eager import EAGER
 
@@ -128,7 +140,7 @@ def test_peaked_rows(path: str) -> None:
     torch.testing.assert_close(spread["peaked"], spread["random"], rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("section", ["rows", "heads", "memory", "step"])
+@pytest.mark.parametrize("section", ["rows", "heads", "topk", "memory", "step"])
 def test_cells(quick: QuickRun, section: str) -> None:
     """fusedkd and eager torch are timed as often as was asked, beside a floor, and agree with float64."""
     cases = quick.result["sections"][section]["cases"]
@@ -318,6 +330,37 @@ def test_the_truth(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(relative(a, b) < 1e-10 for a, b in zip(found.gradients.values(), wanted, strict=True))
 
 
+@pytest.mark.parametrize("tail", ["bucket", "truncate"])
+@pytest.mark.parametrize("path", ["rows", "heads"])
+def test_the_truth_of_listed_tokens(path: str, tail: str) -> None:
+    """It is what kd_loss says in float64; every implementation of such a case is found, and agrees."""
+    case = Case(path, TINY, "float32", "fkl", listed=5, tail=tail)
+    inputs = make_inputs(case, "cpu")
+    assert isinstance(inputs, ListedInputs)
+    student, _ = inputs.sides.logits()
+    teacher = fusedkd.TopK(inputs.ids, inputs.logprobs, tail)
+    loss = fusedkd.kd_loss(student.detach().double().requires_grad_(), teacher, backend="torch")
+    found = truth(inputs, "fkl")
+    assert relative(loss, found.loss) < (1e-12 if path == "rows" else 1e-6)  # of a float32 product
+    programs = rivals.chosen(case, ("eager",))
+    assert {x.name for x in programs} >= {"fusedkd", "eager torch"}
+    assert {x.name for x in programs} & {"DistillKit's formula", "VeOmni's formula"} == {
+        {"bucket": "DistillKit's formula", "truncate": "VeOmni's formula"}[tail]
+    }
+    for rival in programs:
+        assert max(errors(answer(inputs, rival.loss("fkl")), found).values()) < 1e-5, rival.name
+
+
+def test_a_teacher_s_likeliest_tokens(quick: QuickRun) -> None:
+    """Both tails and the dense loss, of both paths, each under a title of its own; with one product less."""
+    section = quick.result["sections"]["topk"]
+    found = list(tables({"sections": {"topk": section}}))
+    assert len({table.title for table in found}) == len(found) == 6
+    for table, case in zip(found, section["cases"], strict=True):
+        assert ("K=32" in table.title) == (case["case"]["listed"] == 32)
+        assert ("three" in table.about) == (case["case"]["listed"] == 32 and case["case"]["path"] == "heads")
+
+
 def test_errors_see_what_is_not_finite() -> None:
     """A NaN anywhere is an infinite error; zeros are an error of one."""
     exact = Answer(torch.tensor(2.0).double(), {"logits": torch.ones(3, 4).double()})
@@ -454,7 +497,7 @@ def test_every_shape_is_a_pair_of_models() -> None:
     assert shapes.GEMMA3.vocab == 262_144
     assert (shapes.QWEN3.dim, shapes.QWEN3.teacher_dim, shapes.QWEN3.vocab) == (2048, 4096, 151_936)
     settings = sections.Settings("cuda")
-    for section in ("rows", "heads", "memory", "accuracy"):
+    for section in ("rows", "heads", "topk", "memory", "accuracy"):
         assert sections.cases_of(section, settings)
 
 

@@ -1,6 +1,7 @@
 """The command line, as a user runs it: in a process of its own."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fusedkd
 
@@ -137,6 +139,41 @@ def test_demo_distils(prose: Path, tmp_path: Path) -> None:
         assert max(fused["gradient_error"].values()) < 1e-3
         assert fused["loss"] == pytest.approx(eager["loss"], rel=1e-3)
         assert fused["peak_bytes"] > 0
+
+    cache, dense = report["cache"], report["divergences"]["fkl"]
+    assert "distil fkl from the cache" in done.stderr
+    assert "fkl top-32" in done.stdout
+    assert (cache["divergence"], cache["k"]) == ("fkl", 32)
+    assert 8 * 32 <= cache["bytes_per_token"] < 8 * 32 + 1  # int32 and float32, and the header's few bytes
+    assert cache["tokens"] == report["plan"]["batch"] * cache["training"]["steps"] * report["plan"]["length"]
+    assert cache["training"]["steps"] == dense["training"]["steps"]
+    assert cache["training"]["loss"] < dense["training"]["loss"]
+    for kl in ("kl", "reverse_kl"):
+        assert 0 < dense["held_out"][kl] < cache["held_out"][kl] < 0.5 * report["student"]["held_out"][kl]
+
+
+@needs_extra
+def test_a_student_learns_from_the_cache_alone(tmp_path: Path) -> None:
+    """The rows of the windows that training takes, in whatever order: the loss of a batch is that of its own top-k."""
+    demo = importlib.import_module("fusedkd.cli.demo")
+    plan = demo.Plan(length=8, batch=3, threads=1)
+    teacher, student = (demo.build(demo.Recipe(32, 1, 1e-3, demo.Budget()), 40, plan) for _ in range(2))
+    ids = torch.randint(40, (11, plan.length), generator=torch.Generator().manual_seed(0))
+    text = demo.Windows(ids, ids.roll(-1, 1), torch.arange(len(ids)))
+    bar = demo.Progress(quiet=True).stage("cache")
+    taken = demo.write_cache(tmp_path / "cache", teacher, text, 2, 5, plan, bar)
+    cache = fusedkd.TopK.load(tmp_path / "cache")
+    assert len(taken) == len(cache.ids) == 2 * plan.batch
+    for batch in itertools.islice(demo._batches(text, plan), 2):
+        found = demo.cached_loss("rkl", student, cache, taken, batch)
+        wanted = fusedkd.kd_loss(
+            demo.head(student, batch.ids),
+            fusedkd.topk(demo.head(teacher, batch.ids), 5),
+            batch.labels,
+            divergence="rkl",
+        )
+        torch.testing.assert_close(found, wanted)
+        assert found > 0
 
 
 def test_demo_refuses_an_unknown_divergence() -> None:

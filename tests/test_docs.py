@@ -32,6 +32,7 @@ def test_there_is_something_to_run() -> None:
     """The pages with code are found, and their blocks."""
     assert {page.name for page, blocks in EXAMPLES.items() if blocks} >= {
         "index.md",
+        "cached-teachers.md",
         "choosing.md",
         "memory.md",
         "numerics.md",

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_commands import fusedkd_command, numbers
+from test_commands import fusedkd_command, needs_extra, numbers
+
+from fusedkd.cli import study_cache
 
 pytestmark = pytest.mark.xdist_group("study")  # one full run serves all
 
@@ -134,6 +136,40 @@ def test_the_missing_extra_is_named(package: str) -> None:
     assert done.returncode == 2
     assert package in done.stderr
     assert "pip install 'fusedkd[plots]'" in done.stderr
+
+
+@needs_extra
+def test_a_cache_s_cost(tmp_path: Path) -> None:
+    """A quick run: every K and tail beside all tokens, and what the bucket says of one student is a lower bound."""
+    done = fusedkd_command("study", "cache", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "study-cache-quick.json").read_text())
+    assert (tmp_path / "study-cache-quick.md").read_text() == study_cache.markdown(found)
+    assert study_cache.markdown(found) in done.stdout
+    holds(found)
+
+
+def holds(found: dict[str, Any]) -> None:
+    """What must be so of any run."""
+    assert all(abs(number) < 1e9 for number in numbers(found)), "NaN or diverged"
+    rows, ks = found["caches"], found["plan"]["ks"]
+    assert [(row["k"], row["tail"]) for row in rows] == [(k, tail) for k in ks for tail in study_cache.TAILS]
+    dense, before = (found[name]["held_out"]["kl"] for name in ("dense", "untrained"))
+    assert found["dense"]["value"] == pytest.approx(dense, rel=1e-4)
+    said = [row["value"] for row in rows if row["tail"] == "bucket"]
+    assert said[0] > 0 and said == sorted(said) and said[-1] < found["dense"]["value"]
+    assert all(row["training"]["steps"] == found["dense"]["training"]["steps"] for row in rows)
+    best = min(row["held_out"]["kl"] for row in rows)
+    assert dense < best < before
+
+
+def test_the_committed_table_of_caches() -> None:
+    """The page's table is that of the result file."""
+    folder = Path(__file__).parent.parent / "bench/results"
+    found = json.loads((folder / "study-cache.json").read_text())
+    assert (folder / "study-cache.md").read_text() == study_cache.markdown(found)
+    holds(found)
+    assert "bench/results/study-cache.md" in (folder.parents[1] / "docs/cached-teachers.md").read_text()
 
 
 def test_an_unknown_study_is_refused() -> None:

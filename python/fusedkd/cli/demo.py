@@ -2,6 +2,7 @@
 
 A tokenizer and a teacher are trained on the text, then one student per divergence, all from the same weights.
 A student learns from `kd_loss(Head, Head)` alone, so its training never holds the [tokens, vocabulary] logits.
+One more learns from a file of the teacher's likeliest tokens, while the teacher is not in memory.
 Nothing is downloaded.
 """
 
@@ -14,12 +15,13 @@ import os
 import random
 import statistics
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -28,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from .. import Head, __version__, kd_loss
+from .. import Head, TopK, __version__, kd_loss
+from ..top_tokens import topk
 from .commands import Progress, check_file, known_divergence, positive, require, usable_device
 from .eager import EAGER
 
@@ -43,7 +46,16 @@ LEAST_TEXT = 20_000
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"}
 ROWS = 1024
 REPEATS = 5
-QUALITY_COLUMNS = ("", "steps", "seconds", "perplexity", "KL(teacher || it)", "entropy", "same top-1")
+QUALITY_COLUMNS = (
+    "",
+    "steps",
+    "seconds",
+    "perplexity",
+    "KL(teacher || it)",
+    "KL(it || teacher)",
+    "entropy",
+    "same top-1",
+)
 STEP_COLUMNS = ("", "loss", "dH error", "dW error", "ms", "peak MB")
 
 T = TypeVar("T")
@@ -78,7 +90,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a run; without `head_vocab` the heads are as long as the tokenizer's vocabulary."""
+    """All that decides a run; without `head_vocab` the heads are as long as the tokenizer's vocabulary.
+
+    likeliest: tokens of a position in the cache that the first divergence is distilled from once more.
+    """
 
     divergences: tuple[str, ...] = ("fkl", "rkl", "ab", "drkl")
     device: str = "cpu"
@@ -91,6 +106,7 @@ class Plan:
     length: int = 128
     batch: int = 8
     held_out: int = 64
+    likeliest: int = 32
     threads: int = torch.get_num_threads()
 
 
@@ -122,11 +138,12 @@ class Windows(NamedTuple):
 
     ids: Tensor
     labels: Tensor
+    at: Tensor  # (rows,) which windows of the text they are
 
     def spread(self, count: int) -> Windows:
         """Return at most `count` windows, taken evenly."""
         stride = -(-len(self.ids) // count)
-        return Windows(self.ids[::stride], self.labels[::stride])
+        return Windows(*(x[::stride] for x in self))
 
 
 class Training(NamedTuple):
@@ -138,10 +155,11 @@ class Training(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """Held-out means per token: perplexity, KL(teacher || model) and entropy in nats, share of equal top-1 tokens."""
+    """Held-out means per token: perplexity, both KLs and the entropy in nats, share of equal top-1 tokens."""
 
     perplexity: float
-    kl: float
+    kl: float  # KL(teacher || model)
+    reverse_kl: float
     entropy: float
     agreement: float
 
@@ -273,7 +291,8 @@ def windows(documents: Sequence[str], tokenizer: Tokenizer, plan: Plan) -> Windo
             padding = plan.length - len(window)
             ids.append(window + [0] * padding)
             labels.append(window[1:] + [IGNORED] * (padding + 1))
-    return Windows(torch.tensor(ids, device=plan.device), torch.tensor(labels, device=plan.device))
+    at = torch.arange(len(ids), device=plan.device)
+    return Windows(torch.tensor(ids, device=plan.device), torch.tensor(labels, device=plan.device), at)
 
 
 def build(recipe: Recipe, vocab: int, plan: Plan) -> Qwen3ForCausalLM:
@@ -314,6 +333,48 @@ def distillation_loss(divergence: str, student: Qwen3ForCausalLM, teacher: Qwen3
     with torch.no_grad():
         teacher_head = head(teacher, batch.ids)
     return kd_loss(head(student, batch.ids), teacher_head, batch.labels, divergence=divergence)
+
+
+@torch.no_grad()
+def write_cache(
+    file: Path, teacher: Qwen3ForCausalLM, text: Windows, steps: int, k: int, plan: Plan, bar: tqdm[Any]
+) -> Tensor:
+    """Write the teacher's k likeliest tokens for the windows that a training of so many steps takes; return which."""
+    taken = torch.cat([batch.at for batch in islice(_batches(text, plan), steps)]).unique()
+    found: list[TopK] = []
+    with bar:
+        for at in taken.split(plan.batch):
+            with _autocast(plan):
+                side = head(teacher, text.ids[at])
+                found.append(topk(side, k))
+            bar.update(len(at))
+    ids, logprobs = (torch.cat([x.cpu() for x in parts]) for parts in zip(*(part[:2] for part in found), strict=True))
+    TopK(ids, logprobs, vocab_size=found[0].vocab_size).save(file)
+    return taken
+
+
+def cached_loss(divergence: str, student: Qwen3ForCausalLM, cache: TopK, taken: Tensor, batch: Windows) -> Tensor:
+    """Return the divergence of the student from the teacher's likeliest tokens in a cache of some windows, `taken`."""
+    rows = torch.searchsorted(taken, batch.at).to(cache.ids.device)
+    ids, logprobs = (x[rows].to(batch.ids.device) for x in (cache.ids, cache.logprobs))
+    teacher = cache._replace(ids=ids, logprobs=logprobs)
+    return kd_loss(head(student, batch.ids), teacher, batch.labels, divergence=divergence)
+
+
+def distil_cached(
+    divergence: str,
+    student: Qwen3ForCausalLM,
+    file: Path,
+    taken: Tensor,
+    steps: int,
+    text: Windows,
+    plan: Plan,
+    bar: tqdm[Any],
+) -> Training:
+    """Train a student on a file of `write_cache`, for the steps that it was made for."""
+    cache = TopK.load(file)
+    loss = partial(cached_loss, divergence, student, cache, taken)
+    return train(student, loss, replace(plan.student, budget=Budget(steps=steps)), text, plan, bar)
 
 
 def train(
@@ -373,25 +434,26 @@ def _batches(text: Windows, plan: Plan) -> Iterator[Windows]:
     generator = torch.Generator().manual_seed(plan.seed)
     while True:
         for rows in torch.randperm(len(text.ids), generator=generator).split(plan.batch):
-            yield Windows(text.ids[rows], text.labels[rows])
+            yield Windows(*(x[rows] for x in text))
 
 
 @torch.no_grad()
 def evaluate(model: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, text: Windows, plan: Plan, bar: tqdm[Any]) -> Quality:
     """Return the quality of a model on held-out text; the statistics come out of the fused loss."""
-    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    sums, count = torch.zeros(5, dtype=torch.float64), 0
     with bar:
         for ids, labels in zip(text.ids.split(plan.batch), text.labels.split(plan.batch), strict=True):
             with _autocast(plan):
                 own, guide = head(model, ids), head(teacher, ids)
                 kl, stats = kd_loss(own, guide, labels, reduction="none", return_stats=True)
+                reverse = kd_loss(own, guide, labels, divergence="rkl", reduction="none")
                 equal = (_top1(own) == _top1(guide)) & (labels != IGNORED)
-            parts = (stats.student_logprob, kl, stats.student_entropy, equal)
+            parts = (stats.student_logprob, kl, reverse, stats.student_entropy, equal)
             sums += torch.stack([part.sum(dtype=torch.float64) for part in parts]).cpu()
             count += int((labels != IGNORED).sum())
             bar.update(len(ids))
-    logprob, kl_mean, entropy, agreement = (sums / count).tolist()
-    return Quality(math.exp(-logprob), kl_mean, entropy, agreement)
+    logprob, *means = (sums / count).tolist()
+    return Quality(math.exp(-logprob), *means)
 
 
 def _top1(side: Head) -> Tensor:
@@ -487,6 +549,7 @@ def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str
     held_out = windows(documents[:unseen], tokenizer, plan).spread(plan.held_out)
     batch = text.spread(ROWS // plan.length)
     vocab = plan.head_vocab or tokenizer.get_vocab_size()
+    likeliest = min(plan.likeliest, vocab)
     teacher, untrained = build(plan.teacher, vocab, plan), build(plan.student, vocab, plan)
 
     def quality(name: str, model: Qwen3ForCausalLM) -> dict[str, float]:
@@ -506,7 +569,7 @@ def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str
     bar = progress.stage("train teacher")
     taught = train(teacher, partial(next_token_loss, teacher), plan.teacher, text, plan, bar)
     teacher.requires_grad_(False)
-    return {
+    report = {
         "versions": {"fusedkd": __version__, "torch": torch.__version__},
         "plan": asdict(plan),
         "vocab": vocab,
@@ -518,6 +581,34 @@ def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str
         "divergences": {name: distilled(name) for name in plan.divergences},
         "one_step": {"tokens": _counted(batch), "how": _how(plan)},
     }
+    first = plan.divergences[0]
+    steps, shown = report["divergences"][first]["training"]["steps"], f"top-{likeliest}"
+    student = deepcopy(untrained)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        file, put_away = Path(folder) / "cache.safetensors", Path(folder) / "teacher.pt"
+        bar = progress.stage(f"cache the teacher's {shown}", min(steps * plan.batch, len(text.ids)))
+        started = time.perf_counter()
+        taken = write_cache(file, teacher, text, steps, likeliest, plan, bar)
+        seconds = time.perf_counter() - started
+        # What the student learns from is the file alone: the teacher comes back to be measured by.
+        torch.save(teacher, put_away)
+        del teacher
+        bar = progress.stage(f"distil {first} from the cache")
+        training = distil_cached(first, student, file, taken, steps, text, plan, bar)
+        teacher = torch.load(put_away, weights_only=False)
+        size = file.stat().st_size
+    tokens = taken.numel() * plan.length
+    report["cache"] = {
+        "divergence": first,
+        "k": likeliest,
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": size / tokens,
+        "seconds": seconds,
+        "training": training._asdict(),
+        "held_out": quality(f"{first} {shown}", student),
+    }
+    return report
 
 
 def _how(plan: Plan) -> str:
@@ -546,18 +637,32 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{name}  {plan[name]['layers']} layers, {plan[name]['hidden']} wide, {parameters[name]:,} parameters")
     print("\nHeld-out text, nats per token:")
     _print_table(QUALITY_COLUMNS, _quality_rows(report))
+    _print_cache(report["cache"], report["divergences"])
     print(f"\nOne step on {report['one_step']['tokens']} tokens, loss and gradients of the distilled student:")
     _print_table(STEP_COLUMNS, _step_rows(report["divergences"]))
     print(report["one_step"]["how"])
     print(f"\n{report['seconds']:.0f} s in all on {plan['device']}")
 
 
+def _print_cache(cache: dict[str, Any], divergences: dict[str, Any]) -> None:
+    name, k = cache["divergence"], cache["k"]
+    dense, last = divergences[name]["training"]["loss"], cache["training"]["loss"]
+    print(f"\n{name} top-{k}: learnt from a file of the teacher's {k} likeliest tokens, without the teacher in memory")
+    print(
+        f"file       {cache['bytes']:,} bytes, {cache['bytes_per_token']:.1f} a token, "
+        f"made in {cache['seconds']:.1f} s of {cache['tokens']:,} tokens"
+    )
+    print(f"last loss  {last:.4f} over {k} tokens and a bucket of all others; of {name} over all tokens {dense:.4f}")
+
+
 def _quality_rows(report: dict[str, Any]) -> Iterator[list[str]]:
+    cache = report["cache"]
     models = {"teacher": report["teacher"], "student before": report["student"], **report["divergences"]}
+    models[f"{cache['divergence']} top-{cache['k']}"] = cache
     for name, row in models.items():
         training, quality = row.get("training", {"steps": 0, "seconds": 0.0}), Quality(**row["held_out"])
         spent = [f"{training['steps']}", f"{training['seconds']:.1f}"]
-        nats = [f"{quality.kl:.4f}", f"{quality.entropy:.3f}"]
+        nats = [f"{quality.kl:.4f}", f"{quality.reverse_kl:.4f}", f"{quality.entropy:.3f}"]
         yield [name, *spent, f"{quality.perplexity:.1f}", *nats, f"{quality.agreement:.1%}"]
 
 

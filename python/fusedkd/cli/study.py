@@ -1,6 +1,7 @@
 """Small experiments of the literature, repeated with the library's own losses.
 
-`toy` has two, after Wu et al., Rethinking KL divergence in knowledge distillation for LLMs (arXiv 2404.02657).
+`cache` is in study_cache.py. `toy` has two, after Wu et al., Rethinking KL divergence in knowledge distillation for
+LLMs (arXiv 2404.02657).
 
 Free logits: one distribution is fitted, each token's logit a parameter, so that every divergence can reach the teacher.
 Teacher and start are those of the authors' notebook: half a Gaussian of width 16 at 0, 1.25, ..., 98.75 (without its
@@ -42,7 +43,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__, kd_loss, kd_value_and_grad
-from .commands import check_file, make_folder, require
+from . import study_cache
+from .commands import Progress, check_file, make_folder, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,19 +83,32 @@ QUICK = Plan(starts=8, descent_steps=100, adam_steps=30)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of study."""
-    parser.add_argument("study", choices=("toy",), help="toy: head and tail, and one peak for two")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path(), help="where the picture goes (default: here)"
+        "study",
+        choices=("toy", "cache"),
+        help="toy: head and tail, and one peak for two; cache: the KL that a cache of a teacher's K likeliest tokens "
+        "costs, for some K and every tail",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers to FILE")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path(), help="where the picture or the tables go (default: here)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write all numbers to FILE (cache: by default beside the tables)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer starts and steps, to see that all runs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiments, print what they show, draw them and write their numbers."""
-    require("study", "plots", EXTRAS)
+    cache = args.study == "cache"
+    require("study", "demo" if cache else "plots", study_cache.EXTRAS if cache else EXTRAS)
     check_file("--json", args.json)
     folder = make_folder("--out", args.out)
+    if cache:
+        report = study_cache.measure(study_cache.QUICK if args.quick else study_cache.FULL, Progress(quiet=False))
+        print(study_cache.markdown(report))
+        print(study_cache.write(report, folder, args.quick, args.json))
+        return 0
     report = toy(QUICK if args.quick else FULL)
     print(describe(report))
     if args.json:
