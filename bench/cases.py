@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import Head, TopK
 from ..cli.eager import EAGER
-from ..top_tokens import topk
+from ..topk import topk
 from .shapes import Shape
 
 STD = 5.0  # of logits, as a trained model's

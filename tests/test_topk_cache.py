@@ -21,7 +21,7 @@ from test_memory import measure
 from torch import Tensor
 
 import fusedkd
-from fusedkd import Head, TopK, top_tokens
+from fusedkd import Head, TopK
 from fusedkd.schedules import gemm, planner
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -50,7 +50,7 @@ def assert_found(found: TopK, ids: Tensor, logp: Tensor, bound: float = 1e-6) ->
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several rows at a time, and columns of a Head, in small calls."""
-    monkeypatch.setattr(top_tokens, "_CPU_LOGITS", 1000)
+    monkeypatch.setattr(sys.modules["fusedkd.topk"], "_CPU_LOGITS", 1000)
     for name, value in {"_STREAM_LEAST": 64, "_CPU_STREAM": 64}.items():
         monkeypatch.setattr(planner, name, value)
 
@@ -246,7 +246,7 @@ def test_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_matrix_of_logits_is_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a Head: chunks of columns, and the results. On either side some rows at a time beside them."""
     monkeypatch.setattr(planner, "_CPU_STREAM", 1 << 17)
-    monkeypatch.setattr(top_tokens, "_CPU_LOGITS", 1 << 15)
+    monkeypatch.setattr(sys.modules["fusedkd.topk"], "_CPU_LOGITS", 1 << 15)
     n, v, width = 128, 16_000, 1 << 10
     head, logits = Head(torch.randn(n, 8), torch.randn(v, 8)), torch.randn(n, v)
     for k in (64, 512):

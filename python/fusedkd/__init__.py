@@ -10,9 +10,9 @@ from .ops import flops as flops  # registers the operators' formulas
 from .recipes.cald import cald_loss
 from .recipes.taid import TAIDSchedule
 from .schedules.planner import Plan, plan
+from .sparse import TopK
 from .token_logprobs import token_logprobs
-from .top_tokens import topk
-from .topk import TopK
+from .topk import topk
 
 try:
     __version__ = version("fusedkd")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .topk import TopK
+from .sparse import TopK
 
 FORMAT, VERSION = "fusedkd.TopK", 1  # in the file's metadata; a newer version is refused
 _IDS = torch.iinfo(torch.int32).max  # the largest id of a file

@@ -16,7 +16,7 @@ from .dtypes import accumulation_dtype
 from .head import Head, Side, autocast_dtype
 from .schedules.operands import Operand, is_operand
 from .schedules.topk import TAILS, TRUNCATED
-from .topk import TopK
+from .sparse import TopK
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -18,7 +18,7 @@ from .schedules import vocab_chunks
 from .schedules.operands import Operand, Operands, RoutedTeachers, is_operand, operands_of, part_of
 from .schedules.planner import Shape, choose_schedule, sweeps_of, whole_rows
 from .schedules.topk import TopKOutcomes, is_topk, outcomes_of
-from .topk import TopK
+from .sparse import TopK
 
 
 class KDStats(NamedTuple):

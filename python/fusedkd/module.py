@@ -1,5 +1,6 @@
 """`DistillationLoss`: kd_loss with its options held by a module."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from .divergence import Divergence, as_divergence
 from .head import Side
 from .loss import kd_loss
+from .sparse import TopK
 
 
 class DistillationLoss(torch.nn.Module):
@@ -26,7 +28,13 @@ class DistillationLoss(torch.nn.Module):
         self.divergence = as_divergence(divergence)
         self.options = options
 
-    def forward(self, student: Side, teacher: Side, labels: torch.Tensor | None = None, **options: Any) -> Any:
+    def forward(
+        self,
+        student: Side,
+        teacher: Side | TopK | Sequence[Side | TopK],
+        labels: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
         """kd_loss(student, teacher, labels) with this module's options, `options` on top."""
         chosen: dict[str, Any] = {"divergence": self.divergence, **self.options, **options}
         return kd_loss(student, teacher, labels, **chosen)

@@ -1,202 +1,175 @@
-"""`TopK`: a teacher known by the log-probabilities of its likeliest tokens."""
+"""`topk`: the likeliest tokens of logits or of a Head and their log-probabilities, without the logit matrix.
 
-import os
-from typing import Any, NamedTuple
+A Head's logits are made some vocabulary columns at a time, in one buffer, and are looked at, as given logits are, some
+rows at a time. Each part gives its k largest logits, which are merged with those found before, and its share of the
+softmax's sum.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import checks
+from .backends.torch_rows import logits as whole_logits
+from .dtypes import accumulation_dtype, logit_dtype
+from .head import Side, autocast, detached
+from .schedules.operands import DenseLogits, HeadLogits, flattened
+from .schedules.planner import Shape, choose_width
+from .sparse import TopK
 
-class TopK(NamedTuple):
-    """The K likeliest tokens of each position, in the place of a teacher's logits or Head.
+_CPU_LOGITS, _GPU_LOGITS = 1 << 20, 1 << 24  # looked at together: as many rows as have them, with what they become
+_OF_EACH = 8  # elements like a logit that each of the k takes while two lists of them become one
 
-    ids: (..., K) int32 or int64, distinct in a row; −1: absent, for rows of fewer tokens. A row without any is ignored,
-    as one whose label is `ignore_index`. logprobs: (..., K) float32, bfloat16 or float16, log p of the teacher's full
-    softmax at `temperature`, in nats. K from 1 to 4096; the leading shape is the student's. vocab_size: columns that
-    the softmax had, for a student that has more.
 
-    Ids out of range or twice in a row, and probabilities of a sum above 1, are errors on a CPU and under
-    FUSEDKD_CHECK=1. Elsewhere nobody looks: an id out of range is left to the bucket, one that is there twice is
-    counted twice.
+@torch.no_grad()
+def topk(side: Side, k: int, temperature: float = 1.0, vocab_size: int | None = None) -> TopK:
+    """The k likeliest tokens of each position with their log-probabilities in the full softmax: a teacher for a cache.
 
-    tail: what becomes of the tokens that are not listed, whose masses are P_r = 1 − Σ p and Q_r.
+    Args:
+        side: (..., V) logits, any float dtype and strides, or a `Head`, whose product is accumulated in float32 and
+            runs in autocast's dtype where that is on. No gradient flows.
+        k: from 1 to 4096, and no more than the columns.
+        temperature: τ > 0, divides the logits: log p = log softmax(logits/τ), as `kd_loss` wants it at the same τ.
+        vocab_size: softmax over the first columns only, where the rest is padding.
 
-    "bucket": they are one outcome more. D is that of K + 1 outcomes: never negative, 0 at p == q, the dense one where
-        the ids are the whole vocabulary, else, for an f-divergence, a lower bound of it (data processing inequality).
-        A bucket that the teacher leaves empty has the log-probability −50, as with support="floor".
-    "renormalize": both sides are renormalised on the listed tokens. What the student puts elsewhere costs nothing. Any
-        `temperature` of the loss will do, since that of the teacher can be taken out again.
-    "truncate": Σ over the listed tokens of the published integrand with raw p and q (for fkl p·log(p/q)); fkl, rkl,
-        frkl and jsd only. Not a divergence: it can be negative, and is not smallest at p == q.
+    Returns:
+        `TopK` with ids (..., k) int32 and logprobs (..., k) float32, in nats, descending; of equal logits the lower id
+        comes first and is kept. Where fewer than k logits are finite, the rest is absent: id −1, log-probability −inf.
+        NaN or +inf among the logits makes the row's log-probabilities NaN. tail is "bucket"; `_replace` changes it.
+
+    Accuracy: beside a float64 softmax of the same logits, wherever they lie (they are centred first): 2⁻²⁴·|log p| for
+    the rounding of the result, and what the float32 sum of exponentials costs, below 1e-6 for rows of random logits and
+    at most 2⁻²³·(ln V + 2), where a row's many equal logits all round alike.
+
+    Cost: one product for a Head, one read of given logits, a few sweeps over each part of them. Memory beyond inputs
+    and results: for a Head of N tokens N·c floats, in chunks of c columns (what the streaming schedule of `kd_loss`
+    takes, k at least), on a CPU as many again of up to 256 tokens and what upcasts half precision; and on either side
+    at most 8·2²⁰ floats for some rows at a time (8·2²⁴ on a GPU; what one row needs, if that is more). Nothing waits
+    for a GPU.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what would work.
     """
+    checks.side("side", side)
+    checks.integer("k", k)
+    checks.positive("temperature", temperature)
+    width = checks.width(side)
+    if vocab_size is not None:
+        checks.integer("vocab_size", vocab_size)
+        checks.within("vocab_size", vocab_size, 1, width)
+    columns = width if vocab_size is None else int(vocab_size)
+    checks.within("k", k, 1, min(checks.MOST_LISTED, columns))
+    shape, where = checks.leading(side), checks.device(side)
+    operand = flattened(autocast(detached(side)))
+    place = where.type if torch.amp.is_autocast_available(where.type) else "cpu"
+    with torch.autocast("cpu", enabled=False), torch.autocast(place, enabled=False):
+        ids, logprobs = _likeliest(operand, int(k), float(temperature), columns)
+    return TopK(ids.view(*shape, k), logprobs.view(*shape, k), temperature=float(temperature), vocab_size=columns)
 
-    ids: Tensor
-    logprobs: Tensor
-    tail: str = "bucket"
-    temperature: float = 1.0
-    vocab_size: int | None = None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: ids as int32, logprobs in their dtype, and the rest as metadata.
+class _Found(NamedTuple):
+    """What rows have shown so far, in the order of the result; absent where they have not shown as many."""
 
-        The file is complete or not there: it is written beside `path` and then renamed, so that what stops a save
-        leaves the old file, and whoever has loaded that one keeps it. Tensors of a GPU are copied to the host first.
+    values: Tensor  # (n, k) largest logits
+    ids: Tensor  # (n, k) int32
+    top: Tensor  # (n, 1) float64, the largest logit
+    total: Tensor  # (n, 1) float64, Σ exp((x − top)/τ)
 
-        Raises:
-            ImportError: without safetensors (`pip install safetensors`). ValueError, TypeError: naming the field that
-                no call would take. OSError: of the file system.
 
-        Cost: 8 bytes (6 in half precision) for each entry of (..., K).
-        """
-        from . import caches
+def _likeliest(side: DenseLogits | HeadLogits, k: int, temperature: float, columns: int) -> tuple[Tensor, Tensor]:
+    """Ids (N, k) int32 and log-probabilities (N, k) float32."""
+    like, n = side.tensors[0], side.rows
+    on_cpu, dtype = like.device.type == "cpu", accumulation_dtype(like)
+    wide, buffer = columns, None
+    if isinstance(side, HeadLogits):
+        wide = min(columns, max(k, choose_width(_shape(side, columns, on_cpu), None)))
+        buffer = side.buffer(n, wide, None)
+    found = _Found(
+        like.new_full((n, k), -torch.inf, dtype=dtype),
+        like.new_full((n, k), -1, dtype=torch.int32),
+        like.new_full((n, 1), -torch.inf, dtype=torch.float64),
+        like.new_zeros((n, 1), dtype=torch.float64),
+    )
+    for first in range(0, columns, wide):
+        at = slice(first, min(first + wide, columns))
+        part, width = side.logits(slice(0, n), at, buffer), at.stop - first
+        for rows in _blocks(n, width + _OF_EACH * k, on_cpu):
+            before = _Found(*(x[rows] for x in found))
+            x, _ = whole_logits(part, rows, width, dtype)
+            merged = _merged(before, _of_part(x, min(k, width), temperature, first), k, temperature)
+            for to, new in zip(before, merged, strict=True):
+                to.copy_(new)
+    logprobs = found.values if dtype == torch.float32 else like.new_empty((n, k), dtype=torch.float32)
+    for rows in _blocks(n, _OF_EACH * k, on_cpu):
+        values, ids, top, total = (x[rows] for x in found)
+        exact = (values.double() - _finite(top)) / temperature - total.log()
+        logprobs[rows] = torch.where(values == -torch.inf, -torch.inf, exact).float()
+        ids.masked_fill_(logprobs[rows] == -torch.inf, -1)
+    return found.ids, logprobs
 
-        caches.save(self, path)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "TopK":
-        """Read what `save` has written at `path`, bit for bit.
+def _blocks(n: int, elements: int, on_cpu: bool) -> Iterator[slice]:
+    """Some rows at a time, of so many elements each."""
+    step = max(1, (_CPU_LOGITS if on_cpu else _GPU_LOGITS) // elements)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
-        Args:
-            path: of the file. device: where the tensors are put.
 
-        On a CPU nothing is copied: the tensors are the file mapped into memory, read as they are used, so that a cache
-        may be larger than memory. Writing to them does not change the file.
+def _shape(side: HeadLogits, columns: int, on_cpu: bool) -> Shape:
+    """One buffer of logits, and no gradient."""
+    hidden = side.hidden
+    return Shape(
+        rows=side.rows,
+        student_width=columns,
+        teacher_width=0,
+        student_dim=side.dim,
+        teacher_dim=0,
+        weight_rows=side.width,
+        logit_bytes=logit_dtype(hidden.dtype, None).itemsize,
+        dz_bytes=0,
+        hidden_bytes=hidden.element_size(),
+        accumulator_bytes=accumulation_dtype(hidden).itemsize,
+        on_cpu=on_cpu,
+        gather=False,
+        needs_hidden=False,
+        needs_weight=False,
+    )
 
-        Raises:
-            ImportError: without safetensors. FileNotFoundError. ValueError: naming the file and what is wrong with it:
-                truncated, of another format, of a newer version, a tensor missing or of another shape or dtype.
-        """
-        from . import caches
 
-        return caches.load(path, device)
+def _of_part(x: Tensor, k: int, temperature: float, first: int) -> _Found:
+    """What x (n, c) shows, the columns from `first` on; k ≤ c."""
+    top = x.amax(-1, keepdim=True)
+    gaps = x - _finite(top)
+    total = (gaps if temperature == 1.0 else gaps.div_(temperature)).exp_().sum(-1, keepdim=True)
+    del gaps  # so that what finds the largest can have its memory
+    values, ids = x.topk(k)
+    if k < x.shape[1]:
+        # Which of several tokens with the k-th largest logit are among the k, is anyone's guess: the first ones are.
+        least = values[:, -1:]
+        counts = (x == least).cumsum(-1, dtype=torch.int32)
+        tied = values == least
+        earliest = torch.searchsorted(counts, tied.cumsum(-1, dtype=torch.int32)).clamp_(max=x.shape[1] - 1)
+        ids = torch.where(tied, earliest, ids)
+    ids, by_id = ids.sort(-1)
+    return _Found(*_sorted(values.gather(-1, by_id), (ids + first).int()), top.double(), total.double())
 
-    @classmethod
-    def from_vllm(
-        cls,
-        prompt_logprobs: Any,
-        *,
-        k: int | None = None,
-        shift: bool = False,
-        tail: str = "bucket",
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-    ) -> "TopK":
-        """Read vLLM's `prompt_logprobs` (`SamplingParams(prompt_logprobs=k)`) of one request, or a list of them.
 
-        Args:
-            prompt_logprobs: one entry per position: a dict from token id to an object with `.logprob`, a float, or what
-                vLLM's server answers in JSON, {"42": {"logprob": -0.1, ...}}; None where there is nothing, as for the
-                first token. From a list of requests comes a batch, the shorter ones filled up with absent positions.
-            k: keep the k likeliest of a row. vLLM adds the token that is there to its k likeliest: where it is one of
-                those it is one entry, else the row has k + 1. None keeps all of them.
-            shift: vLLM's entry i tells of token i, seen from those before it, which is what a student's logits of
-                position i − 1 are about. True moves each row there, for logits and labels as `kd_loss` takes them of a
-                whole sequence; the last position is then absent. False leaves rows where they are.
-            temperature: that of the teacher's distribution. vLLM's default is 1, whatever the sampling temperature is;
-                with `--logprobs-mode processed_logprobs` it is the sampling temperature.
-            tail, vocab_size: fields of `TopK`.
+def _merged(before: _Found, mine: _Found, k: int, temperature: float) -> _Found:
+    """Both in one; all ids of `before` are below those of `mine`."""
+    values, ids = _sorted(torch.cat((before.values, mine.values), -1), torch.cat((before.ids, mine.ids), -1))
+    top = torch.maximum(before.top, mine.top)
+    shares = (x.total * ((x.top - _finite(top)) / temperature).exp() for x in (before, mine))
+    return _Found(values[:, :k], ids[:, :k], top, sum(shares, start=torch.zeros_like(top)))
 
-        Returns:
-            ids (S, K) or (B, S, K) int64 and logprobs float32 on the CPU, descending; K is that of the longest row.
 
-        Raises:
-            ValueError, TypeError: naming the position. OpenAI's `top_logprobs` are refused: they name tokens by their
-                text, from which ids cannot be told without the teacher's tokenizer.
-        """
-        from . import caches
+def _sorted(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """By value, the largest first; equal ones as they came."""
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
 
-        return caches.from_vllm(prompt_logprobs, k, shift, tail, temperature, vocab_size)
 
-    @classmethod
-    def from_distillkit(
-        cls,
-        target_ids: Any,
-        target_values: Any,
-        mask: Any = None,
-        *,
-        log_target: bool = True,
-        tail: str = "bucket",
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-    ) -> "TopK":
-        """Read what DistillKit has decoded (`decompress_to_sparse`, `SparseSignal`); its own files stay its affair.
-
-        Args:
-            target_ids: (..., K) int32 or int64. target_values: (..., K) float: log-probabilities, or with
-                log_target=False logits (older caches), known up to a constant: tail must then be "renormalize".
-            mask: (...), (..., 1) or (..., K), True or nonzero for what counts.
-            tail: "bucket" is DistillKit's missing="symmetric_uniform".
-            temperature: at which the values were captured: `generation_temperature` there.
-            vocab_size: as in `TopK`.
-
-        Returns:
-            ids as given and logprobs float32. Rows whose quantised probabilities sum to more than 1 (to e^0.1 at most)
-            are renormalised.
-
-        Raises:
-            ValueError, TypeError: naming the argument.
-        """
-        from . import caches
-
-        return caches.from_distillkit(target_ids, target_values, mask, log_target, tail, temperature, vocab_size)
-
-    @classmethod
-    def from_axolotl(
-        cls,
-        target_token_ids: Any,
-        target_logprobs: Any,
-        target_mask: Any = None,
-        *,
-        tail: str = "renormalize",
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-    ) -> "TopK":
-        """Read the columns of an axolotl data set: of a collated batch, or of rows of the data set as nested lists.
-
-        Args:
-            target_token_ids: (..., K) integers. target_logprobs: (..., K) float (the column `logprobs` before axolotl's
-                own processing). target_mask: (..., K) or (...), nonzero for what counts. Lists may be ragged. The
-                padding, -1e9 or −inf, is absent with or without a mask.
-            tail: axolotl's processing renormalises the listed tokens, by which the mass of all others is lost: hence
-                "renormalize". A column of full-softmax log-probabilities can have "bucket".
-            temperature: of the log-probabilities as they are: `kd_temperature` after axolotl's processing.
-            vocab_size: as in `TopK`.
-
-        Positions are left where they are: axolotl shifts columns in its trainer or its collator, by version.
-
-        Raises:
-            ValueError, TypeError: naming the argument.
-        """
-        from . import caches
-
-        return caches.from_axolotl(target_token_ids, target_logprobs, target_mask, tail, temperature, vocab_size)
-
-    @classmethod
-    def from_megatron(
-        cls,
-        values: Tensor,
-        indices_low: Tensor,
-        bit_17: Tensor | None = None,
-        *,
-        tail: str = "bucket",
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-    ) -> "TopK":
-        """Read a payload of Megatron's cached logits: the tensors in an `{iteration}.pt.zst`, decompressed and loaded.
-
-        Args:
-            values: (S, B, K) float16, bfloat16 or float32 log-probabilities; −1e3 or less is absent.
-            indices_low, bit_17: (S, B, K) uint16 and bool, the low 16 bits and the 17th of the ids, for at most 131,072
-                tokens. Without bit_17: whole ids, also int32 or int64, −1 absent.
-            tail: "bucket" is Megatron's `add_ghost_token`.
-            temperature, vocab_size: as in `TopK`.
-
-        Returns:
-            ids int32 and logprobs in the dtype of the values, (S, B, K): sequence first, as Megatron's logits are.
-
-        Raises:
-            ValueError, TypeError: naming the argument.
-        """
-        from . import caches
-
-        return caches.from_megatron(values, indices_low, bit_17, tail, temperature, vocab_size)
+def _finite(top: Tensor) -> Tensor:
+    """A number to subtract where all logits of a row are −inf."""
+    return torch.where(top == -torch.inf, 0.0, top)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .. import Head, TopK, __version__, kd_loss
-from ..top_tokens import topk
+from ..topk import topk
 from .commands import Progress, check_file, known_divergence, positive, require, usable_device
 from .eager import EAGER
 

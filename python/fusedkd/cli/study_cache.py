@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import TopK, __version__, kd_loss
-from ..top_tokens import topk
+from ..topk import topk
 from .commands import Progress
 from .demo import (
     CPU,

@@ -14,8 +14,8 @@ from ..divergence import Divergence
 from ..dtypes import accumulation_dtype
 from ..head import Head, Side, autocast_dtype, detached
 from ..loss import kd_loss
+from ..sparse import TopK
 from ..token_logprobs import token_logprobs
-from ..topk import TopK
 from ._shared import IGNORED
 
 _ABOVE = 1e-6  # by which listed tokens that have everything are raised, so that no rounding leaves their bucket a mass
