@@ -22,6 +22,7 @@ from counting import Cost, CountedGrid, counted
 
 ARCHITECTURE = f"sm_{CAPABILITY}"
 UNALIGNED = "unaligned"  # rows of an odd number of columns, one behind the other: only the first begins at a sector
+PEAKED = "peaked"  # aligned rows with a token above 1/2 on both sides, in another tile than the label
 # The same tiles, all of them full or nearly so. Of a single row Triton would make a constant.
 SHAPES = {ALIGNED: (2, 16_384), UNALIGNED: (3, 16_381)}
 DTYPES = compiled_cases.DTYPES | {"fp16": torch.float16}
@@ -45,7 +46,7 @@ class Case(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return SHAPES[self.rows]
+        return SHAPES.get(self.rows, SHAPES[ALIGNED])
 
 
 class Given(NamedTuple):
@@ -67,7 +68,10 @@ def logits(case: Case, stride: int) -> torch.Tensor:
 def _given(case: Case) -> Given:
     rows, columns = case.shape
     labels = columns // 2 + torch.arange(rows)
-    return Given(logits(case, 40_503), logits(case, 25_717), labels, case.divergence)
+    student, teacher = logits(case, 40_503), logits(case, 25_717)
+    if case.rows == PEAKED:
+        student[:, 9], teacher[:, 9] = 20, 18
+    return Given(student, teacher, labels, case.divergence)
 
 
 def _autograd(given: Given, **options: Any) -> None:
@@ -125,7 +129,8 @@ WAYS: dict[str, tuple[Callable[[Given], None], tuple[str, ...]]] = {
 
 def _cases() -> Iterator[Case]:
     for way, (_, divergences) in WAYS.items():
-        for divergence, dtype, rows in itertools.product(divergences, DTYPES, SHAPES):
+        kinds = (*SHAPES, PEAKED) if way == "fused" else SHAPES
+        for divergence, dtype, rows in itertools.product(divergences, DTYPES, kinds):
             if dtype in compiled_cases.DTYPES or (way, divergence) == ("fused", "rkl"):  # else as bf16
                 yield Case(way, divergence, dtype, rows)
 
