@@ -203,7 +203,7 @@ def _definition(name: str, term: Any, reference: Any, row_parameters: Any, parts
         reference,
         parameters=(ALPHA, LAM, *BASE),
         online=TWO_SWEEPS._replace(tile="many"),
-        row_parameters=RowParameters(row_parameters, _whole_rows(parts), 2, reads=(1, 1)),
+        row_parameters=RowParameters(row_parameters, _whole_rows(parts), 2, reads=(1, 0, 1, 0)),
         separable=False,
         splits=False,
     )

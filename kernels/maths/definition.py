@@ -34,7 +34,8 @@ class RowParameters(NamedTuple):
         state or further sweeps (device/column_sweep.py); sums is (F, Φ) without the label's column if these sweeps
         found them, else ().
     torch(whole, theta) -> extras: the same from whole rows (backends/torch_rows.py, `Whole`).
-    reads: how often each loop of `kernel` over the columns runs for a row, in their order.
+    reads: how often a tile in the middle of a row goes through each loop of `kernel`, in their order: a sweep has one
+        for inner tiles, and one for masked ones that it misses.
     """
 
     kernel: Any
