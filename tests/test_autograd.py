@@ -177,6 +177,25 @@ def test_compile_with_inductor() -> None:
 
 
 @pytest.mark.unpoisoned
+def test_compile_of_picked_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows there are is known when the graph runs."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    teacher, picked = torch.randn(6, 4, 33), torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+
+    def work(logits: Tensor, picked: Tensor) -> Tensor:
+        return fusedkd.kd_loss(logits[picked], teacher[picked], divergence="rkl", backend="torch")
+
+    torch._dynamo.reset()
+    logits = torch.randn(6, 4, 33, requires_grad=True)
+    pairs = [
+        torch.autograd.grad(run(logits, picked), logits)[0]
+        for run in (work, torch.compile(work, fullgraph=True, backend="aot_eager"))
+    ]
+    assert pairs[0].any()
+    assert torch.equal(*pairs)
+
+
+@pytest.mark.unpoisoned
 def test_compile_with_stats() -> None:
     """KDStats crosses the boundary."""
     problem = Problem("logits", return_stats=True)

@@ -304,3 +304,44 @@ def test_opcheck_of_streaming(name: str, tail: str, calls: dict[str, tuple[Any, 
     loss = fusedkd.kd_loss(head, listed.given("cpu"), labels, schedule="streaming", reduction="none", divergence="fkl")
     loss.sum().backward()
     opcheck(name, calls[name], differentiable=name == "streamed")
+
+
+@each("kind", ["head", "logits"])
+def test_fewer_columns_than_the_student_has(kind: str, backend: str) -> None:
+    """A padded vocabulary: what the teachers lack is not read, and has no gradient."""
+    sides, leaves = students()
+    cache = fusedkd.topk(3 * torch.randn(N, V - 9), K)
+    ids = torch.arange(N) % 2
+    found = []
+    for given in ([cache, cache], cache):
+        chosen = {"teacher_ids": ids} if isinstance(given, list) else {}
+        loss = fusedkd.kd_loss(sides[kind], given, divergence="rkl", backend=backend, **chosen)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves, retain_graph=True)])
+    for one, other in zip(*found, strict=True):
+        assert other.any()
+        assert relative(one, other.double()) < VALUE
+
+
+def test_a_teacher_of_float64(backend: str) -> None:
+    """Everything is calculated in the widest dtype of a list, as with one teacher."""
+    if backend == "triton":
+        pytest.skip("no float64 kernels")
+    sides, leaves = students()
+    cache, ids = fusedkd.topk(3 * torch.randn(N, V), K), torch.arange(N) % 2
+    loss = fusedkd.kd_loss(sides["logits"], [cache, 3 * torch.randn(N, V, dtype=torch.float64)], teacher_ids=ids)
+    assert loss.dtype == torch.float64
+    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, leaves))
+
+
+def test_dtypes_of_products_by_teacher() -> None:
+    """logits_dtype is about each Head of a list, and errors name the one."""
+    half = {"dtype": torch.bfloat16}
+    student, ids = fusedkd.Head(torch.randn(N, D, **half), torch.randn(V, D, **half)), torch.arange(N) % 2
+    cache = fusedkd.topk(torch.randn(N, V), K)
+    heads = [
+        fusedkd.Head(torch.randn(N, 5, dtype=x), torch.randn(V, 5, dtype=x)) for x in (torch.bfloat16, torch.float32)
+    ]
+    options = {"teacher_ids": ids, "logits_dtype": torch.bfloat16}
+    assert fusedkd.kd_loss(student, [cache, heads[0]], **options).isfinite()
+    with pytest.raises(ValueError, match=r"bfloat16 teacher\[1\] Head, got torch.float32"):
+        fusedkd.kd_loss(student, [heads[0], heads[1]], **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -178,6 +179,15 @@ LAYOUTS = {
 def test_layouts(layout: str, backend: str) -> None:
     """Student's logits are read where they lie."""
     check(*problem(lead=(2, 3)), ("drkl", {}), backend, prepare=LAYOUTS[layout])
+
+
+def test_layouts_of_the_teacher(backend: str) -> None:
+    """A cache of (K, N), transposed."""
+    student, listed, labels = problem()
+    ids, logprobs = (x.t().contiguous().t() for x in (listed.ids, listed.logprobs))
+    transposed = dataclasses.replace(listed, ids=ids, logprobs=logprobs)
+    assert transposed.given("cpu").ids.stride() == (1, N)
+    check(student, transposed, labels, ("rkl", {}), backend)
 
 
 @each("lead", [(), (1,), (0,), (2, 3), (0, 4), (2, 0)])
@@ -425,6 +435,22 @@ def test_excluded_by_the_student(tail: str, backend: str) -> None:
     labels[:3] = 0
     for case in [("rkl", {}), ("fkl", {}), ("jsd", {})]:
         check(student, listed, labels, case, backend)
+
+
+@each("case", [("rkl", {}), ("frkl", {"w": 1.0}), ("jsd", {"beta": 0.3})])
+def test_excluded_by_the_student_and_truncated(case: Case, backend: str) -> None:
+    """0·log 0 is 0: as a listed logit that is so small that its probability is none."""
+    student, listed, _ = problem("truncate")
+    divergence, found = fusedkd.divergence(case[0], **case[1]), []
+    for least in (-1e4, -torch.inf):
+        leaf = student.float()
+        leaf[2, listed.ids[2, :2]] = least
+        leaf.requires_grad_()
+        loss = fusedkd.kd_loss(leaf, listed.given("cpu"), divergence=divergence, reduction="none", backend=backend)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaf)])
+    for one, other in zip(*found, strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
 
 
 def test_labels_that_are_not_listed() -> None:

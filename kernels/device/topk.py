@@ -61,7 +61,7 @@ def _mark(ids_ptr, listed_ptr, words, K, BLOCK: tl.constexpr):
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)  # (BLOCK,)
         ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=-1).to(tl.int32)
-        bits = tl.full((BLOCK,), 1, tl.int32) << (ids % _WORD)
+        bits = tl.full((BLOCK,), 1, tl.int32) << (ids & (_WORD - 1))
         tl.atomic_or(listed_ptr + row * words + ids // _WORD, bits, mask=ids >= 0)
 
 
@@ -122,7 +122,7 @@ def _gradient(
     if counted & (upstream != 0):
         of_row = Masses(*load_numbers(masses_ptr + row * _MASSES, _MASSES))
         of_bucket = tl.load(bucket_grad_ptr + row) * inv_tau
-        seen = tl.where(of_bucket != 0, grad.width, 0)  # nothing is to be shared out where both are renormalised
+        seen = tl.where(of_bucket != 0, bucket.V, 0)  # nothing is to be shared out where both are renormalised
         if ce is not None:
             seen = grad.width
         for start in range(0, grad.width, BLOCK):

@@ -6,7 +6,7 @@ row, has the id −1 and the log-probability −inf here. A reader's result is c
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def from_distillkit(
             f"log_target=False says that target_values are logits, whose softmax over all tokens is not known, and "
             f"tail is {tail!r}: use tail='renormalize'"
         )
-    absent = _absent("mask", mask, ids)
+    absent = _absent("mask", mask, ids) | (ids == -1)
     values = torch.where(absent, -torch.inf, values.float())
     total = values.logsumexp(-1, keepdim=True)
     if not log_target:
@@ -293,7 +293,7 @@ def _absent(name: str, mask: Any, ids: Tensor) -> Tensor:
     """Where a mask of rows or of entries has none, as a bool tensor of the shape of the ids."""
     if mask is None:
         return torch.zeros_like(ids, dtype=torch.bool)
-    given = _as_tensor(name, mask, 0).to(ids.device) != 0
+    given = _as_tensor(name, mask, 0.0).to(ids.device) != 0
     if given.shape == ids.shape[:-1]:
         given = given.unsqueeze(-1)
     if given.shape not in (ids.shape, (*ids.shape[:-1], 1)):
@@ -310,7 +310,25 @@ def _as_tensor(name: str, value: Any, fill: float) -> Tensor:
     plain = _plain(value)
     if not _is_sequence(plain):
         raise TypeError(f"{name} must be a tensor, an array or nested lists, got {type(value).__name__}")
-    return _padded(plain, _depth(plain) if plain else 2, fill)
+    depth = _depth(plain) if plain else 2
+    for number in _numbers(name, plain, depth):
+        if isinstance(fill, int) and not isinstance(number, int):
+            raise TypeError(f"{name} must hold whole numbers, got {number!r}")
+    try:
+        return _padded(plain, depth, fill)
+    except (RuntimeError, OverflowError) as error:  # torch's word for a number that no int64 holds
+        raise ValueError(f"{name} must hold numbers that fit a tensor: {error}") from None
+
+
+def _numbers(name: str, value: Any, depth: int) -> Iterator[float]:
+    """The numbers of nested lists, each `depth` lists deep; None stands for an empty list."""
+    for x in () if value is None else value:
+        if depth > 1 and (x is None or _is_sequence(x)):
+            yield from _numbers(name, x, depth - 1)
+        elif depth > 1 or not isinstance(x, int | float):
+            raise TypeError(f"{name} must be lists of numbers, all equally deep, got {x!r} among them")
+        else:
+            yield x
 
 
 def _plain(value: Any) -> Any:

@@ -97,8 +97,9 @@ def kd_loss(
         teacher: likewise, with its own V and width, or a `TopK`: its likeliest tokens alone. No gradient ever flows
             into it; it may come from torch.inference_mode() (inside torch.compile, which keeps what backward needs
             itself and refuses such logits: pass a clone). A weight or hidden states that both Heads share
-            (self-distillation) are held once, also as autocast's copy; the four products remain, because sides that
-            differ in either have different logits, and sides that differ in neither have the loss 0.
+            (self-distillation) are held once, also as autocast's copy (but for a list of teachers); the four products
+            remain, because sides that differ in either have different logits, and sides that differ in neither have the
+            loss 0.
         labels: (...) int64, already shifted. Rows equal to `ignore_index` do not count: loss, statistics and gradient
             are 0 there, and nothing that they hold reaches another number, NaN and infinity in logits, hidden states,
             token weights, per-token parameters and upstream gradients included. Other labels must lie in
@@ -213,7 +214,8 @@ def kd_value_and_grad(
 
     Returns:
         (loss, grad): grad has the student's shape and dtype and is the gradient of the reduced loss, or of each token's
-        own loss for reduction="none". With `return_stats`, (loss, grad, KDStats).
+        own loss for reduction="none". With `return_stats`, (loss, grad, KDStats). Rows of grad are as far apart as the
+        student's, modulo 16 elements: it is contiguous where the student is.
     """
     for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if isinstance(value, Head) or (is_operand(value) and not value.stored):
@@ -328,11 +330,13 @@ def _check(
     counted = None if y is None else y >= 0
     if teacher_ids is not None:
         checks.teacher_ids(teacher_ids, len(teachers), shape, where)
+    floats = (x.hidden if isinstance(x, Head) else x for x in (student, *teachers.values()))
+    wide = accumulation_dtype(*(x for x in floats if isinstance(x, torch.Tensor)))
     for name, given in teachers.items():
         if isinstance(given, TopK):
             checks.listed_with(given, chosen, temperature, support, return_stats, name)
             checks.listed(given, columns, name)
-            teachers[name] = _outcomes(student, given, y, chosen, columns, temperature)
+            teachers[name] = _outcomes(given, y, chosen, columns, temperature, wide)
     operands = operands_of(student, _one_of(teachers, teacher_ids))
     ours, theirs = operands.student.parts, operands.teacher
     if isinstance(theirs, TopKOutcomes | RoutedTeachers):  # rows of which no teacher says anything do not count either
@@ -398,19 +402,18 @@ def _flat_labels(labels: torch.Tensor, ignore_index: int, columns: int) -> torch
 
 
 def _outcomes(
-    student: Side,
     teacher: TopK,
     y: torch.Tensor | None,
     chosen: Divergence,
     columns: int,
     temperature: float,
+    wide: torch.dtype,
 ) -> TopKOutcomes:
     """The teacher as an Operand."""
     k = teacher.ids.shape[-1]
     logprobs = teacher.logprobs.detach().reshape(-1, k)
     if teacher.temperature != temperature:  # renormalised: log p is the logit at that temperature but for a constant
         logprobs = logprobs.float() * (teacher.temperature / temperature)
-    wide = accumulation_dtype(student.hidden if isinstance(student, Head) else student)
     argmax = chosen.target_token == "teacher_argmax"
     return outcomes_of(teacher.tail, teacher.ids.reshape(-1, k), logprobs, y, argmax, columns, wide)
 
@@ -516,12 +519,12 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
 
 
 def _most_outcomes(teacher: Operand) -> int:
-    parts = teacher.parts if isinstance(teacher, RoutedTeachers) else (teacher,)
-    return max(x.width if isinstance(x, TopKOutcomes) else 0 for x in parts)
+    return max(x.width if isinstance(x, TopKOutcomes) else 0 for x in _named_teachers(teacher).values())
 
 
 def _check_logits_dtype(logits_dtype: torch.dtype | None, operands: Operands) -> None:
-    for name, operand in operands._asdict().items():
+    sides = {"student": operands.student, **_named_teachers(operands.teacher)}
+    for name, operand in sides.items():
         if logits_dtype is None or operand.stored:
             continue
         dtype = operand.tensors[0].dtype
@@ -529,6 +532,13 @@ def _check_logits_dtype(logits_dtype: torch.dtype | None, operands: Operands) ->
             raise ValueError(f"logits_dtype=torch.bfloat16 needs a bfloat16 {name} Head, got {dtype}")
         if dtype == torch.float64:
             raise ValueError(f"logits_dtype must be None for a float64 {name} Head")
+
+
+def _named_teachers(teacher: Operand) -> dict[str, Operand]:
+    """The teacher, or each of several, by the name that errors give it."""
+    if isinstance(teacher, RoutedTeachers):
+        return {f"teacher[{i}]": x for i, x in enumerate(teacher.parts)}
+    return {"teacher": teacher}
 
 
 def _rows_of(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -387,10 +387,12 @@ def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) 
         with torch.inference_mode(inference), torch.no_grad():
             work(part)
 
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        for done in [pool.submit(in_thread, part) for part in parts]:
-            done.result()
-    torch.set_num_threads(threads)  # what threads that are yet to come take for theirs
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            for done in [pool.submit(in_thread, part) for part in parts]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # what threads that are yet to come take for theirs
 
 
 def row_blocks(

@@ -49,10 +49,10 @@ def gradient(
     out: Tensor,
 ) -> None:
     """Writes the gradient by the student's stored logits into `out` (N, width), as device.topk.gradient."""
-    V, inv_tau = problem.vocab_size, 1.0 / problem.temperature
+    V, width, inv_tau = problem.vocab_size, student.x.shape[2], 1.0 / problem.temperature
     for rows in row_blocks(student.x.shape[2], labels, len(out), out.device, out):
         at = ids[rows]
-        s, slope = logits(student, rows, out.shape[1], kept.dtype)
+        s, slope = logits(student, rows, width, kept.dtype)
         of_row = columns_of(Masses, kept[rows], keepdim=True)
         bucket = found.bucket[rows].unsqueeze(-1) * inv_tau
         shares = exp.torch((s[:, :V] - of_row.centre) * inv_tau - of_row.log_bucket)
@@ -70,7 +70,8 @@ def gradient(
             q = exp.torch(s - of_row.ce_lse).scatter_add_(1, label.clamp(max=s.shape[1] - 1), -one)
             g = g + (up * problem.ce_weight) * q
         g = torch.where((s == -torch.inf) | (up == 0), 0.0, g * slope)
-        out[rows] = g.to(out.dtype)
+        out[rows, :width] = g.to(out.dtype)
+        out[rows, width:] = 0
 
 
 def _listed(ids: Tensor, width: int) -> Tensor:

@@ -34,7 +34,8 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
 def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
     """out (n, D) = dz (n, V) @ weight (V, D), added to what is there if `accumulate`."""
     if _of_a_cpu(out):
-        whole = weight.dtype == out.dtype
+        # oneDNN copies rows that have gaps between them: those of a block, never all of dZ.
+        whole = weight.dtype == out.dtype and dz.is_contiguous()
         for rows, block in ((slice(None), weight),) if whole else _upcast(weight):
             product = _product(dz[:, rows], block.t())
             out.copy_(product if not accumulate else product.add_(out))

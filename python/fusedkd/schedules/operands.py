@@ -354,14 +354,17 @@ def grouped(teacher: Operand, kept: Tensor | None) -> Grouped:
         return Grouped(kept, [Group(mine, slice(0, mine.rows))])
     kept = torch.arange(teacher.rows, device=teacher.ids.device) if kept is None else kept
     ids = teacher.ids[kept]
-    rows = [kept[ids == i] for i in range(len(teacher.parts))]
+    waited_for = torch.bincount(ids + 1, minlength=len(teacher.parts) + 1).cpu()
+    counts = [int(x) for x in waited_for]
+    kept = kept[ids.argsort(stable=True)][counts[0] :]
     groups: list[Group] = []
     first = 0
-    for part, mine in zip(teacher.parts, rows, strict=True):
-        if len(mine):
-            groups.append(Group(part.at(mine), slice(first, first + len(mine))))
-            first += len(mine)
-    return Grouped(torch.cat(rows), groups)
+    for part, count in zip(teacher.parts, counts[1:], strict=True):
+        rows = slice(first, first + count)
+        if count:
+            groups.append(Group(part.at(kept[rows]), rows))
+        first += count
+    return Grouped(kept, groups)
 
 
 def padded(columns: int) -> int:

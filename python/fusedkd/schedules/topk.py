@@ -110,8 +110,9 @@ def outcomes_of(
     the listed tokens have all.
     """
     kind = TAILS[tail]
-    (n, k), ids = ids.shape, ids.long()
-    listed = (ids >= 0) & (ids < columns) & (logprobs > -torch.inf)
+    # Kernels read rows of K neighbours, and torch.where would keep the order of a transposed cache.
+    (n, k), ids, logprobs = ids.shape, ids.long().contiguous(), logprobs.contiguous()
+    listed = (ids >= 0) & (ids < columns) & (logprobs != -torch.inf)  # NaN has to pass
     ids = torch.where(listed, ids, -1)
     logp = torch.where(listed, logprobs.to(dtype), -torch.inf)
     width = k + 1 + kind.bucket
@@ -528,14 +529,17 @@ def _integrand(problem: Problem, student: Logits, teacher: Logits) -> tuple[Tens
     q, p = logq.exp(), logp.exp()
     listed = (logp > -torch.inf) & (torch.arange(logp.shape[1], device=logp.device) < logp.shape[1] - 2)
     d = torch.where(listed, logp - logq, 0.0)
-    forward, reverse = (p * d, -p), (-q * d, q * (1.0 - d))
+    some = q > 0  # 0·log 0 is 0
+    forward = p * d, -p
+    reverse = torch.where(some, -q * d, 0.0), torch.where(some, q * (1.0 - d), 0.0)
     name, parameter = problem.definition.name, _column(problem.parameters, p)
     if name == "fkl":
         found = forward
     elif name == "rkl":
         found = reverse
     elif name == "frkl":
-        found = tuple((1.0 - parameter) * x + parameter * y for x, y in zip(forward, reverse, strict=True))
+        between = tuple((1.0 - parameter) * x + parameter * y for x, y in zip(forward, reverse, strict=True))
+        found = _with_ends(between, forward, reverse, parameter)
     else:
         m = parameter * p + (1.0 - parameter) * q
         log_m, close = torch.where(listed, m.log(), 0.0), d.abs() < 1.0
@@ -544,10 +548,15 @@ def _integrand(problem: Problem, student: Logits, teacher: Logits) -> tuple[Tens
         of_q = torch.where(close, -torch.log1p(parameter * torch.expm1(near)), logq - log_m)
         of_p, of_q = (torch.where(listed & (x > 0), x * of_x, 0.0) for x, of_x in ((p, of_p), (q, of_q)))
         between = (parameter * of_p + (1.0 - parameter) * of_q, (1.0 - parameter) * of_q)
-        ends = zip(between, forward, reverse, strict=True)
-        found = tuple(torch.where(parameter == 0, x, torch.where(parameter == 1, y, mid)) for mid, x, y in ends)
+        found = _with_ends(between, forward, reverse, parameter)
     f, h = (torch.where(listed, x, 0.0) for x in found)
     return f, h
+
+
+def _with_ends(between: Sequence[Tensor], zero: Sequence[Tensor], one: Sequence[Tensor], parameter: Tensor) -> Any:
+    """`between`, but `zero` and `one` where the parameter is 0 and 1: there the other's infinity would not drop out."""
+    members = zip(between, zero, one, strict=True)
+    return tuple(torch.where(parameter == 0, x, torch.where(parameter == 1, y, mid)) for mid, x, y in members)
 
 
 def _column(parameters: tuple[Any, ...], like: Tensor) -> Tensor:
