@@ -81,7 +81,8 @@ def test_compile(architecture: str, dtype: str) -> None:
             assert "instructions" not in report or bool(report["instructions"]) != one_tile, report  # no loop
     if (architecture, dtype) == ("sm_90", "bfloat16"):
         counted = compiled(architecture, dtype, *GOALS, "--instructions")
-        within_budgets({r["kernel"]: r["instructions"] for r in counted if r["name"] == "rkl"})
+        loops = [r for r in counted if "instructions" in r]  # some kernels have no side, and no loop over columns
+        within_budgets({r["kernel"]: r["instructions"] for r in loops if r["name"] == "rkl"})
         fused = {r["name"]: r["instructions"] for r in counted if r["kernel"] == "value_and_gradient"}
         no_more_than_today({name: inner_tiles(loops) for name, loops in fused.items()})
 

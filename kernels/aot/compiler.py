@@ -177,6 +177,8 @@ def specialization(
         at, kind = names.index(name), types.get(name)
         if isinstance(kind, tuple) and hasattr(kind, "_fields"):
             constexprs |= {(at, i): None for i, member in enumerate(kind) if member == "constexpr"}
+            if isinstance(kind, BucketArg) and call.aligned == "all":
+                aligned[at, kind._fields.index("V")] = _ALIGNED
             if isinstance(kind, ValueArg) and call.aligned == "all":
                 aligned |= {(at, i): _ALIGNED for i, member in enumerate(kind) if member != "constexpr"}
         if isinstance(kind, LogitsArg | GradArg):
