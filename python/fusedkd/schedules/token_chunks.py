@@ -148,8 +148,8 @@ def run(call: LossCall) -> Result:
     for group in groups:
         row_work, first = topk.rows_beside(group.teacher.kind, backend), group.rows.start
         teacher_buffer = group.teacher.buffer(min(inner, group.teacher.rows), of_teacher.stop, call.logits_dtype)
-        for chunk in _slices(first, group.rows.stop, outer):
-            for rows in _slices(chunk.start, chunk.stop, inner):
+        for chunk in slices(first, group.rows.stop, outer):
+            for rows in slices(chunk.start, chunk.stop, inner):
                 out = sink.out(chunk, rows)
                 t = group.teacher.logits(slice(rows.start - first, rows.stop - first), of_teacher, teacher_buffer)
                 s = student.logits(rows, of_student, out if sink.in_place else student_buffer)
@@ -174,7 +174,7 @@ def run(call: LossCall) -> Result:
     return Result(loss, loss.new_empty((0, STATS)) if stats is None else stats, gradients)
 
 
-def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """start to stop, `step` at a time."""
     return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 

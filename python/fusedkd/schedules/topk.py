@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Backend, RowBackend
+from ..backends.protocol import Backend, RowBackend, Sweeps
 from ..kernels.device.args import TokenStats, columns_of
 from ..kernels.device.rows import SAVED, Logits, Outcomes, Problem
 from ..kernels.device.topk import MASSES, ListedGradient, Masses
@@ -146,8 +146,10 @@ def saved_width(kind: str, teacher: Sequence[Tensor]) -> int:
 
 def rows_beside(kind: str, backend: Backend) -> RowBackend:
     """What does the row work beside a teacher of this kind."""
-    if not is_topk(kind):
-        return backend.rows
+    return _topk_rows(kind, backend) if is_topk(kind) else backend.rows
+
+
+def _topk_rows(kind: str, backend: Backend) -> "TopKRows":
     return TopKRows(backend, _Truncated() if kind == TruncatedOutcomes.kind else backend.rows)
 
 
@@ -231,7 +233,7 @@ class StudentChunk(NamedTuple):
 class TopKRows:
     """Row work (backends.protocol.RowBackend) beside a top-k teacher, by `rows`, that of the outcomes."""
 
-    def __init__(self, backend: Backend, rows: RowBackend) -> None:
+    def __init__(self, backend: Backend, rows: Sweeps) -> None:
         self.backend, self.rows = backend.topk, rows
 
     def value(
@@ -250,7 +252,7 @@ class TopKRows:
         self.outcomes_value(both, memory, loss, stats)
         self._finish(problem, student, both, loss, stats)
 
-    def outcomes_value(self, both: "Compared", memory: "Saved", loss: Tensor, stats: Tensor | None) -> None:
+    def outcomes_value(self, both: Compared, memory: Saved, loss: Tensor, stats: Tensor | None) -> None:
         """The divergence of the outcomes."""
         self.rows.value(both.problem, both.student, both.teacher, both.targets, loss, memory.scalars, stats)
 
@@ -269,7 +271,7 @@ class TopKRows:
         both = compared(problem, teacher, labels, memory)
         self._spread(problem, student, both, self.outcomes_gradient(both, memory, upstream), upstream, out)
 
-    def outcomes_gradient(self, both: "Compared", memory: "Saved", upstream: Tensor) -> Tensor:
+    def outcomes_gradient(self, both: Compared, memory: Saved, upstream: Tensor) -> Tensor:
         """The gradient by the student's logits of outcomes, (N, W)."""
         out = torch.empty_like(both.student.x[0])
         assert memory.scalars is not None
@@ -301,8 +303,8 @@ class TopKRows:
         raise NotImplementedError('support="floor" beside a top-k teacher')
 
     def _swept(
-        self, problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, memory: "Saved"
-    ) -> "Compared":
+        self, problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, memory: Saved
+    ) -> Compared:
         """`compared`, with logits and masses filled in: from a sweep over the student's rows where one is needed."""
         outcomes = _outcomes(teacher)
         counting = _counting(labels, outcomes)
@@ -313,7 +315,7 @@ class TopKRows:
             memory.masses.zero_()
         return compared(problem, teacher, labels, memory)
 
-    def _finish(self, problem: Problem, student: Logits, both: "Compared", loss: Tensor, stats: Tensor | None) -> None:
+    def _finish(self, problem: Problem, student: Logits, both: Compared, loss: Tensor, stats: Tensor | None) -> None:
         of_label = None
         if problem.ce_weight:
             of_label = loss.new_empty((len(loss), 1))
@@ -324,7 +326,7 @@ class TopKRows:
         self,
         problem: Problem,
         student: Logits,
-        both: "Compared",
+        both: Compared,
         of_outcomes: Tensor,
         upstream: Tensor | None,
         out: Tensor,
@@ -366,7 +368,7 @@ class TopKChunks:
     """A top-k teacher's part of rows that are never whole: some of the vocabulary's columns at a time."""
 
     def __init__(self, problem: Problem, backend: Backend, kind: str, teacher: Logits, labels: Tensor | None) -> None:
-        self.problem, self.backend, self.rows = problem, backend.topk, rows_beside(kind, backend)
+        self.problem, self.backend, self.rows = problem, backend.topk, _topk_rows(kind, backend)
         self.teacher, self.labels, self.outcomes = teacher, labels, _outcomes(teacher)
         self.counting = _counting(labels, self.outcomes)
 
@@ -389,7 +391,6 @@ class TopKChunks:
                 self.backend.masses(chunk.problem, chunk.student, ids, self.counting, found)
                 _merge(masses, columns_of(Masses, found), self.problem.temperature, self.outcomes.bucket)
         both = compared(self.problem, self.teacher, self.labels, memory)
-        assert isinstance(self.rows, TopKRows)
         self.rows.outcomes_value(both, memory, loss, stats)
         finish(self.problem, both, None if of_label is None else of_label[:, 0], loss, stats)
 
@@ -402,7 +403,6 @@ class TopKChunks:
         """Before the gradient of any chunk."""
         memory = saved_of(saved, saved, self.outcomes.ids.shape[1])
         self.both, self.upstream = compared(self.problem, self.teacher, self.labels, memory), upstream
-        assert isinstance(self.rows, TopKRows)
         self.listed = listed_gradient(self.both, self.rows.outcomes_gradient(self.both, memory, upstream))
 
     def gradient(self, chunk: StudentChunk, out: Tensor) -> None:
@@ -454,7 +454,7 @@ class _Truncated:
         saved: Tensor | None,
         stats: Tensor | None,
     ) -> None:
-        """As RowBackend.value; statistics are refused where calls are checked, and the gradient needs no scalars."""
+        """As Sweeps.value; statistics are refused where calls are checked, and the gradient needs no scalars."""
         if saved is not None:
             saved.zero_()
         f, _ = _integrand(problem, student, teacher)
@@ -470,7 +470,7 @@ class _Truncated:
         upstream: Tensor,
         out: Tensor,
     ) -> None:
-        """As RowBackend.gradient."""
+        """As Sweeps.gradient."""
         self._gradient(problem, student, teacher, labels, upstream, out)
 
     def value_and_gradient(
@@ -484,13 +484,9 @@ class _Truncated:
         loss: Tensor,
         stats: Tensor | None,
     ) -> None:
-        """As RowBackend.value_and_gradient."""
+        """As Sweeps.value_and_gradient."""
         self.value(problem, student, teacher, labels, loss, None, stats)
         self._gradient(problem, student, teacher, labels, upstream, out)
-
-    def floor_rows(self, problem: Problem, teacher: Logits, labels: Tensor | None, out: Tensor, depth: float) -> None:
-        """Nobody comes here, as to TopKRows.floor_rows."""
-        raise NotImplementedError('support="floor" beside a top-k teacher')
 
     def _gradient(
         self,

@@ -87,7 +87,7 @@ class _Pass(NamedTuple):
     def columns(self) -> Iterator[slice]:
         """Those of every chunk."""
         total = self.student.width if self.problem.ce_weight else self.problem.vocab_size
-        return _slices(slice(0, total), self.width)
+        return token_chunks.slices(0, total, self.width)
 
     def chunk(self, rows: slice, columns: slice) -> _Chunk:
         """A chunk of some rows, in their part of one buffer for each side."""
@@ -100,11 +100,6 @@ class _Pass(NamedTuple):
         teacher = student if until == start else self.teacher.logits(rows, slice(start, until), theirs)
         problem = token_chunks.problem_at(self.problem, rows)._replace(vocab_size=compared)
         return _Chunk(columns, problem, student, teacher)
-
-
-def _slices(columns: slice, step: int) -> Iterator[slice]:
-    """Columns, `step` at a time."""
-    return (slice(i, min(i + step, columns.stop)) for i in range(columns.start, columns.stop, step))
 
 
 def _pass(call: LossCall) -> _Pass:
@@ -331,7 +326,9 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
         in_threads(lambda rows, at=columns, dz=dz: by_rows(rows, at, dz), shares, len(shares))
         if workspace is not None:
             step = -(-dz.shape[1] // max(len(shares), 1))
-            parts = list(zip(_slices(columns, step), torch.split(dz, step, 1), strict=True))
+            parts = list(
+                zip(token_chunks.slices(columns.start, columns.stop, step), torch.split(dz, step, 1), strict=True)
+            )
             in_threads(lambda part: by_columns(*part), parts, len(shares))
     if sum_x is not None:
         sum_x *= size
