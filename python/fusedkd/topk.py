@@ -17,6 +17,7 @@ from .dtypes import accumulation_dtype, logit_dtype
 from .head import Side, autocast, detached
 from .schedules.operands import DenseLogits, HeadLogits, flattened
 from .schedules.planner import Shape, choose_width
+from .schedules.token_chunks import slices
 from .sparse import TopK
 
 _CPU_LOGITS, _GPU_LOGITS = 1 << 20, 1 << 24  # looked at together: as many rows as have them, with what they become
@@ -112,9 +113,7 @@ def _likeliest(side: DenseLogits | HeadLogits, k: int, temperature: float, colum
 
 def _blocks(n: int, elements: int, on_cpu: bool) -> Iterator[slice]:
     """Some rows at a time, of so many elements each."""
-    step = max(1, (_CPU_LOGITS if on_cpu else _GPU_LOGITS) // elements)
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
+    return slices(0, n, max(1, (_CPU_LOGITS if on_cpu else _GPU_LOGITS) // elements))
 
 
 def _shape(side: HeadLogits, columns: int, on_cpu: bool) -> Shape:
