@@ -155,7 +155,7 @@ def within_budgets(instructions: dict[str, list[float]]) -> None:
         ("jsd_two", "value_and_gradient", 7, [1, 0, 1, 0, 1, 0, 0]),
         ("akl_rows", "value", 4, [1, 0, 16, 1]),
         ("akl_rows", "gradient", 3, [1, 0, 0]),
-        ("amid_teacher_two", "value_and_gradient", 7, [1, 0, 1, 1, 1, 0, 0]),
+        ("amid_teacher_two", "value_and_gradient", 9, [1, 0, 1, 0, 1, 0, 1, 0, 0]),
         ("token_logprobs", "gradient", 2, [1, 0]),
         ("rkl", "split_gradient", 0, []),
     ],
