@@ -105,25 +105,42 @@ def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK:
     return (tl.where(both > 0, head / sure, 0.5), tl.where(both > 0, tail / sure, 0.5)), ()
 
 
+_DIGIT = 8  # bits of the image that a sweep settles: as many sums as this has values
+
+
 def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The weights on whole rows, by the same bisection."""
+    """The weights on whole rows: the same cut, some bits of the image at a time.
+
+    Of the numbers that share the bits settled so far, those with larger next bits are in the head while F is at most μ.
+    """
     q, p, _, _, delta = whole.columns()
     mu, teacher = theta[0] + torch.zeros_like(p[:, :1]), whole.teacher()
     integer = torch.int64 if teacher.dtype == torch.float64 else torch.int32
-    largest = torch.iinfo(integer).max
     bits = (teacher + 0.0).contiguous().view(integer)
-    image = torch.where(bits < 0, bits ^ largest, bits)
-    low = torch.full_like(mu, -largest - 1, dtype=torch.int64)
-    high = torch.full_like(low, largest)
-    for _ in range(torch.iinfo(integer).bits):
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, which cannot overflow
-        enough = torch.where(image > middle, p, 0.0).sum(-1, keepdim=True) <= mu
-        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle + 1)
-    head = (image > high) | (mu >= 1)
-    head.scatter_(1, teacher.argmax(-1, keepdim=True), True)
+    image = torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
+    size, values = torch.iinfo(integer).bits, 1 << _DIGIT
+    head, above = torch.zeros_like(p, dtype=torch.bool), torch.zeros_like(mu)
+    undecided = ~head
+    for shift in range(size - _DIGIT, -1, -_DIGIT):
+        digit = ((image >> shift) & (values - 1)).long()
+        if shift == size - _DIGIT:  # the sign's
+            digit ^= values >> 1
+        masses = p.new_zeros((len(p), values)).scatter_add_(1, digit, torch.where(undecided, p, 0.0))
+        masses = whole.reach.total(masses)
+        larger = masses.flip(-1).cumsum(-1).flip(-1)
+        larger = above + torch.cat((larger[:, 1:], torch.zeros_like(above)), -1)  # F above each value of the digit
+        cut = (larger > mu).sum(-1, keepdim=True).clamp(max=values - 1)
+        above = larger.gather(1, cut)
+        head |= undecided & (digit > cut)
+        undecided &= digit == cut
+    head |= mu >= 1
+    argmax = whole.reach.largest(teacher)
+    here = head.gather(1, argmax.at) | (True if argmax.here is None else argmax.here)
+    head.scatter_(1, argmax.at, here)
     gap = expm1_product.torch(q, p, delta).abs()
-    both = gap.sum(-1, keepdim=True)
-    parts = (torch.where(x, gap, 0.0).sum(-1, keepdim=True) for x in (head, ~head))
+    parts = [torch.where(x, gap, 0.0).sum(-1, keepdim=True) for x in (head, ~head)]
+    parts = whole.reach.total(torch.cat(parts, -1)).split(1, -1)
+    both = parts[0] + parts[1]
     sure = torch.where(both > 0, both, 1.0)
     return tuple(torch.where(both > 0, part / sure, 0.5) for part in parts)
 

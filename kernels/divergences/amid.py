@@ -161,9 +161,10 @@ def _whole_rows(parts: Any) -> Any:
     def row_parameters(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
         columns = whole.columns()
         near, far = growth.torch(columns[0], *columns[2:], theta)
-        log_r_sum = log_total.torch(near.sum(-1, keepdim=True), far.sum(-1, keepdim=True))
+        grown = torch.cat((near.sum(-1, keepdim=True), far.sum(-1, keepdim=True)), -1)
+        log_r_sum = log_total.torch(*whole.reach.total(grown).split(1, -1))
         _, phi, _, _, _ = parts.torch(*columns, (*theta, log_r_sum, 0.0 * log_r_sum))
-        return log_r_sum, phi.sum(-1, keepdim=True)
+        return log_r_sum, whole.reach.total(phi.sum(-1, keepdim=True))
 
     return row_parameters
 

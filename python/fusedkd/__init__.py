@@ -10,6 +10,7 @@ from .ops import flops as flops  # registers the operators' formulas
 from .recipes.cald import cald_loss
 from .recipes.taid import TAIDSchedule
 from .schedules.planner import Plan, plan
+from .shard import VocabShard
 from .sparse import TopK
 from .token_logprobs import token_logprobs
 from .topk import topk
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "TAIDSchedule",
     "TopK",
+    "VocabShard",
     "__version__",
     "cald_loss",
     "divergence",

@@ -44,6 +44,9 @@ class LossCall(NamedTuple):
     outer_rows: int = 0  # chunked: tokens per gradient chunk
     inner_rows: int = 0  # chunked: tokens per product
     columns: int = 0  # streaming: vocabulary per chunk
+    shard_group: str = ""  # torch.distributed's name of the ranks that share the vocabulary; "": it is whole
+    shard_start: int = 0  # the first of this rank's columns; `vocab_size` says how many of these are compared
+    reduce_hidden: bool = False  # whether the gradient of hidden states is summed over the ranks
 
 
 class Numbers(NamedTuple):

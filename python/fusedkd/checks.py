@@ -24,20 +24,20 @@ MOST_LISTED = 4096  # K of a TopK
 Teacher = Side | TopK | Operand
 
 
-def side(name: str, value: Any) -> None:
-    """A side is a floating-point tensor of logits or a Head of consistent shapes and dtypes."""
+def side(name: str, value: Any, least: int = 1) -> None:
+    """A side is a floating-point tensor of logits or a Head of consistent shapes and dtypes, of V >= `least`."""
     if isinstance(value, Head):
-        _head(name, value)
+        _head(name, value, least)
         return
     tensor(name, value)
-    if value.dim() < 1 or value.shape[-1] < 1:
+    if value.dim() < 1 or value.shape[-1] < least:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(value.shape)}")
 
 
-def _head(name: str, head: Head) -> None:
+def _head(name: str, head: Head, least: int) -> None:
     tensor(f"{name}.hidden", head.hidden)
     tensor(f"{name}.weight", head.weight)
-    if head.weight.dim() != 2 or 0 in head.weight.shape:
+    if head.weight.dim() != 2 or head.weight.shape[0] < least or head.weight.shape[1] < 1:
         raise ValueError(f"{name}.weight must have shape (V, D) with V, D >= 1, got {tuple(head.weight.shape)}")
     if head.hidden.dim() < 1 or head.hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
@@ -109,7 +109,10 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor or (for a side) a fusedkd.Head, got {type(value).__name__}")
     _untransformed(name, value)
     if hasattr(value, "full_tensor"):
-        raise TypeError(f"{name} is a DTensor, which is not supported: pass {name}.full_tensor()")
+        raise TypeError(
+            f"{name} is a DTensor, which kd_loss takes for logits and Heads alone: pass {name}.full_tensor(), or "
+            f"{name}.to_local() of one that every rank has whole"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: pass {name}.to_dense()")
     if value.dtype not in _FLOATS:
@@ -168,16 +171,16 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def teacher(value: Any, name: str = "teacher") -> None:
+def teacher(value: Any, name: str = "teacher", least: int = 1) -> None:
     """A teacher is a side, a TopK, or an Operand as its class made it."""
     if isinstance(value, TopK):
         top_k(name, value)
     elif not is_operand(value):
-        side(name, value)
+        side(name, value, least)
 
 
 def teachers(value: Any, teacher_ids: Any) -> dict[str, Teacher]:
-    """One teacher, or several with the ids that choose among them, by the names that errors give them.
+    """One teacher, or several with the ids that choose among them, by the names that errors give them, unchecked.
 
     A NamedTuple is a tuple: a Head or TopK is one teacher.
     """
@@ -187,15 +190,12 @@ def teachers(value: Any, teacher_ids: Any) -> dict[str, Teacher]:
                 f"teacher_ids choose among several teachers, and teacher is one {type(value).__name__}: pass a list of "
                 "teachers, or leave teacher_ids at None"
             )
-        teacher(value)
         return {"teacher": value}
     if teacher_ids is None:
         raise ValueError("teacher is a list, and teacher_ids says which of them a token has: pass int64 ids (...)")
     named: dict[str, Any] = {f"teacher[{i}]": x for i, x in enumerate(value)}
     if not named:
         raise ValueError("teacher must have at least one member, got an empty list")
-    for name, x in named.items():
-        teacher(x, name)
     return named
 
 
@@ -350,9 +350,14 @@ def pair(student: Side, teacher: Teacher, name: str = "teacher") -> None:
 
 def vocab_size(value: Any, student: Side, *teachers: Teacher) -> int:
     """The number of compared columns."""
-    common = width(student)
-    for given in teachers:
-        common = min(common, width(given) if not isinstance(given, TopK) else given.vocab_size or common)
+    return compared(
+        value, width(student), *(given.vocab_size if isinstance(given, TopK) else width(given) for given in teachers)
+    )
+
+
+def compared(value: Any, common: int, *widths: int | None) -> int:
+    """The number of compared columns of vocabularies of these widths, of which None says nothing."""
+    common = min([common, *(x for x in widths if x)])
     if value is None:
         return common
     if not _is_integer(value):

@@ -14,10 +14,11 @@ from .head import Head, Side
 from .kernels.device.rows import STATS
 from .kernels.maths.definition import Form
 from .ops import heads, logits, streamed
-from .schedules import vocab_chunks
+from .schedules import partial_rows
 from .schedules.operands import Operand, Operands, RoutedTeachers, is_operand, operands_of, part_of
 from .schedules.planner import Shape, choose_schedule, sweeps_of, whole_rows
 from .schedules.topk import TopKOutcomes, is_topk, outcomes_of
+from .shard import VocabShard, agree, cut, local_sides
 from .sparse import TopK
 
 
@@ -57,6 +58,7 @@ class _Checked(NamedTuple):
     targeted: bool  # whether there is a token that statistics can be about
     reduction: str
     num_items: float | torch.Tensor | None
+    widest: int = 0  # most columns that a rank of a shard has
 
 
 def kd_loss(
@@ -82,6 +84,8 @@ def kd_loss(
     return_stats: bool = False,
     weight_grad: torch.Tensor | None = None,
     teacher_ids: torch.Tensor | None = None,
+    shard: VocabShard | None = None,
+    hidden_grad: str = "reduce",
 ) -> Any:
     """The divergence between a teacher's and a student's next-token distributions, in nats.
 
@@ -173,7 +177,7 @@ def kd_loss(
         temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, token_weights=token_weights,
         ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
         logits_dtype=logits_dtype, backend=backend, return_stats=return_stats, weight_grad=weight_grad,
-        teacher_ids=teacher_ids,
+        teacher_ids=teacher_ids, shard=shard, hidden_grad=hidden_grad,
     )  # fmt: skip
     if not all(side.stored for side in checked.operands):
         loss, stats = _from_heads(checked, schedule, memory_budget, drop_ignored)
@@ -206,6 +210,7 @@ def kd_value_and_grad(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    shard: VocabShard | None = None,
 ) -> Any:
     """Loss and its gradient with respect to the student's logits in one call, without autograd.
 
@@ -222,7 +227,7 @@ def kd_value_and_grad(
             kind = type(value).__name__
             raise TypeError(f"{name} must be logits, got a {kind}: use kd_loss and backward for hidden states")
         if not is_operand(value) and not (name == "teacher_logits" and isinstance(value, TopK)):
-            checks.side(name, value)
+            checks.side(name, value, 1 if shard is None else 0)
     _check_options(
         num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
         reduction=reduction, logits_dtype=logits_dtype, return_stats=return_stats,
@@ -232,7 +237,7 @@ def kd_value_and_grad(
         student_logits.detach(), teacher_logits, labels, divergence=divergence, temperature=temperature,
         temperature_squared=temperature_squared, reduction=reduction, num_items=num_items, token_weights=token_weights,
         ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
-        logits_dtype=logits_dtype, backend=backend, return_stats=return_stats,
+        logits_dtype=logits_dtype, backend=backend, return_stats=return_stats, shard=shard,
     )  # fmt: skip
     weights = checked.call.token_weights
     if reduction == "mean":
@@ -305,12 +310,25 @@ def _check(
     return_stats: bool,
     weight_grad: torch.Tensor | None = None,
     teacher_ids: torch.Tensor | None = None,
+    shard: VocabShard | None = None,
+    hidden_grad: str = "reduce",
 ) -> _Checked:
     """Checks what depends on the tensors, and flattens them to rows."""
-    checks.side("student", student)
+    checks.one_of("hidden_grad", hidden_grad, ("reduce", "partial"))
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a fusedkd.VocabShard or None, got {type(shard).__name__}")
     teachers = checks.teachers(teacher, teacher_ids)
+    student, teachers, labels, shard = local_sides(student, teachers, labels, shard, hidden_grad)
+    least = 1 if shard is None else 0  # a rank may have no column
+    checks.side("student", student, least)
     for name, given in teachers.items():
+        checks.teacher(given, name, least)
         checks.pair(student, given, name)
+    if hidden_grad == "partial" and (shard is None or not isinstance(student, Head)):
+        raise ValueError(
+            'hidden_grad="partial" leaves the sum over the ranks of a shard to you, and there is no such sum without a '
+            'shard and hidden states: leave it at "reduce"'
+        )
     checks.weight_grad(weight_grad, student, teachers)
     chosen = as_divergence(divergence)
     checks.positive("temperature", temperature)
@@ -318,7 +336,11 @@ def _check(
     checks.number("ce_weight", ce_weight)
     checks.integer("ignore_index", ignore_index)
     checks.one_of("support", support, ("teacher", "floor"))
-    columns = checks.vocab_size(vocab_size, student, *teachers.values())
+    if shard is None:
+        columns = checks.vocab_size(vocab_size, student, *teachers.values())
+    else:
+        columns, teachers = _shared_columns(vocab_size, student, teachers, labels, shard, chosen)
+    here = columns if shard is None else shard.here(columns)
     shape, where = checks.leading(student), checks.device(student)
     checks.targets(chosen, labels, ce_weight)
     if labels is not None:
@@ -349,6 +371,8 @@ def _check(
     wide = accumulation_dtype(ours.x, *theirs.tensors)
     if wide == torch.float64 and resolved == "triton":
         raise TypeError('float64 inputs need backend="torch": the Triton kernels compute in float32')
+    if shard is not None:
+        _check_sharded(chosen, resolved, ce_weight)
     if resolved == "compiled":
         torch_compiled.check_rows(chosen.form.definition, wide)
 
@@ -380,7 +404,7 @@ def _check(
         token_parameters=torch.stack(tensors) if tensors else None,
         per_token=[isinstance(value, torch.Tensor) for value in parameters],
         numbers=packed(numbers),
-        vocab_size=columns,
+        vocab_size=here,
         definition=form.definition.name,
         decoupled=form.decoupled,
         mixed=form.mix is not None,
@@ -390,9 +414,45 @@ def _check(
         return_stats=return_stats,
         logits_dtype=logits_dtype,
         weight_grad=weight_grad,
+        shard_group="" if shard is None else shard.group.group_name,
+        shard_start=0 if shard is None else shard.first,
+        reduce_hidden=shard is not None and hidden_grad == "reduce",
     )
     targeted = labels is not None or chosen.target_token != "label"
-    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items)
+    widest = 0 if shard is None else shard.widest
+    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, widest)
+
+
+def _shared_columns(
+    vocab_size: int | None,
+    student: Side,
+    teachers: dict[str, Any],
+    labels: torch.Tensor | None,
+    shard: VocabShard,
+    chosen: Divergence,
+) -> tuple[int, dict[str, Any]]:
+    """How many of the vocabulary's columns are compared, and this rank's part of every teacher."""
+    shard.fit("student", checks.width(student))
+    facts = {"the leading shape of student": tuple(checks.leading(student)), "divergence": repr(chosen)}
+    if labels is not None and checks.has_data(labels):
+        facts["the sum of labels"] = int(labels.sum())
+    agree(shard, facts)
+    listed = [given.vocab_size for given in teachers.values() if isinstance(given, TopK)]
+    parts = {name: cut(name, given, shard, vocab_size) for name, given in teachers.items()}
+    return checks.compared(vocab_size, shard.vocab_size, *listed), parts
+
+
+def _check_sharded(chosen: Divergence, backend: str, ce_weight: float) -> None:
+    """What a shard cannot do."""
+    if backend == "compiled":
+        raise NotImplementedError(
+            'backend="compiled" makes loops of whole rows, and a shard has parts of them: leave it at "auto"'
+        )
+    if ce_weight and chosen.target_token == "teacher_argmax":
+        raise NotImplementedError(
+            'target_token="teacher_argmax" beside ce_weight needs two tokens of a row, and the ranks of a shard tell '
+            "each other about one: add the cross-entropy with a call of its own, or take the label as target"
+        )
 
 
 def _flat_labels(labels: torch.Tensor, ignore_index: int, columns: int) -> torch.Tensor:
@@ -475,7 +535,7 @@ def _from_heads(
     return _weighted(found.loss, checked), found.stats
 
 
-def _streamed(call: LossCall, teacher: Operand, counted: torch.Tensor | None) -> vocab_chunks.Rows:
+def _streamed(call: LossCall, teacher: Operand, counted: torch.Tensor | None) -> partial_rows.Rows:
     """Loss of each row, and the statistics, by the streaming schedule."""
     kept = None
     if call.drop_ignored and counted is not None and call.student_weight is not None and not teacher.stored:
@@ -495,14 +555,16 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
     student, teacher = checked.operands
     x, theirs = call.student, teacher.tensors[0]
     made = theirs if student.stored else x
-    columns = student.width if checked.numbers.ce_weight else call.vocab_size
+    # Ranks of a shard plan for the one that has most columns: all have to take as many rows at a time.
+    width, compared = (checked.widest, checked.widest) if checked.widest else (student.width, call.vocab_size)
+    columns = width if checked.numbers.ce_weight else compared
     return Shape(
         rows=student.rows,
         student_width=0 if student.stored else columns,
-        teacher_width=0 if teacher.stored else call.vocab_size,
+        teacher_width=0 if teacher.stored else compared,
         student_dim=student.dim,
         teacher_dim=teacher.dim,
-        weight_rows=0 if student.stored else student.width,
+        weight_rows=0 if student.stored else width,
         logit_bytes=logit_dtype(made.dtype, call.logits_dtype).itemsize,
         dz_bytes=gradient_dtype(x).itemsize,
         hidden_bytes=made.element_size(),
@@ -511,7 +573,7 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
         gather=call.drop_ignored or isinstance(teacher, RoutedTeachers),
         masked=call.token_weights is not None or (call.labels is not None and not call.drop_ignored),
         student_logit_bytes=x.element_size() if student.stored else theirs.element_size(),
-        student_logits=student.width if student.stored else 0,
+        student_logits=width if student.stored else 0,
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
         outcomes=_most_outcomes(teacher),

@@ -16,10 +16,11 @@ from ..kernels.device.args import (
     extras_of,
 )
 from ..kernels.device.rows import Logits, Problem
+from ..kernels.device.vocab_chunks import online_of
 from ..kernels.maths.centering import merge_maxima
 from ..kernels.maths.decomposition import ABSENT
 from ..kernels.maths.moments import entropies_advance
-from ..kernels.maths.quantities import Centre, EntropySums, LogNorms, Maxima
+from ..kernels.maths.quantities import Centre, EntropySums, LogNorms, Maxima, RowNorms
 from .torch_rows import (
     PIECE,
     WORKERS,
@@ -27,20 +28,25 @@ from .torch_rows import (
     Held,
     Inputs,
     Kind,
+    Reach,
     Rows,
     Statistics,
     at_column,
     counted,
     each,
     kind_of,
+    numbers_at,
     or_unknown,
     row_gradients,
     statistics,
     sweep_of,
     term_sums,
+    tree,
     uncounted_zeroed,
 )
+from .torch_rows import row_parameters as rows_row_parameters
 
+_WHOLE = 64  # rows of which parameters that need all columns are made at once
 _SHARE = 128  # rows of a thread: of fewer, a product takes as long as reading the weight
 
 
@@ -74,7 +80,7 @@ def absorb(
         found[part] = sweep_of(call, kind, part)(_gathered)
 
     each(work, call, rows)
-    carry[rows] = _merged(call, kind, rows, carry[rows], found[rows])
+    carry[rows] = merged(call.problem, rows, (carry[rows], found[rows]), with_stats)
 
 
 def add_sums(
@@ -132,6 +138,35 @@ def gradient(
     each(work, call, uncounted_zeroed(labels, upstream, out))
 
 
+def row_parameters(
+    problem: Problem,
+    student: Logits,
+    teacher: Logits,
+    labels: Tensor | None,
+    first: int,
+    state: tuple[Tensor, ...],
+    norms: RowNorms,
+    reach: Reach,
+) -> tuple[Tensor, ...]:
+    """The parameters (N,) that rows find from all their columns, of which those from `first` on are here.
+
+    state, norms: of the whole rows, (N,) each. What `reach` does it does for _WHOLE rows at a time, on every rank.
+    """
+    like = state[0]
+    call = _chunk(problem, student, teacher, labels, like, first)
+    kind = kind_of(call.problem, like.dtype)
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(like), _WHOLE):
+        piece = slice(start, min(start + _WHOLE, len(like)))
+
+        def at_piece(x: Tensor, piece: slice = piece) -> Tensor:
+            return x[piece].unsqueeze(-1)
+
+        own_state, own_norms = tree(at_piece, state), tree(at_piece, norms)
+        found.append(rows_row_parameters(call.inputs(piece), kind, own_state, own_norms, None, reach))
+    return tuple(torch.cat(members)[:, 0] for members in zip(*found, strict=True))
+
+
 def _chunk(problem: Problem, student: Logits, teacher: Logits, labels: Tensor | None, like: Tensor, first: int) -> Call:
     """A chunk as rows take it. Where none of its columns is compared, one is, outside the support."""
     if not problem.vocab_size:
@@ -160,8 +195,9 @@ def _gathered(inputs: Inputs, kind: Kind) -> Tensor:
     return torch.cat((*Carry(top_s, top_t, top_mixed, *entropies, *ce, label_s, label_t), *found.state), -1)
 
 
-def _merged(call: Call, kind: Kind, rows: Rows, *parts: Tensor) -> Tensor:
+def merged(problem: Problem, rows: Rows, parts: tuple[Tensor, ...], with_stats: bool) -> Tensor:
     """What was gathered of some columns and of others, (n, CARRY + online state), as kernels merge a row's splits."""
+    numbers, online = numbers_at(problem, rows, parts[0].dtype), online_of(problem)
 
     def beside(x: Tensor) -> Tensor:  # four axes, the parts last: no formula takes it for columns of a row
         return x[:, None, None]
@@ -169,7 +205,6 @@ def _merged(call: Call, kind: Kind, rows: Rows, *parts: Tensor) -> Tensor:
     both = torch.stack(parts, -1)  # (n, CARRY + online state, 2)
     carry = Carry(*(beside(x) for x in both[:, :CARRY].unbind(1)))
     state = tuple(beside(x) for x in both[:, CARRY:].unbind(1))
-    numbers = call.numbers(rows)
     theta, mix = (
         tuple(x[..., None, None] if isinstance(x, Tensor) else x for x in xs) for xs in (numbers.theta, numbers.mix)
     )
@@ -178,9 +213,9 @@ def _merged(call: Call, kind: Kind, rows: Rows, *parts: Tensor) -> Tensor:
     live = none > 0
     entropies = EntropySums(*carry[3:6])
     move = raised.move
-    if kind.with_stats:
+    if with_stats:
         entropies = entropies_advance.torch(entropies, state[0], move.log_s, raised.own_log_t, none, none, live)
-    state = kind.online.advance.torch(state, move, none, none, none, none, none, live, theta)
+    state = online.advance.torch(state, move, none, none, none, none, none, live, theta)
     top = carry.ce_top.amax(-1, keepdim=True)
     total = (carry.ce_total * (carry.ce_top - top).exp()).sum(-1, keepdim=True)
     sums = (x.sum(-1, keepdim=True) for x in (*entropies, *state))

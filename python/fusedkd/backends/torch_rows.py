@@ -266,21 +266,23 @@ class Call(NamedTuple):
 
     def numbers(self, rows: Rows, number: Callable[[float], Any] = float) -> Numbers:
         """The parameters at some rows."""
+        return numbers_at(self.problem, rows, self.dtype, number)
 
-        def at_rows(values: tuple[Any, ...]) -> Any:
-            return tuple(
-                x[rows].to(self.dtype).unsqueeze(-1) if isinstance(x, Tensor) else number(float(x)) for x in values
-            )
 
-        problem = self.problem
-        return Numbers(
-            at_rows(problem.parameters),
-            at_rows(problem.weights),
-            () if problem.mix is None else at_rows((problem.mix,)),
-            number(1.0 / problem.temperature),
-            number(problem.factor),
-            number(problem.ce_weight) if problem.ce_weight else None,
-        )
+def numbers_at(problem: Problem, rows: Rows, dtype: torch.dtype, number: Callable[[float], Any] = float) -> Numbers:
+    """The parameters of a problem at some rows."""
+
+    def at_rows(values: tuple[Any, ...]) -> Any:
+        return tuple(x[rows].to(dtype).unsqueeze(-1) if isinstance(x, Tensor) else number(float(x)) for x in values)
+
+    return Numbers(
+        at_rows(problem.parameters),
+        at_rows(problem.weights),
+        () if problem.mix is None else at_rows((problem.mix,)),
+        number(1.0 / problem.temperature),
+        number(problem.factor),
+        number(problem.ce_weight) if problem.ce_weight else None,
+    )
 
 
 def kind_of(problem: Problem, dtype: torch.dtype, with_stats: bool = False) -> Kind:
@@ -592,6 +594,24 @@ def statistics(inputs: Inputs, kind: Kind) -> Statistics:
     return Statistics(maxima, state, entropy_sums, target, ce_lse, label_s, hole)
 
 
+class Reach(NamedTuple):
+    """How numbers of the columns that are here become those of whole rows."""
+
+    total: Callable[[Tensor], Tensor]  # sums (n, k) over the columns here -> over all columns
+    largest: Callable[[Tensor], Held]  # x (n, V) -> where its first largest number is
+
+
+def _same(sums: Tensor) -> Tensor:
+    return sums
+
+
+def _largest(x: Tensor) -> Held:
+    return Held(x.argmax(-1, keepdim=True))
+
+
+HERE = Reach(_same, _largest)
+
+
 class Whole(NamedTuple):
     """Some rows as `RowParameters.torch` sees them; what it asks for is made then."""
 
@@ -599,14 +619,15 @@ class Whole(NamedTuple):
     dtype: torch.dtype
     teacher: Callable[[], Tensor]  # (n, V) logits
     columns: Callable[[], tuple[Tensor, ...]]  # q, p, log q, log p, δ, (n, V) each
+    reach: Reach
 
 
-def _row_parameters(
-    inputs: Inputs, kind: Kind, state: tuple[Any, ...], norms: RowNorms, target: Target
+def row_parameters(
+    inputs: Inputs, kind: Kind, state: tuple[Any, ...], norms: RowNorms, target: Tensor | None, reach: Reach = HERE
 ) -> tuple[Tensor, ...]:
     """The parameters that each row finds for itself, (n, 1) each."""
     numbers = inputs.numbers
-    y = _held_of(inputs, kind, target.y)
+    y = _held_of(inputs, kind, target)
 
     def columns() -> tuple[Tensor, ...]:
         found = _columns(inputs, kind)
@@ -619,7 +640,7 @@ def _row_parameters(
 
     near = state[3] < 0.5 * state[0]
     assert kind.definition.row_parameters is not None
-    whole = Whole(near, kind.dtype, lambda: _columns(inputs, kind).t, columns)
+    whole = Whole(near, kind.dtype, lambda: _columns(inputs, kind).t, columns, reach)
     return kind.definition.row_parameters.torch(whole, numbers.theta)
 
 
@@ -663,7 +684,7 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
         first.maxima, state, target.s, target.t, target.in_support, numbers.inv_tau, numbers.mix, online.ratio.torch,
         kind.decoupled,
     )  # fmt: skip
-    extras = sweep(_row_parameters, state, norms, target) if kind.definition.row_parameters is not None else ()
+    extras = sweep(row_parameters, state, norms, target.y) if kind.definition.row_parameters is not None else ()
     theta = (*numbers.theta, *extras)
     if online.sums is None:
         sums = sweep(term_sums, target.y, norms.centre, norms.log_norms, extras)

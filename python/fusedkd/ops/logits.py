@@ -10,6 +10,8 @@ from ..call import LossCall, empty_rows
 from ..kernels.device.rows import Logits, Problem
 from ..schedules import topk
 from ..schedules.operands import comparison_of
+from ..schedules.ranks import ranks_of
+from ..schedules.row_work import row_work_of
 from ..schedules.token_chunks import FLOOR_DEPTH
 from .operator import no_gradients, operator
 
@@ -74,15 +76,15 @@ class _Whole(NamedTuple):
         """With the teacher raised to `floors`, which are filled in, if there are any."""
         if not floors.numel():
             return self
-        backends.get(call.backend).rows.floor_rows(self.problem, self.teacher, call.labels, floors, FLOOR_DEPTH)
+        row_work = row_work_of(call.teacher_kind, backends.get(call.backend), ranks_of(call))
+        row_work.floor_rows(self.problem, self.teacher, call.labels, floors, FLOOR_DEPTH)
         return self.at_floors(floors)
 
     def sweeps(self, call: LossCall) -> Sweeps:
         """What serves them."""
-        backend = backends.get(call.backend)
-        if topk.is_topk(call.teacher_kind):
-            return topk.rows_beside(call.teacher_kind, backend)
-        return backend.logits(self.problem, call.student)
+        backend, ranks = backends.get(call.backend), ranks_of(call)
+        row_work = row_work_of(call.teacher_kind, backend, ranks)
+        return backend.logits(self.problem, call.student) if row_work is backend.rows else row_work
 
     def at_floors(self, floors: Tensor) -> "_Whole":
         """With the teacher raised to `floors`, if there are any."""

@@ -3,21 +3,21 @@
 from torch import Tensor
 
 from ..call import LossCall, empty_rows
-from ..schedules import token_chunks, topk, vocab_chunks
+from ..schedules import partial_rows, token_chunks, topk, vocab_chunks
 from .operator import no_gradients, operator
 
 
 @operator("streamed")
-def streamed(call: LossCall) -> vocab_chunks.Rows:
+def streamed(call: LossCall) -> partial_rows.Rows:
     """Token weights are ignored."""
     return vocab_chunks.forward(call)
 
 
 @streamed.register_fake
-def _(call: LossCall) -> vocab_chunks.Rows:
+def _(call: LossCall) -> partial_rows.Rows:
     loss, stats = empty_rows(call)
     width = topk.saved_width(call.teacher_kind, call.teacher)
-    return vocab_chunks.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], width)))
+    return partial_rows.Rows(loss, stats, saved=loss.new_empty((loss.shape[0], width)))
 
 
 @operator("streamed_gradient", mutates_args=("weight_grad",))
@@ -29,7 +29,7 @@ def streamed_gradient(call: LossCall, saved: Tensor, upstream: Tensor) -> token_
 streamed_gradient.register_fake(lambda call, saved, upstream: vocab_chunks.empty_gradients(call))
 
 
-def _backward(call: LossCall, made: vocab_chunks.Rows, upstream: Tensor) -> LossCall:
+def _backward(call: LossCall, made: partial_rows.Rows, upstream: Tensor) -> LossCall:
     found = streamed_gradient(call, made.saved, upstream.contiguous())
     return no_gradients(LossCall)._replace(
         student=found.x if call.needs_student else None,

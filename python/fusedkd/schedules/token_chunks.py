@@ -20,8 +20,10 @@ from .. import backends
 from ..call import LossCall, at_rows, numbers_of, problem_of, row_count, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, logit_dtype
 from ..kernels.device.rows import STATS, Problem
-from . import gemm, topk
+from . import gemm
 from .operands import DenseLogits, HeadLogits, PickedLogits, Student, comparison_of, grouped, room
+from .ranks import ranks_of, reduce_student
+from .row_work import row_work_of
 
 FLOOR_DEPTH = 50.0  # support="floor": nats below which a teacher log-probability is raised
 
@@ -134,7 +136,7 @@ def run(call: LossCall) -> Result:
     if kept is not None:
         call = at_rows(call, kept)
         problem, student = problem_of(call, numbers_of(call)), whole.at(kept)
-    n = student.rows
+    n, ranks = student.rows, ranks_of(call)
     loss = call.student.new_empty(n, dtype=wide_dtype(call))
     stats = loss.new_empty((n, STATS)) if call.return_stats else None
     floors = torch.empty_like(loss) if call.support == "floor" else None
@@ -146,7 +148,7 @@ def run(call: LossCall) -> Result:
     student_buffer = None if sink.in_place else student.buffer(inner, of_student.stop, call.logits_dtype)
 
     for group in groups:
-        row_work, first = topk.rows_beside(group.teacher.kind, backend), group.rows.start
+        row_work, first = row_work_of(group.teacher.kind, backend, ranks), group.rows.start
         teacher_buffer = group.teacher.buffer(min(inner, group.teacher.rows), of_teacher.stop, call.logits_dtype)
         for chunk in slices(first, group.rows.stop, outer):
             for rows in slices(chunk.start, chunk.stop, inner):
@@ -167,6 +169,7 @@ def run(call: LossCall) -> Result:
                     sink.take_rows(rows)
             sink.take_chunk(chunk)
     gradients = sink.gradients
+    reduce_student(call, gradients.x, ranks)
     if kept is not None:
         loss, stats = _spread(loss, kept, total_rows), None if stats is None else _spread(stats, kept, total_rows)
         if isinstance(student, HeadLogits) and call.needs_student:

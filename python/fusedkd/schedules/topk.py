@@ -9,7 +9,7 @@ With h_k = phi(p_k, q_k), H = Σ h and the bucket r: dL/dz_k = h_k − q_k H at 
 q_j/Q_r · (h_r − Q_r H) = q_j (h_r/Q_r − H), which is the derivative of D over the K + 1 outcomes by its logit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from ..backends.protocol import Backend, RowBackend, Sweeps
 from ..kernels.device.args import TokenStats, columns_of
 from ..kernels.device.rows import SAVED, Logits, Outcomes, Problem
 from ..kernels.device.topk import MASSES, ListedGradient, Masses
+from .partial_rows import Part
+from .ranks import Ranks, local
 
 EMPTY = -50.0  # log-probability of a bucket that the teacher leaves empty, as that of support="floor"
 TRUNCATED = ("fkl", "rkl", "frkl", "jsd")  # divergences with a published integrand for raw probabilities
@@ -144,13 +146,13 @@ def saved_width(kind: str, teacher: Sequence[Tensor]) -> int:
     return SAVED + MASSES + TopKOutcomes(*teacher).ids.shape[1] if is_topk(kind) else SAVED
 
 
-def rows_beside(kind: str, backend: Backend) -> RowBackend:
-    """What does the row work beside a teacher of this kind."""
-    return _topk_rows(kind, backend) if is_topk(kind) else backend.rows
-
-
 def _topk_rows(kind: str, backend: Backend) -> "TopKRows":
     return TopKRows(backend, _Truncated() if kind == TruncatedOutcomes.kind else backend.rows)
+
+
+def rows_beside(kind: str, backend: Backend, ranks: Ranks | None) -> RowBackend:
+    """What does the row work beside a top-k teacher of this kind."""
+    return _topk_rows(kind, backend) if ranks is None else ShardedTopKRows(kind, backend, ranks)
 
 
 class Saved(NamedTuple):
@@ -220,14 +222,6 @@ def listed_gradient(both: Compared, of_outcomes: Tensor) -> ListedGradient:
     k = both.ids.shape[1]
     bucket = of_outcomes[:, k] if of_outcomes.shape[1] > k + 1 else torch.zeros_like(of_outcomes[:, 0])
     return ListedGradient(of_outcomes[:, :k].contiguous(), bucket.contiguous())
-
-
-class StudentChunk(NamedTuple):
-    """Some vocabulary columns of all of a student's rows."""
-
-    columns: slice
-    problem: Problem  # on these columns, of which its vocab_size are compared
-    student: Logits
 
 
 class TopKRows:
@@ -364,16 +358,24 @@ def _nonempty(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where((log_q == -torch.inf) & (log_p <= EMPTY), -torch.inf, log_p)
 
 
-class TopKChunks:
+class TopKParts:
     """A top-k teacher's part of rows that are never whole: some of the vocabulary's columns at a time."""
 
-    def __init__(self, problem: Problem, backend: Backend, kind: str, teacher: Logits, labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        backend: Backend,
+        kind: str,
+        teacher: Logits,
+        labels: Tensor | None,
+        ranks: Ranks | None,
+    ) -> None:
         self.problem, self.backend, self.rows = problem, backend.topk, _topk_rows(kind, backend)
-        self.teacher, self.labels, self.outcomes = teacher, labels, _outcomes(teacher)
+        self.teacher, self.labels, self.outcomes, self.ranks = teacher, labels, _outcomes(teacher), ranks
         self.counting = _counting(labels, self.outcomes)
 
-    def value(self, chunks: Iterator[StudentChunk], saved: Tensor, loss: Tensor, stats: Tensor | None) -> None:
-        """Fills `saved` (N, saved_width), `loss` (N,) and `stats` (N, STATS) from all chunks of the student."""
+    def value(self, parts: Iterable[Part], saved: Tensor, loss: Tensor, stats: Tensor | None) -> None:
+        """Fills `saved` (N, saved_width), `loss` (N,) and `stats` (N, STATS) from all parts of the student."""
         memory = saved_of(saved, saved, self.outcomes.ids.shape[1])
         memory.logits.fill_(-torch.inf)
         masses = columns_of(Masses, memory.masses)
@@ -381,46 +383,135 @@ class TopKChunks:
         masses.log_bucket.fill_(-torch.inf if self.outcomes.bucket else 0.0)
         masses.ce_lse.fill_(-torch.inf if self.problem.ce_weight else 0.0)
         of_label = loss.new_full((len(loss), 1), -torch.inf) if self.problem.ce_weight else None
-        for chunk in chunks:
-            self._gather(chunk, self.outcomes.ids, memory.logits)
+        for part in parts:
+            self._gather(part, self.outcomes.ids, memory.logits)
             if of_label is not None:
-                self._gather(chunk, self.counting.unsqueeze(-1), of_label)
+                self._gather(part, self.counting.unsqueeze(-1), of_label)
             if self.outcomes.bucket or self.problem.ce_weight:
                 found = torch.empty_like(memory.masses)
-                ids = _inside(self.outcomes.ids, chunk.columns)
-                self.backend.masses(chunk.problem, chunk.student, ids, self.counting, found)
+                ids = local(self.outcomes.ids, _columns(part))
+                self.backend.masses(part.problem, part.student, ids, self.counting, found)
                 _merge(masses, columns_of(Masses, found), self.problem.temperature, self.outcomes.bucket)
+        if self.ranks is not None:
+            self._merge_ranks(self.ranks, memory, of_label)
         both = compared(self.problem, self.teacher, self.labels, memory)
         self.rows.outcomes_value(both, memory, loss, stats)
         finish(self.problem, both, None if of_label is None else of_label[:, 0], loss, stats)
 
-    def _gather(self, chunk: StudentChunk, ids: Tensor, out: Tensor) -> None:
-        inside, here = _inside(ids, chunk.columns), torch.empty_like(out)
-        self.backend.gather(chunk.student, inside, self.counting, here)
+    def _gather(self, part: Part, ids: Tensor, out: Tensor) -> None:
+        inside, here = local(ids, _columns(part)), torch.empty_like(out)
+        self.backend.gather(part.student, inside, self.counting, here)
         out.copy_(torch.where(inside >= 0, here, out))
 
+    def _merge_ranks(self, ranks: Ranks, memory: Saved, of_label: Tensor | None) -> None:
+        """What all ranks have found. A listed logit is its owner's, and −inf elsewhere: the largest of them, or NaN."""
+        k = memory.logits.shape[1]
+        every = ranks.gathered(
+            torch.cat((memory.masses, memory.logits, *(() if of_label is None else (of_label,))), -1)
+        )
+        memory.logits.copy_(every[..., MASSES : MASSES + k].amax(0))
+        if of_label is not None:
+            of_label.copy_(every[..., MASSES + k :].amax(0))
+        memory.masses.copy_(every[0, :, :MASSES])
+        masses = columns_of(Masses, memory.masses)
+        for other in every[1:]:
+            _merge(masses, columns_of(Masses, other), self.problem.temperature, self.outcomes.bucket)
+
     def prepare(self, saved: Tensor, upstream: Tensor) -> None:
-        """Before the gradient of any chunk."""
+        """Before the gradient of any part."""
         memory = saved_of(saved, saved, self.outcomes.ids.shape[1])
         self.both, self.upstream = compared(self.problem, self.teacher, self.labels, memory), upstream
         self.listed = listed_gradient(self.both, self.rows.outcomes_gradient(self.both, memory, upstream))
 
-    def gradient(self, chunk: StudentChunk, out: Tensor) -> None:
-        """Writes a chunk's dZ into `out` (N, chunk)."""
-        both, (first, last) = self.both, (chunk.columns.start, chunk.columns.stop)
+    def gradient(self, part: Part, out: Tensor) -> None:
+        """Writes a part's dZ into `out` (N, its columns)."""
+        both, columns = self.both, _columns(part)
         labels = both.labels
-        if self.problem.ce_weight:  # a label of another chunk is no column here, and its row counts
-            here = (labels >= first) & (labels < last)
-            labels = torch.where(labels < 0, -1, torch.where(here, labels - first, last - first))
-        ids = _inside(both.ids, chunk.columns)
+        if self.problem.ce_weight:  # a label of another part is no column here, and its row counts
+            inside = local(labels, columns)
+            labels = torch.where((labels >= 0) & (inside < 0), columns.stop - columns.start, inside)
+        ids = local(both.ids, columns)
         self.backend.gradient(
-            chunk.problem, chunk.student, ids, labels, both.logits, both.kept, self.listed, self.upstream, out
+            part.problem, part.student, ids, labels, both.logits, both.kept, self.listed, self.upstream, out
         )
 
 
-def _inside(ids: Tensor, columns: slice) -> Tensor:
-    """Ids as columns of a chunk, −1 outside of it."""
-    return torch.where((ids >= columns.start) & (ids < columns.stop), ids - columns.start, -1)
+def _columns(part: Part) -> slice:
+    """The vocabulary's columns of a part."""
+    return slice(part.first, part.first + part.student.x.shape[2])
+
+
+class ShardedTopKRows:
+    """Row work (backends.protocol.RowBackend) beside a top-k teacher where the ranks share the vocabulary."""
+
+    def __init__(self, kind: str, backend: Backend, ranks: Ranks) -> None:
+        self.kind, self.backend, self.ranks = kind, backend, ranks
+
+    def value(
+        self,
+        problem: Problem,
+        student: Logits,
+        teacher: Logits,
+        labels: Tensor | None,
+        loss: Tensor,
+        saved: Tensor | None,
+        stats: Tensor | None,
+    ) -> None:
+        """As RowBackend.value, with `saved` (N, saved_width)."""
+        saved = self._room(teacher, loss) if saved is None else saved
+        self._parts(problem, teacher, labels).value(self._here(problem, student, teacher), saved, loss, stats)
+
+    def gradient(
+        self,
+        problem: Problem,
+        student: Logits,
+        teacher: Logits,
+        labels: Tensor | None,
+        saved: Tensor,
+        upstream: Tensor,
+        out: Tensor,
+    ) -> None:
+        """As RowBackend.gradient."""
+        parts = self._parts(problem, teacher, labels)
+        parts.prepare(saved, upstream)
+        self._write(parts, self._here(problem, student, teacher), out)
+
+    def value_and_gradient(
+        self,
+        problem: Problem,
+        student: Logits,
+        teacher: Logits,
+        labels: Tensor | None,
+        upstream: Tensor | None,
+        out: Tensor,
+        loss: Tensor,
+        stats: Tensor | None,
+    ) -> None:
+        """As RowBackend.value_and_gradient."""
+        parts, here = self._parts(problem, teacher, labels), self._here(problem, student, teacher)
+        saved = self._room(teacher, loss)
+        parts.value(here, saved, loss, stats)
+        parts.prepare(saved, torch.ones_like(loss) if upstream is None else upstream)
+        self._write(parts, here, out)
+
+    def floor_rows(self, problem: Problem, teacher: Logits, labels: Tensor | None, out: Tensor, depth: float) -> None:
+        """As TopKRows.floor_rows."""
+        raise NotImplementedError('support="floor" beside a top-k teacher')
+
+    def _parts(self, problem: Problem, teacher: Logits, labels: Tensor | None) -> TopKParts:
+        return TopKParts(problem, self.backend, self.kind, teacher, labels, self.ranks)
+
+    def _here(self, problem: Problem, student: Logits, teacher: Logits) -> list[Part]:
+        """The one part of this rank; none of no columns."""
+        return [Part(self.ranks.first, problem, student, teacher)] if student.x.shape[2] else []
+
+    def _room(self, teacher: Logits, loss: Tensor) -> Tensor:
+        """For what the value of rows leaves to their gradient."""
+        return loss.new_empty((len(loss), SAVED + MASSES + _outcomes(teacher).ids.shape[1]))
+
+    def _write(self, parts: TopKParts, here: list[Part], out: Tensor) -> None:
+        for part in here:
+            parts.gradient(part, out)
 
 
 def _merge(masses: Masses, more: Masses, temperature: float, bucket: bool) -> None:

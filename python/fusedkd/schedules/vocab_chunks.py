@@ -10,68 +10,23 @@ Six GEMMs (eight without a one-sweep form) instead of four. The forward keeps a 
 every upstream gradient is exact, because the gradient is formed where it is known.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.torch_rows import dominant_entry, finish_rows, in_threads, values_at
-from ..call import LossCall, empty_rows, wide_dtype
+from ..backends.torch_rows import dominant_entry, in_threads
+from ..call import LossCall, empty_rows, row_count, wide_dtype
 from ..dtypes import accumulation_dtype, gradient_dtype, size_of
-from ..kernels.device.args import (
-    CARRY,
-    DOMINANT,
-    EMPTY,
-    SAVED,
-    STATS,
-    TERM_SUMS,
-    Carry,
-    Dominant,
-    RowScalars,
-    TermSums,
-    TokenStats,
-    columns_of,
-    extras_of,
-)
-from ..kernels.device.rows import Logits, Problem
-from ..kernels.device.vocab_chunks import online_of
-from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infinite, side_stats
-from ..kernels.maths.moments import log_sum
-from ..kernels.maths.quantities import Binary, SideStats
+from ..kernels.device.args import DOMINANT, Dominant, RowScalars, columns_of
+from ..kernels.device.rows import Problem
 from . import gemm, token_chunks, topk
 from .operands import DenseLogits, HeadLogits, Operand, comparison_of, front, room
+from .partial_rows import Part, PartialRows, Rows
 from .planner import DOMINANT_ROWS
-
-
-class _Row(NamedTuple):
-    """What `RowParameters.torch` may ask of rows that were never whole."""
-
-    near: Tensor
-    dtype: torch.dtype
-
-
-class _RowNorms(NamedTuple):
-    """Everything about the rows that does not need the sums: (n,) each."""
-
-    saved: Tensor  # (n, SAVED), the gradient's a, b and grad_y still 0
-    binary: Binary
-    extras: tuple[Tensor, ...]  # parameters that the rows found for themselves
-    in_support: Tensor
-    no_columns: Tensor  # nothing to compare but the label
-    state: tuple[Tensor, ...]  # the online state
-    student: SideStats | None
-    teacher: SideStats | None
-
-
-class _Chunk(NamedTuple):
-    """Some vocabulary columns of all rows."""
-
-    columns: slice
-    problem: Problem  # on these columns, of which its vocab_size are compared
-    student: Logits
-    teacher: Logits
+from .ranks import Ranks, ranks_of, reduce_student
 
 
 class _Pass(NamedTuple):
@@ -83,13 +38,14 @@ class _Pass(NamedTuple):
     width: int  # columns per chunk
     student_buffer: Tensor | None  # (N, width) products, of a Head; a thread has its rows of it
     teacher_buffer: Tensor | None
+    first: int  # the vocabulary's number of column 0
 
     def columns(self) -> Iterator[slice]:
         """Those of every chunk."""
         total = self.student.width if self.problem.ce_weight else self.problem.vocab_size
         return token_chunks.slices(0, total, self.width)
 
-    def chunk(self, rows: slice, columns: slice) -> _Chunk:
+    def part(self, rows: slice, columns: slice) -> Part:
         """A chunk of some rows, in their part of one buffer for each side."""
         start = columns.start
         compared = max(0, min(columns.stop, self.problem.vocab_size) - start)
@@ -99,175 +55,43 @@ class _Pass(NamedTuple):
         until = max(start + compared, start + 1) if start < self.teacher.width else start
         teacher = student if until == start else self.teacher.logits(rows, slice(start, until), theirs)
         problem = token_chunks.problem_at(self.problem, rows)._replace(vocab_size=compared)
-        return _Chunk(columns, problem, student, teacher)
+        return Part(self.first + start, problem, student, teacher)
+
+    def parts(self, rows: slice) -> Iterator[Part]:
+        """Those of all columns in turn."""
+        return (self.part(rows, columns) for columns in self.columns())
 
 
 def _pass(call: LossCall) -> _Pass:
     problem, student, teacher = comparison_of(call)
     buffers = (side.buffer(side.rows, call.columns, call.logits_dtype) for side in (student, teacher))
-    return _Pass(problem, student, teacher, call.columns, *buffers)
-
-
-class Rows(NamedTuple):
-    """Loss (N,), statistics (N, STATS) or (0, STATS), and saved row scalars (N, SAVED)."""
-
-    loss: Tensor
-    stats: Tensor
-    saved: Tensor
+    return _Pass(problem, student, teacher, call.columns, *buffers, first=call.shard_start)
 
 
 def forward(call: LossCall) -> Rows:
     """The value of every row, and what the backward pass needs to know of it."""
+    sweep, ranks, n = _pass(call), ranks_of(call), row_count(call)
     if topk.is_topk(call.teacher_kind):
-        return _forward_beside_topk(call)
-    sweep, chunks, labels = _pass(call), backends.get(call.backend).chunks, call.labels
-    problem, n, wide = sweep.problem, sweep.student.rows, wide_dtype(call)
-    count = len(online_of(problem).init.torch())
-    carry = call.student.new_zeros((n, CARRY + count), dtype=wide)
-    for column, value in zip(columns_of(Carry, carry), EMPTY, strict=True):
-        column.fill_(value)
-    shares = chunks.shares(n, carry.device)
-
-    def absorb(rows: slice) -> None:
-        label = None if labels is None else labels[rows]
-        for columns in sweep.columns():
-            x = sweep.chunk(rows, columns)
-            chunks.absorb(x.problem, x.student, x.teacher, label, carry[rows], columns.start, call.return_stats)
-
-    in_threads(absorb, shares, len(shares))
-    norms = _row_norms(problem, carry, labels, call.return_stats)
-    sums_of = online_of(problem).sums
-    if sums_of is None:
-        memory = call.student.new_zeros((n, TERM_SUMS), dtype=wide)
-
-        def add_sums(rows: slice) -> None:
-            label = None if labels is None else labels[rows]
-            for columns in sweep.columns():
-                if columns.start < problem.vocab_size:
-                    x = sweep.chunk(rows, columns)
-                    saved = norms.saved[rows]
-                    chunks.add_sums(x.problem, x.student, x.teacher, label, saved, memory[rows], columns.start)
-
-        in_threads(add_sums, shares, len(shares))
-        sums = columns_of(TermSums, memory)
-        total, mass = or_infinite.torch(sums.total, sums.widest), sums.mass
-    else:
-        scalars = columns_of(RowScalars, norms.saved)
-        theta = (*values_at(problem.parameters, slice(None), carry), *norms.extras)
-        total, mass = sums_of.traced(norms.state, scalars.l_s, scalars.l_t, scalars.r, theta)
-    return _finish_rows(problem, columns_of(Carry, carry), norms, total, mass, labels)
+        loss, stats = empty_rows(call)
+        saved = loss.new_empty((n, topk.saved_width(call.teacher_kind, call.teacher)))
+        parts = sweep.parts(slice(0, n))
+        _topk_parts(call, sweep, ranks).value(parts, saved, loss, stats if call.return_stats else None)
+        return Rows(loss, stats, saved)
+    chunks, like = backends.get(call.backend).chunks, call.student.new_empty(0, dtype=wide_dtype(call))
+    shares = chunks.shares(n, like.device)
+    return PartialRows(sweep.problem, call.labels, like, chunks, shares, sweep.parts, ranks).value(n, call.return_stats)
 
 
-def _forward_beside_topk(call: LossCall) -> Rows:
-    sweep = _pass(call)
-    loss, stats = empty_rows(call)
-    saved = loss.new_empty((len(loss), topk.saved_width(call.teacher_kind, call.teacher)))
-    _topk_chunks(call, sweep).value(_student_chunks(sweep), saved, loss, stats if call.return_stats else None)
-    return Rows(loss, stats, saved)
-
-
-def _topk_chunks(call: LossCall, sweep: _Pass) -> topk.TopKChunks:
+def _topk_parts(call: LossCall, sweep: _Pass, ranks: Ranks | None) -> topk.TopKParts:
     teacher = sweep.teacher.logits(slice(0, sweep.teacher.rows), slice(0, sweep.teacher.width), None)
-    return topk.TopKChunks(sweep.problem, backends.get(call.backend), call.teacher_kind, teacher, call.labels)
-
-
-def _student_chunks(sweep: _Pass) -> Iterator[topk.StudentChunk]:
-    for columns in sweep.columns():
-        x = sweep.chunk(slice(0, sweep.student.rows), columns)
-        yield topk.StudentChunk(x.columns, x.problem, x.student)
-
-
-def _row_norms(problem: Problem, memory: Tensor, labels: Tensor | None, with_stats: bool) -> _RowNorms:
-    """The rows' normalisers from what (n, CARRY + online state) has gathered of all columns."""
-    carry, state = columns_of(Carry, memory), memory[:, CARRY:].unbind(-1)
-    inv_tau = 1.0 / problem.temperature
-    mix = () if problem.mix is None else values_at((problem.mix,), slice(None), memory)
-    s_y, t_y = carry.label_s.clamp(min=ABSENT), carry.label_t
-    in_support = torch.zeros_like(s_y, dtype=torch.bool) if labels is None else (labels >= 0) & ~torch.isneginf(t_y)
-    t_y = t_y.clamp(min=ABSENT)
-    maxima = (carry.top_s, carry.top_t, carry.top_mixed)
-    norms = finalize_normalizers.torch(
-        maxima, state, s_y, t_y, in_support, inv_tau, mix, online_of(problem).ratio.torch, problem.decoupled
-    )
-    c, own, no_columns = norms.centre, norms.own, state[1] == 0
-    row_parameters = problem.definition.row_parameters
-    theta = values_at(problem.parameters, slice(None), memory)
-    extras = (
-        () if row_parameters is None else row_parameters.torch(_Row(state[3] < 0.5 * state[0], memory.dtype), theta)
-    )
-    ce_lse = carry.ce_top + log_sum.torch(carry.ce_total)
-    later = torch.zeros_like(ce_lse)
-    scalars = RowScalars(*c, *norms.log_norms, a=later, b=later, grad_y=later, ce_lse=ce_lse, top_col=later - 1)
-    student = teacher = None
-    if with_stats:
-        own_t = log_sum.torch(carry.sum_t)
-        student = side_stats.torch(
-            own.log_zs, carry.entropy_s, own.z_y, c.c_s * inv_tau, s_y * inv_tau, in_support, no_columns
-        )
-        teacher = side_stats.torch(
-            own_t, carry.entropy_t, own.own_u_y, (c.c_t + c.k) * inv_tau, t_y * inv_tau, in_support, no_columns
-        )
-    return _RowNorms(
-        _saved(memory, scalars, extras), norms.binary, tuple(extras), in_support, no_columns, state, student, teacher
-    )
-
-
-def _saved(like: Tensor, scalars: RowScalars, extras: Sequence[Tensor]) -> Tensor:
-    """Row scalars in memory, (n, SAVED), as kernels read them; the target is the label's affair."""
-    saved = like.new_zeros((len(like), SAVED))
-    for column, value in zip(columns_of(RowScalars, saved), scalars, strict=True):
-        column[:] = value  # m is a number where no teacher is mixed
-    for column, value in zip(extras_of(saved, len(extras)), extras, strict=True):
-        column[:] = value
-    return saved
-
-
-def _finish_rows(
-    problem: Problem, carry: Carry, norms: _RowNorms, total: Tensor, mass: Tensor, labels: Tensor | None
-) -> Rows:
-    """Loss, statistics and saved scalars from the sums; zeros in ignored rows."""
-    theta = (*values_at(problem.parameters, slice(None), total), *norms.extras)
-    result, terms, slopes = finish_rows(
-        problem, slice(None), norms.binary, norms.in_support, norms.no_columns, theta, total, mass
-    )
-    scalars = columns_of(RowScalars, norms.saved)
-    for column, value in zip((scalars.a, scalars.b, scalars.grad_y), slopes, strict=True):
-        column.copy_(value)
-    out = result * problem.factor
-    if problem.ce_weight:
-        out = out + problem.ce_weight * (scalars.ce_lse - carry.label_s)
-    counted = None if labels is None else labels >= 0
-    stats = out.new_empty((0, STATS))
-    if norms.student is not None and norms.teacher is not None:
-        stats = torch.stack(_stats(result, terms, norms.student, norms.teacher, norms.no_columns, labels is None), -1)
-    if counted is not None:
-        out = torch.where(counted, out, 0.0)
-        stats = torch.where(counted.unsqueeze(-1), stats, 0.0) if len(stats) else stats
-        norms.saved.masked_fill_(~counted.unsqueeze(-1), 0.0)
-    return Rows(out, stats, norms.saved)
-
-
-def _stats(
-    loss: Tensor, terms: list[Tensor], student: SideStats, teacher: SideStats, no_columns: Tensor, no_target: bool
-) -> TokenStats:
-    """Statistics of the rows: 0 where nothing is compared, NaN about a target that there is not."""
-    unknown = torch.full_like(loss, torch.nan)
-    target_loss, nontarget_loss, target_grad, nontarget_grad = (
-        unknown if no_target else torch.where(no_columns, 0.0, x) for x in terms
-    )
-    return TokenStats(
-        loss, target_loss, nontarget_loss, target_grad, nontarget_grad,
-        student_entropy=student.entropy, teacher_entropy=teacher.entropy,
-        student_logprob=unknown if no_target else student.logprob,
-        teacher_logprob=unknown if no_target else teacher.logprob,
-        student_lse=student.lse, teacher_lse=teacher.lse,
-    )  # fmt: skip
+    backend = backends.get(call.backend)
+    return topk.TopKParts(sweep.problem, backend, call.teacher_kind, teacher, call.labels, ranks)
 
 
 def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gradients:
     """Gradients of Σ upstream_n · loss_n in the operands' dtypes; empty where not wanted or added to `weight_grad`."""
     sweep, chunks, labels, weight_grad = _pass(call), backends.get(call.backend).chunks, call.labels, call.weight_grad
-    problem, student = sweep.problem, sweep.student
+    problem, student, ranks = sweep.problem, sweep.student, ranks_of(call)
     x, weight, n = call.student, call.student_weight, student.rows
     wide = accumulation_dtype(x)
     saved, upstream = saved.to(wide), token_chunks.counted_upstream(upstream.to(wide), labels)
@@ -296,19 +120,19 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
     workspace = sweep.student_buffer  # dZ lies over the student's logits where it has their dtype
     if workspace is not None and workspace.dtype != dtype:
         workspace = room(x, n, sweep.width, dtype)
-    beside_topk = _topk_chunks(call, sweep) if topk.is_topk(call.teacher_kind) else None
+    beside_topk = _topk_parts(call, sweep, ranks) if topk.is_topk(call.teacher_kind) else None
     shares = chunks.shares(n, x.device) if beside_topk is None else [slice(0, n)]
     if beside_topk is not None:
         beside_topk.prepare(saved, scaled)
 
     def by_rows(rows: slice, columns: slice, dz: Tensor) -> None:
         """dZ of a chunk at some rows, and what it adds to the gradient of their hidden states."""
-        part, label = sweep.chunk(rows, columns), None if labels is None else labels[rows]
+        part, label = sweep.part(rows, columns), None if labels is None else labels[rows]
         if beside_topk is not None:
-            beside_topk.gradient(topk.StudentChunk(columns, part.problem, part.student), dz)
+            beside_topk.gradient(part, dz)
         else:
             sides = (part.problem, part.student, part.teacher, label)
-            chunks.gradient(*sides, saved[rows], scaled[rows], dominant[rows], dz[rows], columns.start)
+            chunks.gradient(*sides, saved[rows], scaled[rows], dominant[rows], dz[rows], part.first)
         if sum_x is not None and weight is not None:
             gemm.hidden_gradient(dz[rows], weight[columns], sum_x[rows], accumulate=True)
 
@@ -334,7 +158,12 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
         sum_x *= size
     whole = made if weight_grad is None else made._replace(weight=weight_grad)
     if beside_topk is None:
+        if ranks is not None:
+            rest = columns_of(Dominant, dominant, keepdim=True).rest
+            rest.copy_(ranks.total(rest))
         _add_dominant(call, sweep, hidden, saved, upstream, dominant, whole, sum_x)
+    if sum_x is not None:
+        reduce_student(call, sum_x, ranks)
     if sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return made
@@ -378,7 +207,7 @@ def _add_dominant(
     problem, labels, weight = sweep.problem, call.labels, call.student_weight
     dominant = columns_of(Dominant, found)
     has = dominant.token >= 0 if labels is None else (dominant.token >= 0) & (labels >= 0)
-    at = dominant.token.clamp(min=0).long()
+    at = (dominant.token - sweep.first).clamp(min=0).long()
     g = dominant_entry(
         dominant,
         upstream * (problem.factor / problem.temperature),
