@@ -33,7 +33,10 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
 
 def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
     """out (n, D) = dz (n, V) @ weight (V, D), added to what is there if `accumulate`."""
-    if _of_a_cpu(out):
+    if not len(weight):  # a rank of a shard without a column
+        if not accumulate:
+            out.zero_()
+    elif _of_a_cpu(out):
         # oneDNN copies rows that have gaps between them: those of a block, never all of dZ.
         whole = weight.dtype == out.dtype and dz.is_contiguous()
         for rows, block in ((slice(None), weight),) if whole else _upcast(weight):
@@ -57,14 +60,15 @@ def _of_a_cpu(out: torch.Tensor) -> bool:
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (n, k) @ b (m, k)ᵀ of a CPU in float32."""
-    return a @ b.t() if _ONEDNN is None else _ONEDNN(a, b, None, "none", [], "")
+    nothing = 0 in a.shape or 0 in b.shape  # of which oneDNN has no product
+    return a @ b.t() if nothing or _ONEDNN is None else _ONEDNN(a, b, None, "none", [], "")
 
 
 def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
     """out (V, D) = dz (n, V)ᵀ @ hidden (n, D), added to what is there if `accumulate`."""
     if dz.dtype != hidden.dtype:
         hidden = hidden.to(dz.dtype)  # a CPU's float32 dz; a few rows of hidden
-    if _of_a_cpu(out) and len(dz):  # oneDNN has no sums of nothing
+    if _of_a_cpu(out):
         step = max(1, BLOCK_GRADIENT // max(out.shape[1], 1))
         for columns, to in zip(torch.split(dz, step, 1), torch.split(out, step), strict=True):
             product = _product(columns.t(), hidden.t())

@@ -161,7 +161,8 @@ def backward(call: LossCall, saved: Tensor, upstream: Tensor) -> token_chunks.Gr
         if ranks is not None:
             rest = columns_of(Dominant, dominant, keepdim=True).rest
             rest.copy_(ranks.total(rest))
-        _add_dominant(call, sweep, hidden, saved, upstream, dominant, whole, sum_x)
+        if student.width:
+            _add_dominant(call, sweep, hidden, saved, upstream, dominant, whole, sum_x)
     if sum_x is not None:
         reduce_student(call, sum_x, ranks)
     if sum_x is not None and sum_x is not grad_x:
