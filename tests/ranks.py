@@ -24,9 +24,9 @@ GRACE = 2.0  # seconds that the other ranks have to report once one has failed: 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """What function(rank, *args) returns in each of `world` processes, which form the default process group.
 
-    `function` is importable (a function of a module), arguments can be pickled, and results can be saved by torch. After
-    `timeout` seconds in all, and soon after a rank has failed, what is left is killed; an AssertionError has the
-    traceback of every rank that raised, and where each rank that hung was.
+    `function` is importable (a function of a module), arguments can be pickled, and results can be saved by torch. Each
+    rank has one thread. After `timeout` seconds in all, and soon after a rank has failed, what is left is killed; an
+    AssertionError has the traceback of every rank that raised, and where a rank was that hung.
     """
     deadline = time.monotonic() + timeout
     context = multiprocessing.get_context("spawn")
@@ -34,7 +34,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
         processes, pipes = [], []
         for rank in range(world):
             pipe, remote = context.Pipe(duplex=False)
-            arguments = (remote, Path(folder), rank, world, 0.8 * timeout, function, args)
+            arguments = (remote, Path(folder), rank, world, deadline, function, args)
             process = context.Process(target=_rank, args=arguments, daemon=True)
             process.start()
             remote.close()  # its end in this process: a rank that dies is an end of file here
@@ -90,13 +90,13 @@ def _rank(
     folder: Path,
     rank: int,
     world: int,
-    patience: float,
+    deadline: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     """One process: its group, its function, its report."""
     with (folder / f"{rank}.txt").open("w") as file:
-        faulthandler.dump_traceback_later(patience, file=file)
+        faulthandler.dump_traceback_later(max(0.1, deadline - time.monotonic() - 1), file=file)
         torch.set_num_threads(1)
         try:
             meeting = f"file://{folder / 'rendezvous'}"

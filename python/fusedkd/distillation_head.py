@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .checks import positive
 from .divergence import Divergence, as_divergence
@@ -125,7 +126,8 @@ class DistillationHead(torch.nn.Module):
 def _check_layer(name: str, layer: Any) -> None:
     """A layer that is known by its weight and bias: what nn.Linear's forward makes of them, and nothing else."""
     if not isinstance(layer, torch.nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Linear, got {type(layer).__name__}: pass the model's lm_head itself")
+        kind = type(layer).__name__
+        raise TypeError(f"{name} must be a torch.nn.Linear, got {kind}: pass the model's lm_head itself")
     if _is_unit(layer):
         raise RuntimeError(
             f"{name} is a unit of fully_shard by itself, which gathers its weight for its own forward alone, and "
@@ -145,12 +147,12 @@ def _check_layer(name: str, layer: Any) -> None:
         )  # fmt: skip
     if layer._forward_hooks or layer._forward_pre_hooks:
         _refuse(
-            name, layer, "has forward hooks, which would not run, because its weight is read and its forward not called",
+            name, layer, "has forward hooks, which would not run: its weight is read, and its forward not called",
             "remove them, or give kd_loss the logits that the layer makes",
         )  # fmt: skip
     weight: Any = layer.weight
     is_sharded = hasattr(weight, "full_tensor")
-    wrapped = torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight) and not is_sharded
+    wrapped: bool = is_traceable_wrapper_subclass(layer.weight) and not is_sharded
     if wrapped or not weight.is_floating_point():
         kind = type(weight).__name__ if wrapped else str(weight.dtype)
         _refuse(
