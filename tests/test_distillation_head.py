@@ -479,6 +479,9 @@ def all_on_rank(rank: int) -> tuple[dict[str, Outcome], dict[str, str]]:
     return {name: train_on_rank(rank, case) for name, case in TRAINED.items()}, refused_on_rank(rank)
 
 
+together = pytest.mark.xdist_group("ranks")  # in one process, which makes them once
+
+
 @pytest.fixture(scope="module")
 def results() -> list[tuple[dict[str, Outcome], dict[str, str]]]:
     return ranks.run(WORLD, all_on_rank)
@@ -498,6 +501,7 @@ def bound(case: Case) -> float:
     return 2**-8 if case.half else 32 * 2**-24
 
 
+@together
 @pytest.mark.parametrize("name", [name for name, case in TRAINED.items() if not case.own_mean])
 def test_training_on_two_ranks(name: str, results: list[tuple[dict[str, Outcome], dict[str, str]]]) -> None:
     """Other rows on each rank: after five steps the parameters of one process with all rows, the same on both ranks."""
@@ -514,6 +518,7 @@ def test_training_on_two_ranks(name: str, results: list[tuple[dict[str, Outcome]
     assert expected.losses[-1] < 0.9 * expected.losses[0]
 
 
+@together
 @pytest.mark.parametrize("name", [name for name, case in TRAINED.items() if case.own_mean])
 def test_wrong_counts_are_seen(name: str, results: list[tuple[dict[str, Outcome], dict[str, str]]]) -> None:
     """The comparison can fail: means of each rank's own tokens go another way."""
@@ -522,6 +527,7 @@ def test_wrong_counts_are_seen(name: str, results: list[tuple[dict[str, Outcome]
     assert distance(found, train_alone(REFERENCES[name]), start) > 1000 * bound(case)
 
 
+@together
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
@@ -546,13 +552,14 @@ def test_refused_on_ranks(
 # The example ----------------------------------------------------------------------------------------------------------
 
 
+@together
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_example() -> None:
     """As its first lines say, for a few steps: only the first rank prints, and the held-out loss falls."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), "examples/fsdp.py"]
     # As many threads as torchrun gives, without its word about it.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, "--steps", "12"]
+    command = [sys.executable, *launch, "--steps", "8"]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -565,5 +572,5 @@ def test_example() -> None:
     assert example.returncode == 0, errors[-3000:]
     (line,) = out.splitlines()
     before, after = map(float, re.findall(r"\d+\.\d+", line))
-    assert line.startswith("2 ranks, 12 steps")
+    assert line.startswith("2 ranks, 8 steps")
     assert after < 0.9 * before

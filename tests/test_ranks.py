@@ -10,6 +10,8 @@ import ranks
 import torch
 import torch.distributed as dist
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 def behave(rank: int, ways: list[str]) -> Any:
     """One way for each rank."""
@@ -41,6 +43,6 @@ def test_a_rank_that_hangs() -> None:
     """It is killed when time is over, and the error says where it was."""
     start = time.monotonic()
     with pytest.raises(AssertionError, match="rank 1 of 2: no result in time") as caught:
-        ranks.run(2, behave, ["waits", "sleeps"], timeout=10)
+        ranks.run(2, behave, ["waits", "sleeps"], timeout=7)
     assert "in behave" in str(caught.value)
     assert time.monotonic() - start < 15

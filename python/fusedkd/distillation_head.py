@@ -32,10 +32,10 @@ class DistillationHead(torch.nn.Module):
     Args:
         student_lm_head: an nn.Linear of shape (V, D_student), with or without bias. It is a submodule, and its
             parameters are those objects: a weight tied to an embedding stays tied, and gets both gradients.
-        teacher_lm_head: likewise, of shape (V_teacher, D_teacher). No gradient ever flows into it. It is left as it is:
-            a teacher may be another head's student. Freeze one that is not, `teacher.requires_grad_(False)`, whole:
-            DDP raises for parameters that get no gradient; FSDP2 keeps memory for them. It may be the student's own
-            (self-distillation), which goes on learning.
+        teacher_lm_head: likewise, of shape (V_teacher, D_teacher). No gradient ever flows into it. Its parameters are
+            left as they are, since a teacher may learn as another head's student. Freeze one that does not, whole:
+            `teacher.requires_grad_(False)`; DDP raises for parameters that get no gradient. In self-distillation it is
+            the student's own, which goes on learning.
         divergence: as for `kd_loss`.
         student_softcap: c in c·tanh(logits/c), or None; `teacher_softcap` likewise. `student_scale` and `teacher_scale`
             multiply the logits before it (Cohere's `logit_scale`).
@@ -58,12 +58,13 @@ class DistillationHead(torch.nn.Module):
             quantised, with a forward of its own, or with forward hooks, none of which would run. For hidden states of
             another dtype than the weight's, as for `kd_loss`: float32 weights beside bfloat16 hidden states want
             MixedPrecisionPolicy(param_dtype=torch.bfloat16) or autocast.
-        RuntimeError: at call, if a weight is still sharded: nothing gathers it around this forward.
+        RuntimeError: for an lm_head that is a unit of fully_shard by itself; at call, if a weight is still sharded:
+            nothing gathers either around this forward.
         NotImplementedError: for weight_grad in a module that is itself sharded, whose gradient has to go to its shards.
 
-    Cost: that of kd_loss. Under FSDP2 each rank holds both weights whole during forward, and the student's with its
-        gradient during backward: one all-gather of each, again for backward unless reshard_after_forward=False, and
-        one reduce-scatter of the student's gradient. state_dict has `student_lm_head.*` and `teacher_lm_head.*`.
+    Cost: that of kd_loss. Under FSDP2 each rank holds both weights whole while their unit is gathered: one all-gather
+        for forward, one for backward where the unit reshards in between, one reduce-scatter of the student's gradient.
+        state_dict has `student_lm_head.*` and `teacher_lm_head.*`.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class DistillationHead(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The divergence, and what differs from the defaults."""
-        own = {f"{side}_softcap": getattr(self, f"{side}_softcap") for side in ("student", "teacher")}
-        own |= {f"{side}_scale": getattr(self, f"{side}_scale") for side in ("student", "teacher")}
-        given = {key: value for key, value in own.items() if value not in (None, 1.0)} | self.options
+        own = {"student_softcap": None, "teacher_softcap": None, "student_scale": 1.0, "teacher_scale": 1.0}
+        given = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        given |= self.options
         return ", ".join([repr(self.divergence), *(f"{key}={value!r}" for key, value in given.items())])
 
 
