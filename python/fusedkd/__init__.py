@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .distillation_head import DistillationHead
 from .divergence import Divergence, divergence, divergences
 from .head import Head
 from .loss import KDStats, kd_loss, kd_value_and_grad
@@ -21,6 +22,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "DistillationHead",
     "DistillationLoss",
     "Divergence",
     "Head",

@@ -49,6 +49,8 @@ def _head(name: str, head: Head, least: int) -> None:
         cast = autocast_dtype(head.hidden.device)
         if cast is None or torch.float64 in (head.weight.dtype, head.hidden.dtype):
             way = "cast one" if cast is not None else "cast one, or call under torch.autocast"
+            if cast is None and head.weight.dtype == torch.float32 and head.hidden.dtype in _HALVES:
+                way += f" (under fully_shard: MixedPrecisionPolicy(param_dtype={head.hidden.dtype}))"
             raise TypeError(f"{name}.weight is {head.weight.dtype} and {name}.hidden {head.hidden.dtype}: {way}")
     if head.bias is not None:
         tensor(f"{name}.bias", head.bias)

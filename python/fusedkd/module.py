@@ -20,11 +20,7 @@ class DistillationLoss(torch.nn.Module):
 
     def __init__(self, divergence: str | Divergence = "fkl", **options: Any) -> None:
         super().__init__()
-        unknown = options.keys() - (kd_loss.__kwdefaults__ or {}).keys()
-        if unknown:
-            raise TypeError(f"DistillationLoss has no option {sorted(unknown)[0]!r}; options are those of kd_loss")
-        if "weight_grad" in options:
-            raise TypeError("weight_grad belongs to one weight: give it at call time, module(..., weight_grad=buffer)")
+        check_options("DistillationLoss", options)
         self.divergence = as_divergence(divergence)
         self.options = options
 
@@ -42,3 +38,12 @@ class DistillationLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The divergence and the options that differ from kd_loss's defaults."""
         return ", ".join([repr(self.divergence), *(f"{key}={value!r}" for key, value in self.options.items())])
+
+
+def check_options(owner: str, options: dict[str, Any]) -> None:
+    """What a module may hold: options of kd_loss, but for a buffer that a copy of the module would not share."""
+    unknown = options.keys() - (kd_loss.__kwdefaults__ or {}).keys()
+    if unknown:
+        raise TypeError(f"{owner} has no option {sorted(unknown)[0]!r}; options are those of kd_loss")
+    if "weight_grad" in options:
+        raise TypeError("weight_grad belongs to one weight: give it at call time, module(..., weight_grad=buffer)")
