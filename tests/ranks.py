@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -103,11 +104,13 @@ def _rank(
             dist.init_process_group("gloo", meeting, COLLECTIVE, world, rank)
             saved = io.BytesIO()
             torch.save(function(rank, *args), saved)  # no shared memory, which would end with this process
-            pipe.send((True, saved.getvalue()))
+            dist.barrier()  # gloo's threads may abort a process whose peer has closed its connections
             dist.destroy_process_group()
+            pipe.send((True, saved.getvalue()))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
             raise SystemExit(1) from None
         finally:
             faulthandler.cancel_dump_traceback_later()
             pipe.close()
+    os._exit(0)  # the interpreter's end would run destructors beside threads of torch
