@@ -309,13 +309,18 @@ def mesh() -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
-@each("where", ["student", "teacher", "hidden", "weight"])
+@each("where", ["token_weights", "student_logits", "side"])
 def test_dtensor(where: str, mesh: Any) -> None:
-    """A distributed tensor is refused, naming the way to a plain one."""
+    """A distributed tensor is refused, naming the way to a plain one, but for the sides of kd_loss."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    shapes = {"hidden": (N, WIDTH), "weight": (V, WIDTH)}
-    spread = distribute_tensor(torch.randn(shapes.get(where, (N, V))), mesh, [Replicate()])
+    logits = distribute_tensor(torch.randn(N, V), mesh, [Replicate()])
+    weights = distribute_tensor(torch.ones(N), mesh, [Replicate()])
+    calls: dict[str, Callable[[], Any]] = {
+        "token_weights": lambda: call(token_weights=weights),
+        "student_logits": lambda: fusedkd.kd_value_and_grad(logits, torch.randn(N, V)),
+        "side": lambda: fusedkd.token_logprobs(logits, torch.zeros(N, dtype=torch.int64)),
+    }
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=r"full_tensor\(\)") as caught:
-        call(**({"student": head(**{where: spread})} if where in shapes else {where: spread}))
+        calls[where]()
     assert where in str(caught.value)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import ranks
 import torch
-from cases import ALL, DEFAULTS, DISTINCT, FEW, IGNORE, Rows, check_heads, check_logits, named, near, side, unrelated
+import torch.distributed as dist
+from cases import (
+    ALL,
+    DEFAULTS,
+    DISTINCT,
+    FEW,
+    IGNORE,
+    VALUE,
+    Rows,
+    check_heads,
+    check_logits,
+    named,
+    near,
+    side,
+    unrelated,
+)
+from compare import relative
 from outcomes import check as check_topk
 from outcomes import check_head as check_topk_head
 from outcomes import likeliest
-from sharded import Check, Sharded, checked
+from sharded import Check, Own, Sharded, checked
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import fusedkd
 
 N, V, D = 6, 61, 8
 WORLDS = (1, 2, 3, 4)
@@ -188,3 +209,296 @@ def test_every_number(world: int, group: str) -> None:
     assert not any(found), f"{len(found[0])} of {len(checks)} checks failed:\n" + "\n".join(
         f"{name}\n{error}" for name, error in found[0].items()
     )
+
+
+# What the ranks tell each other
+
+
+ONE_SWEEP, TWO_SWEEPS = ("fkl", {}), ("jsd", {})
+COUNTED: dict[str, tuple[Any, dict[str, Any], int, int]] = {  # collectives of forward, of backward, per chunk of rows
+    "heads": (ONE_SWEEP, {}, 2, 0),
+    "heads without one sweep": (TWO_SWEEPS, {}, 3, 0),
+    "heads of which nothing is learnt": (ONE_SWEEP, {"frozen": True}, 1, 0),
+    "streaming": (ONE_SWEEP, {"schedule": "streaming"}, 1, 1),
+    "streaming without one sweep": (TWO_SWEEPS, {"schedule": "streaming"}, 2, 1),
+    "floor": (ONE_SWEEP, {"support": "floor"}, 3, 0),
+    "argmax": (("drkl", {"target_token": "teacher_argmax"}), {}, 3, 0),
+    "amid": (("amid", {}), {}, 5, 0),
+    "akl": (("akl", {}), {}, 8, 0),
+}
+
+
+def told(rank: int) -> dict[str, tuple[int, int, int, int]]:
+    """Gathers of forward and backward, all-reduces of both together, and floats per row that were gathered."""
+    labels, found = torch.randint(V, (N,)), {}
+    labels[1] = IGNORE
+    for name, ((divergence, params), options, *_) in COUNTED.items():
+        options = dict(options)
+        frozen = options.pop("frozen", False)
+        student, teacher = (side((N,), V, D).operands(torch.float32, "cpu") for _ in range(2))
+        if frozen:
+            student = {key: x.detach() for key, x in student.items()}
+        calls = Sharded()
+        counts = {"all_gather": 0, "all_reduce": 0, "floats": 0}
+        with pytest.MonkeyPatch.context() as patch:
+            original = dist.all_gather
+
+            def gather(out: Any, x: torch.Tensor, original: Any = original, counts: Any = counts, **more: Any) -> Any:
+                counts["all_gather"] += 1
+                counts["floats"] += x.numel() // N
+                return original(out, x, **more)
+
+            reduce = dist.all_reduce
+
+            def all_reduce(x: torch.Tensor, original: Any = reduce, counts: Any = counts, **more: Any) -> Any:
+                counts["all_reduce"] += 1
+                return original(x, **more)
+
+            given = (calls.side(fusedkd.Head(**x)) for x in (student, teacher))
+            shard = fusedkd.VocabShard(None, *calls._range(V))
+            patch.setattr(dist, "all_gather", gather)
+            patch.setattr(dist, "all_reduce", all_reduce)
+            chosen = fusedkd.divergence(divergence, **params)
+            loss = fusedkd.kd_loss(*given, labels, divergence=chosen, shard=shard, drop_ignored=False, **options)
+            forward = counts["all_gather"]
+            if not frozen:
+                patch.setattr(Own, "backward", staticmethod(lambda ctx, *gradients: (None,) * 5))
+                loss.backward()
+            found[name] = forward, counts["all_gather"] - forward, counts["all_reduce"], counts["floats"]
+    return found
+
+
+@pytest.mark.xdist_group("ranks")
+def test_collectives() -> None:
+    """As few as docs/sharding.md says, of as few floats: on every rank the same, whatever its rows and columns are."""
+    found = ranks.run(2, told)
+    assert found[0] == found[1]
+    for name, (forward, backward, reduced, floats) in found[0].items():
+        *_, of_forward, of_backward = COUNTED[name]
+        assert (forward, backward) == (of_forward, of_backward), name
+        assert reduced == (0 if "nothing" in name else 1), name  # the gradient of hidden states, once
+        if name.startswith(("heads", "streaming")):
+            assert floats <= 20, name
+
+
+def twice(rank: int) -> bool:
+    """Whether a call made again has the same bits, of the loss and of all gradients."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        student, teacher = (side((N,), V, D, bias=True).operands(torch.float32, "cpu") for _ in range(2))
+        sides = (Sharded().side(fusedkd.Head(**x)) for x in (student, teacher))
+        loss = fusedkd.kd_loss(*sides, torch.arange(N), divergence="ab", shard=fusedkd.VocabShard())
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in student.values())])
+    return all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_same_bits_again() -> None:
+    """Nothing depends on who comes first."""
+    assert ranks.run(3, twice) == [True, True, True]
+
+
+# DTensors
+
+
+def with_dtensors(rank: int) -> dict[str, float]:
+    """The largest relative error of loss and gradients beside a whole vocabulary, by kind of call."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    square = init_device_mesh("cpu", (1, dist.get_world_size()))
+    found: dict[str, float] = {}
+    labels = torch.arange(N)
+    student, teacher = 3 * torch.randn(2, N, V)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+
+    def apart(name: str, ours: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
+        whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in ours]
+        found[name] = max(relative(x.detach(), y.detach().double()) for x, y in zip(whole, truth, strict=True))
+
+    leaf = student.clone().requires_grad_()
+    loss = fusedkd.kd_loss(leaf, teacher, labels)
+    loss.backward()
+    shards = [distribute_tensor(x, mesh, [Shard(1)]).detach().requires_grad_() for x in (student, teacher)]
+    ours = fusedkd.kd_loss(shards[0], shards[1].detach(), distribute_tensor(labels, mesh, [Replicate()]))
+    ours.backward()
+    apart("logits", [ours, shards[0].grad], [loss, leaf.grad])
+    whole = distribute_tensor(student, mesh, [Shard(1)]).detach().requires_grad_()
+    ours = fusedkd.kd_loss(whole, distribute_tensor(teacher, mesh, [Replicate()]), labels)
+    ours.backward()
+    apart("a whole teacher", [ours, whole.grad], [loss, leaf.grad])
+    plain = distribute_tensor(student, mesh, [Replicate()]).detach().requires_grad_()
+    ours = fusedkd.kd_loss(plain, teacher, labels)
+    ours.backward()
+    apart("replicated", [ours, plain.grad], [loss, leaf.grad])
+
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = fusedkd.kd_loss(fusedkd.Head(*leaves), teacher, labels)
+    loss.backward()
+    for name, hidden_grad in (("Heads", "reduce"), ("Heads, partial", "partial")):
+        h = distribute_tensor(hidden, mesh, [Replicate()]).detach().requires_grad_()
+        w = distribute_tensor(weight, mesh, [Shard(0)]).detach().requires_grad_()
+        ours = fusedkd.kd_loss(fusedkd.Head(h, w), teacher, labels, hidden_grad=hidden_grad)
+        ours.backward()
+        apart(name, [ours, h.grad, w.grad], [loss, leaves[0].grad, leaves[1].grad])
+    w = distribute_tensor(weight, mesh, [Shard(0)])
+    try:
+        fusedkd.kd_loss(fusedkd.Head(hidden, w), teacher, labels)
+    except ValueError as error:
+        found["plain hidden states beside a sharded weight"] = 0.0 if "DistillationHead" in str(error) else 1.0
+    for name, x in (
+        ("rows", distribute_tensor(student, mesh, [Shard(0)])),
+        (
+            "two dimensions",
+            distribute_tensor(student, square, [Shard(1)] * 2),
+        ),
+    ):
+        try:
+            fusedkd.kd_loss(x, teacher, labels)
+        except ValueError as error:
+            found[f"refused: {name}"] = 0.0 if "student is a DTensor" in str(error) else 1.0
+    return found
+
+
+@pytest.mark.xdist_group("ranks")
+def test_dtensors() -> None:
+    """They say what is sharded, uneven parts included; what they cannot say is refused with a way out."""
+    for found in ranks.run(3, with_dtensors):
+        assert len(found) == 8, found
+        assert max(found.values()) < VALUE, found
+
+
+# Wrong use
+
+
+def wrong(rank: int) -> list[str]:
+    """What each wrong call says: an error on every rank, before any of them waits for the others."""
+    said: list[str] = []
+    student, teacher = torch.randn(2, N, 8)
+    labels = torch.zeros(N, dtype=torch.int64)
+
+    def refused(make: Any) -> None:
+        try:
+            make()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+
+    head = fusedkd.Head(torch.randn(N, D), torch.randn(8, D))
+    shard = fusedkd.VocabShard(None, 8 * rank, 8 * rank + 8)
+    refused(lambda: fusedkd.VocabShard(None, 8 * rank, 8 * rank + 9))
+    refused(lambda: fusedkd.VocabShard(None, 9 * rank, 9 * rank + 8))
+    refused(lambda: fusedkd.VocabShard(None, 0))
+    refused(lambda: fusedkd.VocabShard("tp"))
+    refused(lambda: fusedkd.kd_loss(student[:, :7], teacher, labels, shard=shard))
+    refused(lambda: fusedkd.kd_loss(student, teacher[:, :7], labels, shard=shard))
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels + 16, shard=shard))
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels, shard="tp"))
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels, shard=shard, hidden_grad="sum"))
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels, shard=shard, hidden_grad="partial"))
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels, hidden_grad="partial"))
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels, shard=shard, backend="compiled"))
+    refused(lambda: fusedkd.kd_loss(head, head, labels, divergence="akl", shard=shard, schedule="streaming"))
+    argmax = fusedkd.divergence("drkl", target_token="teacher_argmax")
+    refused(lambda: fusedkd.kd_loss(student, teacher, labels, divergence=argmax, ce_weight=1.0, shard=shard))
+    unequal = student[:, : 3 + 2 * rank]
+    refused(lambda: fusedkd.kd_loss(unequal, unequal, labels, shard=fusedkd.VocabShard()))
+    return said
+
+
+WRONG = [
+    "overlap",
+    "leave columns out",
+    "start and stop are given together",
+    "group must be a process group",
+    "student has 7 on this rank",
+    "teacher has 7 columns",
+    r"labels must lie in \[0, 16\)",
+    "shard must be a fusedkd.VocabShard",
+    "hidden_grad must be one of",
+    'hidden_grad="partial" leaves',
+    'hidden_grad="partial" leaves',
+    'backend="compiled" makes loops of whole rows',
+    "divergence 'akl'",
+    'target_token="teacher_argmax" beside ce_weight',
+    r"the ranks have \[3, 5\] columns of student",
+]
+
+
+@pytest.mark.xdist_group("ranks")
+def test_wrong_use() -> None:
+    """Each error names the argument and what would work."""
+    for said in ranks.run(2, wrong):
+        assert len(said) == len(WRONG)
+        for message, pattern in zip(said, WRONG, strict=True):
+            assert re.search(pattern, message), (pattern, message)
+
+
+def unlike(rank: int) -> list[str]:
+    """What FUSEDKD_CHECK=1 says where ranks call with other rows, labels and divergences."""
+    said: list[str] = []
+    shard = fusedkd.VocabShard()
+    x, head = torch.randn(N + rank, 8), fusedkd.Head(torch.randn(N, D), torch.randn(8, D))
+    labels = torch.full((N,), rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSEDKD_CHECK", "1")
+        for call in (
+            lambda: fusedkd.kd_loss(x, x, shard=shard),
+            lambda: fusedkd.kd_loss(x[:N], x[:N], labels, shard=shard),
+            lambda: fusedkd.kd_loss(x[:N], x[:N], divergence=("fkl", "rkl")[rank], shard=shard),
+            lambda: fusedkd.kd_loss(x[:N], x[:N], reduction=("sum", "none")[rank], shard=shard),
+            lambda: fusedkd.kd_loss(x[:N].clone().requires_grad_(rank == 0), x[:N], shard=shard),
+            lambda: fusedkd.kd_loss(head, head, memory_budget=(None, 1 << 30)[rank], shard=shard),
+        ):
+            try:
+                call()
+            except ValueError as error:
+                said.append(str(error))
+        fusedkd.kd_loss(x[:N], x[:N], shard=shard)
+    return said
+
+
+@pytest.mark.xdist_group("ranks")
+def test_ranks_that_call_otherwise() -> None:
+    """Found by one small collective, where it is asked for, on every rank."""
+    for said in ranks.run(2, unlike):
+        names = ["the leading shape of student", "the sum of labels", "divergence", "reduction"]
+        names += ["what of student requires grad", "memory_budget"]
+        assert [text.split(" must be the same")[0] for text in said] == names
+
+
+def test_without_a_process_group() -> None:
+    """No group is made by the library."""
+    with pytest.raises(ValueError, match="there is no process group yet"):
+        fusedkd.VocabShard()
+
+
+# torch.compile and memory
+
+
+def compiled(rank: int) -> bool:
+    """Whether a compiled call has the loss and the gradients of an eager one."""
+    student, teacher = (side((N,), V, D).operands(torch.float32, "cpu") for _ in range(2))
+    columns = Sharded()._range(V)
+    shard, labels = fusedkd.VocabShard(None, *columns), torch.arange(N)
+    own = slice(*columns)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, shard: fusedkd.VocabShard = shard) -> torch.Tensor:
+        theirs = fusedkd.Head(teacher["hidden"], teacher["weight"][own])
+        return fusedkd.kd_loss(fusedkd.Head(hidden * 2, weight), theirs, labels, shard=shard)
+
+    found = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        hidden, weight = student["hidden"].detach().requires_grad_(), student["weight"][own].detach().requires_grad_()
+        value = run(hidden, weight)
+        value.backward()
+        found.append((value.detach(), hidden.grad, weight.grad))
+    return all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_compile() -> None:
+    """The collectives are inside of operators."""
+    assert ranks.run(2, compiled, timeout=100) == [True, True]

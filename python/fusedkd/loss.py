@@ -1,6 +1,6 @@
 """`kd_loss` and `kd_value_and_grad`: checks, flattening, choice of path, reduction."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +142,15 @@ def kd_loss(
             leading shape: which of them a token has, −1 for none (the row does not count). One call, one normaliser,
             one weight gradient; a teacher that no token has costs nothing. The rows of a teacher are copied together, a
             chunk at a time, which a GPU waits for once.
+        shard: where the ranks of a process group share the vocabulary: which columns are this rank's (`VocabShard`).
+            The student's logits, or its Head's weight and bias, are then those columns, the teacher's likewise, or whole
+            (this rank takes its columns; a TopK stays as it is). Hidden states, labels, token weights and per-token
+            parameters are the same on every rank, `labels` and `vocab_size` the whole vocabulary's; loss and statistics
+            come out the same on every rank, bit for bit. Logits and Heads that are DTensors sharded over the
+            vocabulary, on a mesh of one dimension, need none; their hidden states are DTensors too.
+        hidden_grad: with a shard: "reduce" sums the gradient of the student's hidden states over the ranks, once per
+            call; "partial" leaves that to the caller (Megatron's copy to the tensor-parallel region, sequence
+            parallelism). The gradients of weight and bias are of this rank's columns.
         weight_grad: (V, D), contiguous, float32 or of the weight's dtype (float64 for a float64 weight): a buffer to
             which the backward pass adds the gradient of the student Head's weight, as Megatron's `weight.main_grad`.
             The weight gets no gradient from this call (None), nor does anything it was computed from. Every backward
@@ -157,8 +166,9 @@ def kd_loss(
         ValueError, TypeError: naming the argument, what it was and what would work.
         NotImplementedError: for schedule="streaming" with amid, akl, target_token="teacher_argmax", support="floor",
             backend="compiled" or a list of teachers, which need whole rows (those of a TopK are); for what
-            tail="truncate" of a TopK cannot do; for weight_grad inside torch.compile; inside torch.func's transforms
-            and forward-mode AD, for which there are no derivatives.
+            tail="truncate" of a TopK cannot do; for backend="compiled" with a shard, and for its
+            target_token="teacher_argmax" beside ce_weight; for weight_grad inside torch.compile; inside torch.func's
+            transforms and forward-mode AD, for which there are no derivatives.
         RuntimeError: on double backward, and on backward for a batch of upstream gradients (is_grads_batched).
 
     Cost: logits: one read of each logit forward for divergences with a one-sweep form, two for the others and for
@@ -166,7 +176,8 @@ def kd_loss(
         matrix products, six or eight with schedule="streaming"; reduction="none" repeats the forward products in its
         backward. At most `memory_budget` bytes. With `weight_grad` the backward makes no weight gradient: "chunked"
         adds the float32 one of the forward in one pass, "streaming" has each chunk's product added where it belongs and
-        makes none at all.
+        makes none at all. With a shard the ranks gather 10 to 20 floats per row for the value, one more for the
+        gradient, and add up the gradient of hidden states (docs/sharding.md).
     """
     _check_options(
         num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
@@ -178,6 +189,7 @@ def kd_loss(
         ce_weight=ce_weight, ignore_index=ignore_index, vocab_size=vocab_size, support=support,
         logits_dtype=logits_dtype, backend=backend, return_stats=return_stats, weight_grad=weight_grad,
         teacher_ids=teacher_ids, shard=shard, hidden_grad=hidden_grad,
+        about={"schedule": schedule, "memory_budget": memory_budget, "drop_ignored": drop_ignored},
     )  # fmt: skip
     if not all(side.stored for side in checked.operands):
         loss, stats = _from_heads(checked, schedule, memory_budget, drop_ignored)
@@ -215,7 +227,7 @@ def kd_value_and_grad(
     """Loss and its gradient with respect to the student's logits in one call, without autograd.
 
     The value sweep and the gradient sweep of a row run back to back, so the second one meets the tiles still in cache:
-    less memory traffic than two calls. Arguments and errors as `kd_loss`, logits only.
+    less memory traffic than two calls. Arguments and errors as `kd_loss`, logits only, no DTensors.
 
     Returns:
         (loss, grad): grad has the student's shape and dtype and is the gradient of the reduced loss, or of each token's
@@ -312,6 +324,7 @@ def _check(
     teacher_ids: torch.Tensor | None = None,
     shard: VocabShard | None = None,
     hidden_grad: str = "reduce",
+    about: Mapping[str, Any] | None = None,
 ) -> _Checked:
     """Checks what depends on the tensors, and flattens them to rows."""
     checks.one_of("hidden_grad", hidden_grad, ("reduce", "partial"))
@@ -339,7 +352,11 @@ def _check(
     if shard is None:
         columns = checks.vocab_size(vocab_size, student, *teachers.values())
     else:
-        columns, teachers = _shared_columns(vocab_size, student, teachers, labels, shard, chosen)
+        _check_ranks(
+            student, labels, shard, divergence=repr(chosen), temperature=temperature, reduction=reduction,
+            ce_weight=ce_weight, support=support, hidden_grad=hidden_grad, return_stats=return_stats, **(about or {}),
+        )  # fmt: skip
+        columns, teachers = _shared_columns(vocab_size, teachers, shard)
     here = columns if shard is None else shard.here(columns)
     shape, where = checks.leading(student), checks.device(student)
     checks.targets(chosen, labels, ce_weight)
@@ -423,20 +440,19 @@ def _check(
     return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, widest)
 
 
-def _shared_columns(
-    vocab_size: int | None,
-    student: Side,
-    teachers: dict[str, Any],
-    labels: torch.Tensor | None,
-    shard: VocabShard,
-    chosen: Divergence,
-) -> tuple[int, dict[str, Any]]:
-    """How many of the vocabulary's columns are compared, and this rank's part of every teacher."""
+def _check_ranks(student: Side, labels: torch.Tensor | None, shard: VocabShard, **options: Any) -> None:
+    """This rank's columns of the student; and, where it is asked for, whether all ranks make the same call."""
     shard.fit("student", checks.width(student))
-    facts = {"the leading shape of student": tuple(checks.leading(student)), "divergence": repr(chosen)}
+    parts = student[:3] if isinstance(student, Head) else (student,)
+    facts: dict[str, Any] = {"the leading shape of student": tuple(checks.leading(student))}
     if labels is not None and checks.has_data(labels):
         facts["the sum of labels"] = int(labels.sum())
-    agree(shard, facts)
+    facts["what of student requires grad"] = [x is not None and x.requires_grad for x in parts]
+    agree(shard, facts | options)
+
+
+def _shared_columns(vocab_size: int | None, teachers: dict[str, Any], shard: VocabShard) -> tuple[int, dict[str, Any]]:
+    """How many of the vocabulary's columns are compared, and this rank's part of every teacher."""
     listed = [given.vocab_size for given in teachers.values() if isinstance(given, TopK)]
     parts = {name: cut(name, given, shard, vocab_size) for name, given in teachers.items()}
     return checks.compared(vocab_size, shard.vocab_size, *listed), parts
