@@ -29,6 +29,7 @@ from outcomes import check as check_topk
 from outcomes import check_head as check_topk_head
 from outcomes import likeliest
 from sharded import Check, Own, Sharded, checked
+from test_memory import measure
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -502,3 +503,28 @@ def compiled(rank: int) -> bool:
 def test_compile() -> None:
     """The collectives are inside of operators."""
     assert ranks.run(2, compiled, timeout=100) == [True, True]
+
+
+def peaks(rank: int, schedule: str) -> tuple[int, int]:
+    """Workspace in bytes of a call on half of the vocabulary: as a shard, and as if it were all there is."""
+    torch.manual_seed(0)
+    rows, width, dim = 640, 10_000, 8
+    hidden, weights, labels = torch.randn(rows, dim), torch.randn(2, width, dim), torch.randint(width, (rows,))
+    shard = fusedkd.VocabShard(None, rank * width, (rank + 1) * width)
+
+    def run(**options: Any) -> Any:
+        leaves = hidden.clone().requires_grad_(), weights[0].clone().requires_grad_()
+        sides = fusedkd.Head(*leaves), fusedkd.Head(hidden, weights[1])
+        loss = fusedkd.kd_loss(*sides, labels, divergence="jsd", schedule=schedule, **options)
+        return loss, torch.autograd.grad(loss, leaves)
+
+    run(shard=shard)
+    return measure(lambda: run(shard=shard)).peak, measure(run).peak
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("schedule", ["chunked", "streaming"])
+def test_memory(schedule: str) -> None:
+    """That of a call with as many columns, and 20 floats for every row."""
+    for shared, alone in ranks.run(2, peaks, schedule):
+        assert 0.9 * alone < shared <= alone + 640 * 20 * 4, (shared - alone) / (640 * 4)

@@ -143,7 +143,7 @@ def kd_loss(
             one weight gradient; a teacher that no token has costs nothing. The rows of a teacher are copied together, a
             chunk at a time, which a GPU waits for once.
         shard: where the ranks of a process group share the vocabulary: which columns are this rank's (`VocabShard`).
-            The student's logits, or its Head's weight and bias, are then those columns, the teacher's likewise, or whole
+            The student's logits, or its Head's weight and bias, are then those columns, the teacher's too, or whole
             (this rank takes its columns; a TopK stays as it is). Hidden states, labels, token weights and per-token
             parameters are the same on every rank, `labels` and `vocab_size` the whole vocabulary's; loss and statistics
             come out the same on every rank, bit for bit. Logits and Heads that are DTensors sharded over the

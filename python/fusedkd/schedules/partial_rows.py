@@ -37,6 +37,8 @@ from ..kernels.maths.moments import log_sum
 from ..kernels.maths.quantities import Binary, RowNorms, SideStats
 from .ranks import Ranks
 
+_GATHERED = 8192  # rows of which every rank's numbers are held at once
+
 
 class _Row(NamedTuple):
     """What `RowParameters.torch` may ask of rows that were never whole."""
@@ -108,9 +110,12 @@ class PartialRows(NamedTuple):
                 self.chunks.absorb(x.problem, x.student, x.teacher, label, carry[rows], x.first, with_stats)
 
         in_threads(absorb, self.shares, len(self.shares))
-        if self.ranks is None:
-            return carry
-        return torch_chunks.merged(problem, slice(0, n), self.ranks.gathered(carry).unbind(), with_stats)
+        if self.ranks is not None:
+            for start in range(0, n, _GATHERED):
+                rows = slice(start, min(start + _GATHERED, n))
+                every = self.ranks.gathered(carry[rows]).unbind()
+                carry[rows] = torch_chunks.merged(problem, rows, every, with_stats)
+        return carry
 
     def _sums(self, norms: "_RowNorms", carry: Tensor) -> tuple[Tensor, Tensor]:
         """F and Φ of the rows, (n,) each."""
