@@ -48,6 +48,13 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "over logits": [("rkl", {}, CROSSED + APART), ("jsd", {}, CROSSED + APART)],  # the gradient takes their place
     "split rows": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
     "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
+    "sharded": [  # parts of rows, of what streaming refuses, too
+        ("rkl", {}, CROSSED),
+        ("jsd", {}, [("fp32", STRIDED)]),
+        ("akl", {}, CROSSED),
+        ("amid", {}, CROSSED),
+        ("drkl", {"target_token": "teacher_argmax"}, [("bf16", ALIGNED)]),
+    ],
     "log-probabilities": [("", {}, WIDE + APART)],
     "floor": [("rkl", {}, CROSSED + APART)],
     "top-k": [("rkl", {}, CROSSED + APART)],
@@ -210,6 +217,20 @@ def _top_k_of_heads(case: Any, dtype: torch.dtype, layout: str) -> None:
     check_head(student, listed, labels, case, "triton", dtype=dtype, drop_ignored=False, **more)
 
 
+def _sharded(case: Any, dtype: torch.dtype, layout: str) -> None:
+    """On the one rank of a group: the kernels of a shard, whose columns are all there are."""
+    import pytest
+    import torch.distributed as dist
+    from cases import check_logits
+    from sharded import Sharded
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusedkd, "kd_loss", Sharded().loss)
+        check_logits(problem_rows(dtype, layout), case, "triton", prepare=laid_out(layout))
+
+
 def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
     """Raises where a number is wrong."""
     import test_token_logprobs
@@ -231,6 +252,8 @@ def run(way: str, case: Any, dtype: torch.dtype, layout: str) -> None:
         heads = (side((3,), COLUMNS[layout] // 4, width) for width in (16, 24))
         labels = random_labels((3,), COLUMNS[layout] // 4).roll(1)
         check_heads(*heads, labels, case, "triton", dtype=dtype, schedule="streaming", reduction="mean")
+    elif way == "sharded":
+        _sharded(case, dtype, layout)
     elif way == "top-k":
         _top_k(case, dtype, layout)
     elif way == "top-k of heads":

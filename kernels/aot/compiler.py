@@ -94,10 +94,10 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                 title = definition.variant(online, decoupled)
                 tile = table_tile(TileKey(architecture, online.tile, width))
                 kernels = dict(ROW_KERNELS)
-                if definition.separable and not decoupled:  # a chunk's kernels do not know the structure
-                    kernels |= _CHUNK_KERNELS | _SPLIT_KERNELS
+                if not decoupled:  # the kernels of parts of rows do not know the structure
+                    kernels |= _CHUNK_KERNELS | (_SPLIT_KERNELS if definition.separable else {})
                     if online.sums is not None:
-                        del kernels["add_sums"], kernels["split_sums"]
+                        kernels = {key: kernel for key, kernel in kernels.items() if not key.endswith("_sums")}
                 for key, kernel in kernels.items():
                     best = split_rows.LARGEST[online.tile, width] if key in _SPLIT_KERNELS else tile
                     yield key, Variant(title, kernel, best, definition, decoupled, online)

@@ -4,7 +4,7 @@
     add_sums    Σ f, Σ phi over a chunk, for divergences without a one-sweep form
     gradient    dZ of a chunk, from the row scalars
 
-What lies between the sweeps is a few numbers per row and is computed in torch (fusedkd/schedules/vocab_chunks.py). The
+What lies between the sweeps is a few numbers per row and is computed in torch (fusedkd/schedules/partial_rows.py). The
 token that holds most of a row's mass is left out of dZ: its entry is minus the sum of all others (backward.py), known
 at the end.
 """
