@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -129,3 +130,12 @@ def test_chunks_on_a_cpu(rows: int) -> None:
     assert made.rows_per_chunk == height <= 256
     assert height <= max(128, -(-rows // 2))
     assert -(-rows // height) * height - rows < -(-rows // height), "the last chunk is shorter than it need be"
+
+
+def test_ranks_take_more_rows_of_fewer_columns() -> None:
+    """A chunk of a shard has as many logits as one of the whole vocabulary: collectives are few and large."""
+    whole = planner.Shape(1 << 14, 32_000, 32_000, 4096, 4096, 32_000, 4, 2, 2, 4, on_cpu=False, gather=False)
+    part = dataclasses.replace(whole, student_width=8000, teacher_width=8000, weight_rows=8000, ranks=4)
+    one, shared = (planner.choose(shape, None) for shape in (whole, part))
+    assert one.inner * whole.student_width == shared.inner * part.student_width
+    assert shared.outer >= shared.inner

@@ -59,6 +59,7 @@ class _Checked(NamedTuple):
     reduction: str
     num_items: float | torch.Tensor | None
     widest: int = 0  # most columns that a rank of a shard has
+    ranks: int = 1
 
 
 def kd_loss(
@@ -436,8 +437,8 @@ def _check(
         reduce_hidden=shard is not None and hidden_grad == "reduce",
     )
     targeted = labels is not None or chosen.target_token != "label"
-    widest = 0 if shard is None else shard.widest
-    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, widest)
+    widest, ranks = (0, 1) if shard is None else (shard.widest, shard.size)
+    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, widest, ranks)
 
 
 def _check_ranks(student: Side, labels: torch.Tensor | None, shard: VocabShard, **options: Any) -> None:
@@ -593,6 +594,7 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
         outcomes=_most_outcomes(teacher),
+        ranks=checked.ranks,
     )
 
 

@@ -58,6 +58,7 @@ class Shape:
     needs_hidden: bool = True
     needs_weight: bool = True
     outcomes: int = 0  # columns of a top-k teacher
+    ranks: int = 1  # that share the vocabulary, each with as many columns as the widths say
 
     @property
     def needs_gradient(self) -> bool:
@@ -196,7 +197,8 @@ def _default(shape: Shape) -> tuple[int, int]:
         pieces = max(-(-rows // _CPU_INNER), 1 if rows <= _CPU_LEAST else 2)
         inner = -(-rows // pieces)
         return inner, inner
-    inner = min(rows, _GPU_INNER)
+    # Ranks wait for each other once or twice a chunk: they take as many more rows as they have fewer columns.
+    inner = min(rows, _GPU_INNER * shape.ranks)
     if not (shape.student_width and shape.needs_gradient):
         return inner, inner
     dim = max(1, shape.student_dim)
