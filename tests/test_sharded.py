@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -212,6 +213,56 @@ def test_every_number(world: int, group: str) -> None:
     )
 
 
+def corners(rank: int) -> dict[str, float]:
+    """How far calls that have gone wrong before are from those of a whole vocabulary."""
+    torch.manual_seed(0)
+    found: dict[str, float] = {}
+    ranges = [(0, 2), (2, 6), (6, 8)]
+
+    def beside(name: str, teacher: torch.Tensor, given: Any, order: list[tuple[int, int]], **options: Any) -> None:
+        whole = student.clone().requires_grad_()
+        expected, stats = fusedkd.kd_loss(whole, teacher, labels, return_stats=True, reduction="none", **options)
+        expected.nan_to_num().sum().backward()
+        start, stop = order[rank]
+        part = student[:, start:stop].clone().requires_grad_()
+        shard = fusedkd.VocabShard(None, start, stop)
+        more = {"return_stats": True, "reduction": "none", "shard": shard}
+        loss, ours = fusedkd.kd_loss(part, given(start, stop), labels, **more, **options)
+        loss.nan_to_num().sum().backward()
+        pairs = [(loss, expected), *zip(ours, stats, strict=True), (part.grad, whole.grad[:, start:stop])]
+        alike = [torch.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True) for x, y in pairs]
+        found[name] = float(alike.count(False))
+
+    labels, student, teacher = torch.arange(N) % 4, torch.randn(N, 8), torch.randn(N, 8)
+    narrow = teacher[:, :4]
+    beside("a whole teacher as wide as a part", narrow, lambda *_: narrow, ranges, vocab_size=4)
+    beside("parts wider than what is compared", teacher, lambda i, j: teacher[:, i:j], ranges, vocab_size=4)
+    flat, back = torch.zeros(N, 8), ranges[::-1]
+    argmax = fusedkd.divergence("drkl", target_token="teacher_argmax")
+    beside("ties of ranks in another order", flat, lambda i, j: flat[:, i:j], back, divergence=argmax)
+    least = fusedkd.divergence("akl", mu=0.0)
+    beside("ties of akl in another order", flat, lambda i, j: flat[:, i:j], back, divergence=least)
+    student[1, 0] = torch.nan
+    student[2, 7] = torch.inf
+    beside("a side that is not finite", teacher, lambda i, j: teacher[:, i:j], ranges, divergence="jsd")
+    student = torch.randn(N, 8)
+    student[1, 1] = -torch.inf
+    beside("a label without a probability", teacher, lambda i, j: teacher[:, i:j], ranges, ce_weight=0.5)
+    labels, student, teacher = labels[:0], student[:0], teacher[:0]
+    for name in ("akl", "amid", "jsd"):
+        beside(f"no rows of {name}", teacher, lambda i, j: teacher[:, i:j], ranges, divergence=name)
+    copied = copy.deepcopy(fusedkd.DistillationLoss("jsd", shard=fusedkd.VocabShard(None, 8 * rank, 8 * rank + 8)))
+    found["a copied module"] = float(not copied(torch.randn(N, 8), torch.randn(N, 8)).isfinite())
+    return found
+
+
+@pytest.mark.xdist_group("ranks")
+def test_corners() -> None:
+    """Each was wrong once."""
+    for found in ranks.run(3, corners):
+        assert not any(found.values()), found
+
+
 # What the ranks tell each other
 
 
@@ -343,22 +394,28 @@ def with_dtensors(rank: int) -> dict[str, float]:
         ours = fusedkd.kd_loss(fusedkd.Head(h, w), teacher, labels, hidden_grad=hidden_grad)
         ours.backward()
         apart(name, [ours, h.grad, w.grad], [loss, leaves[0].grad, leaves[1].grad])
-    w = distribute_tensor(weight, mesh, [Shard(0)])
-    try:
-        fusedkd.kd_loss(fusedkd.Head(hidden, w), teacher, labels)
-    except ValueError as error:
-        found["plain hidden states beside a sharded weight"] = 0.0 if "DistillationHead" in str(error) else 1.0
-    for name, x in (
-        ("rows", distribute_tensor(student, mesh, [Shard(0)])),
-        (
-            "two dimensions",
-            distribute_tensor(student, square, [Shard(1)] * 2),
-        ),
-    ):
+    h = distribute_tensor(hidden, mesh, [Replicate()]).detach().requires_grad_()
+    start, stop = Sharded()._range(V)
+    shard = fusedkd.VocabShard(None, start, stop)
+    ours = fusedkd.kd_loss(fusedkd.Head(h, weight[start:stop]), teacher, labels, hidden_grad="partial", shard=shard)
+    ours.backward()
+    apart("partial beside a plain weight", [h.grad], [leaves[0].grad])
+    w, wider = (distribute_tensor(x, mesh, [Shard(0)]) for x in (weight, torch.randn(V + 9, D)))
+    spread = distribute_tensor(hidden, mesh, [Replicate()])
+    last = fusedkd.VocabShard(None, *(20 * x for x in (2 - rank, 3 - rank)))
+
+    def refused(name: str, message: str, *sides: Any, **options: Any) -> None:
         try:
-            fusedkd.kd_loss(x, teacher, labels)
+            fusedkd.kd_loss(*sides, labels, **options)
         except ValueError as error:
-            found[f"refused: {name}"] = 0.0 if "student is a DTensor" in str(error) else 1.0
+            found[f"refused: {name}"] = float(message not in str(error))
+
+    refused("plain hidden states", "DistillationHead", fusedkd.Head(hidden, w), teacher)
+    refused("rows", "student is a DTensor", distribute_tensor(student, mesh, [Shard(0)]), teacher)
+    refused("two dimensions", "student is a DTensor", distribute_tensor(student, square, [Shard(1)] * 2), teacher)
+    refused("another vocabulary", "not cut alike", fusedkd.Head(spread, w), fusedkd.Head(spread, wider), vocab_size=V)
+    refused("another shard", "leave `shard` out", fusedkd.Head(spread, w), teacher, shard=last)
+    refused("a whole bias", "distribute_tensor(student.bias", fusedkd.Head(spread, w, torch.randn(V)), teacher)
     return found
 
 
@@ -366,7 +423,7 @@ def with_dtensors(rank: int) -> dict[str, float]:
 def test_dtensors() -> None:
     """They say what is sharded, uneven parts included; what they cannot say is refused with a way out."""
     for found in ranks.run(3, with_dtensors):
-        assert len(found) == 8, found
+        assert len(found) == 12, found
         assert max(found.values()) < VALUE, found
 
 
@@ -393,6 +450,8 @@ def wrong(rank: int) -> list[str]:
     refused(lambda: fusedkd.VocabShard(None, 9 * rank, 9 * rank + 8))
     refused(lambda: fusedkd.VocabShard(None, 0))
     refused(lambda: fusedkd.VocabShard("tp"))
+    refused(lambda: fusedkd.VocabShard(None, rank - 1, rank))
+    refused(lambda: fusedkd.VocabShard(None, 0, 0))
     refused(lambda: fusedkd.kd_loss(student[:, :7], teacher, labels, shard=shard))
     refused(lambda: fusedkd.kd_loss(student, teacher[:, :7], labels, shard=shard))
     refused(lambda: fusedkd.kd_loss(student, teacher, labels + 16, shard=shard))
@@ -414,6 +473,8 @@ WRONG = [
     "leave columns out",
     "start and stop are given together",
     "group must be a process group",
+    "are no ranges of columns",
+    "have no column at all",
     "student has 7 on this rank",
     "teacher has 7 columns",
     r"labels must lie in \[0, 16\)",
@@ -448,6 +509,8 @@ def unlike(rank: int) -> list[str]:
         for call in (
             lambda: fusedkd.kd_loss(x, x, shard=shard),
             lambda: fusedkd.kd_loss(x[:N], x[:N], labels, shard=shard),
+            lambda: fusedkd.kd_loss(x[:N], x[:N], (labels, None)[rank], shard=shard),
+            lambda: fusedkd.kd_loss(x[:N], x[:N], vocab_size=(12, 7)[rank], shard=shard),
             lambda: fusedkd.kd_loss(x[:N], x[:N], divergence=("fkl", "rkl")[rank], shard=shard),
             lambda: fusedkd.kd_loss(x[:N], x[:N], reduction=("sum", "none")[rank], shard=shard),
             lambda: fusedkd.kd_loss(x[:N].clone().requires_grad_(rank == 0), x[:N], shard=shard),
@@ -465,7 +528,8 @@ def unlike(rank: int) -> list[str]:
 def test_ranks_that_call_otherwise() -> None:
     """Found by one small collective, where it is asked for, on every rank."""
     for said in ranks.run(2, unlike):
-        names = ["the leading shape of student", "the sum of labels", "divergence", "reduction"]
+        names = ["the leading shape of student", "the sum of labels", "labels (None or not)", "vocab_size"]
+        names += ["divergence", "reduction"]
         names += ["what of student requires grad", "memory_budget"]
         assert [text.split(" must be the same")[0] for text in said] == names
 

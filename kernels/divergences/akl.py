@@ -119,14 +119,15 @@ def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]
     bits = (teacher + 0.0).contiguous().view(integer)
     image = torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
     size, values = torch.iinfo(integer).bits, 1 << _DIGIT
-    head, above = torch.zeros_like(p, dtype=torch.bool), torch.zeros_like(mu)
+    head, above = torch.zeros_like(p, dtype=torch.bool), torch.zeros_like(mu, dtype=torch.float64)
     undecided = ~head
     for shift in range(size - _DIGIT, -1, -_DIGIT):
         digit = ((image >> shift) & (values - 1)).long()
         if shift == size - _DIGIT:  # the sign's
             digit ^= values >> 1
-        masses = p.new_zeros((len(p), values)).scatter_add_(1, digit, torch.where(undecided, p, 0.0))
-        masses = whole.reach.total(masses)
+        # In float64 the order of a GPU's additions decides nothing but ties.
+        masses = p.new_zeros((len(p), values), dtype=torch.float64)
+        masses = whole.reach.total(masses.scatter_add_(1, digit, torch.where(undecided, p, 0.0).double()))
         larger = masses.flip(-1).cumsum(-1).flip(-1)
         larger = above + torch.cat((larger[:, 1:], torch.zeros_like(above)), -1)  # F above each value of the digit
         cut = (larger > mu).sum(-1, keepdim=True).clamp(max=values - 1)

@@ -46,6 +46,7 @@ class LossCall(NamedTuple):
     columns: int = 0  # streaming: vocabulary per chunk
     shard_group: str = ""  # torch.distributed's name of the ranks that share the vocabulary; "": it is whole
     shard_start: int = 0  # the first of this rank's columns; `vocab_size` says how many of these are compared
+    shard_widest: int = 0  # columns of the rank that has most of them
     reduce_hidden: bool = False  # whether the gradient of hidden states is summed over the ranks
 
 

@@ -110,7 +110,7 @@ def tensor(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or (for a side) a fusedkd.Head, got {type(value).__name__}")
     _untransformed(name, value)
-    if hasattr(value, "full_tensor"):
+    if is_dtensor(value):
         raise TypeError(
             f"{name} is a DTensor, which kd_loss takes for logits and Heads alone: pass {name}.full_tensor(), or "
             f"{name}.to_local() of one that every rank has whole"
@@ -119,6 +119,11 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: pass {name}.to_dense()")
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor: also while torch.compile traces, which shows less of it."""
+    return isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor"
 
 
 def positive(name: str, value: Any) -> None:

@@ -177,8 +177,8 @@ def kd_loss(
         matrix products, six or eight with schedule="streaming"; reduction="none" repeats the forward products in its
         backward. At most `memory_budget` bytes. With `weight_grad` the backward makes no weight gradient: "chunked"
         adds the float32 one of the forward in one pass, "streaming" has each chunk's product added where it belongs and
-        makes none at all. With a shard the ranks gather 10 to 20 floats per row for the value, one more for the
-        gradient, and add up the gradient of hidden states (docs/sharding.md).
+        makes none at all. With a shard the ranks gather 10 to 20 floats per row for the value (K + 4 of a TopK,
+        hundreds for akl), one more for the gradient, and add up the gradient of hidden states (docs/sharding.md).
     """
     _check_options(
         num_items=num_items, schedule=schedule, memory_budget=memory_budget, drop_ignored=drop_ignored,
@@ -353,10 +353,13 @@ def _check(
     if shard is None:
         columns = checks.vocab_size(vocab_size, student, *teachers.values())
     else:
-        _check_ranks(
-            student, labels, shard, divergence=repr(chosen), temperature=temperature, reduction=reduction,
-            ce_weight=ce_weight, support=support, hidden_grad=hidden_grad, return_stats=return_stats, **(about or {}),
-        )  # fmt: skip
+        shard.fit("student", checks.width(student))
+        options = {
+            "divergence": repr(chosen), "temperature": temperature, "reduction": reduction, "ce_weight": ce_weight,
+            "support": support, "hidden_grad": hidden_grad, "return_stats": return_stats, "vocab_size": vocab_size,
+            "ignore_index": ignore_index, "backend": backend, "logits_dtype": logits_dtype, **(about or {}),
+        }  # fmt: skip
+        agree(shard, lambda: _facts(student, teachers, labels, token_weights, options))
         columns, teachers = _shared_columns(vocab_size, teachers, shard)
     here = columns if shard is None else shard.here(columns)
     shape, where = checks.leading(student), checks.device(student)
@@ -434,6 +437,7 @@ def _check(
         weight_grad=weight_grad,
         shard_group="" if shard is None else shard.group.group_name,
         shard_start=0 if shard is None else shard.first,
+        shard_widest=0 if shard is None else shard.widest,
         reduce_hidden=shard is not None and hidden_grad == "reduce",
     )
     targeted = labels is not None or chosen.target_token != "label"
@@ -441,15 +445,22 @@ def _check(
     return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, widest, ranks)
 
 
-def _check_ranks(student: Side, labels: torch.Tensor | None, shard: VocabShard, **options: Any) -> None:
-    """This rank's columns of the student; and, where it is asked for, whether all ranks make the same call."""
-    shard.fit("student", checks.width(student))
+def _facts(
+    student: Side, teachers: dict[str, Any], labels: Any, token_weights: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What every rank of a shard has to call with, by the names that errors give it."""
     parts = student[:3] if isinstance(student, Head) else (student,)
-    facts: dict[str, Any] = {"the leading shape of student": tuple(checks.leading(student))}
-    if labels is not None and checks.has_data(labels):
-        facts["the sum of labels"] = int(labels.sum())
-    facts["what of student requires grad"] = [x is not None and x.requires_grad for x in parts]
-    agree(shard, facts | options)
+    seen = isinstance(labels, torch.Tensor) and checks.has_data(labels)
+    return {
+        "the leading shape of student": tuple(checks.leading(student)),
+        "the kind of student": type(student).__name__,
+        "the kinds of teachers": [type(x).__name__ for x in teachers.values()],
+        "K of the teachers": [x.ids.shape[-1] for x in teachers.values() if isinstance(x, TopK)],
+        "labels (None or not)": labels is None,
+        "the sum of labels": int(labels.sum()) if seen else None,
+        "token_weights (None or not)": token_weights is None,
+        "what of student requires grad": [x is not None and x.requires_grad for x in parts],
+    } | options
 
 
 def _shared_columns(vocab_size: int | None, teachers: dict[str, Any], shard: VocabShard) -> tuple[int, dict[str, Any]]:
@@ -594,6 +605,7 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
         outcomes=_most_outcomes(teacher),
+        parameters=checked.ranks > 1 and not checked.form.definition.separable,
         ranks=checked.ranks,
     )
 

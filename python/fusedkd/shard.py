@@ -1,12 +1,14 @@
 """A vocabulary that the ranks of a process group share: which columns are whose, and DTensors that say so."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
+from . import checks
+from .checks import is_dtensor
 from .head import Head, Side
 from .schedules.operands import is_operand
 from .sparse import TopK
@@ -33,6 +35,7 @@ class VocabShard:
 
     start: int | None
     stop: int | None
+    ranges: list[tuple[int, int]]  # [start, stop) of every rank, once known
 
     def __init__(self, group: Any = None, start: int | None = None, stop: int | None = None) -> None:
         if not (distributed.is_available() and distributed.is_initialized()):
@@ -41,30 +44,39 @@ class VocabShard:
                 "`shard` where the vocabulary is whole"
             )
         found = distributed.group.WORLD if group is None else group
+        outside = distributed.GroupMember.NON_GROUP_MEMBER  # what new_group returns there: an int
+        if found == outside or (isinstance(found, distributed.ProcessGroup) and distributed.get_rank(found) < 0):
+            raise ValueError("group has no place for this rank: make a VocabShard on its members alone")
         if not isinstance(found, distributed.ProcessGroup):
             raise TypeError(f"group must be a process group of torch.distributed or None, got {_kind(group)}")
         self.group = found
-        if distributed.get_rank(self.group) < 0:
-            raise ValueError("group has no place for this rank: make a VocabShard on its members alone")
         if (start is None) != (stop is None):
             raise ValueError(f"start and stop are given together or not at all, got {start!r} and {stop!r}")
         for name, value in (("start", start), ("stop", stop)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+            if value is not None:
+                checks.integer(name, value)
         self.rank, self.size = self.group.rank(), self.group.size()
-        self.start, self.stop, self.width = start, stop, 0
+        self.start, self.stop, self.width, self.ranges = start, stop, 0, []
         self.vocab_size = 0  # columns of all ranks, once known
         self.widest = 0  # columns of the rank that has most of them
         if start is not None and stop is not None:
             if self.size == 1:
-                self._fit([(start, stop)])
+                self._fit([(int(start), int(stop))])
             else:
-                self._fit(self._told((start, stop)))
+                self._fit(self.told((int(start), int(stop))))
+
+    def __deepcopy__(self, memo: Any) -> "VocabShard":
+        return self  # a process group cannot be copied, and nothing of a shard changes once it is known
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a VocabShard belongs to a process group of this process and cannot be pickled: make one on each rank"
+        )
 
     def __repr__(self) -> str:
         return f"VocabShard(rank {self.rank} of {self.size}, start={self.start}, stop={self.stop})"
 
-    def _told(self, value: Any) -> list[Any]:
+    def told(self, value: Any) -> list[Any]:
         """What every rank says, in their order."""
         if torch.compiler.is_compiling():
             raise ValueError(
@@ -80,12 +92,16 @@ class VocabShard:
         stop = 0
         for rank, (first, last) in sorted(enumerate(ranges), key=lambda x: x[1]):
             if first != stop or last < first:
-                what = "overlap" if first < stop else "leave columns out"
+                what = "overlap" if 0 <= first < stop and first <= last else "leave columns out"
+                what = "are no ranges of columns" if first < 0 or last < first else what
                 raise ValueError(
                     f"start and stop of the ranks must cover the vocabulary once, and they {what} at rank {rank}: "
                     f"[start, stop) of all ranks are {ranges}"
                 )
             stop = last
+        if not stop:
+            raise ValueError(f"the ranks of shard have no column at all: [start, stop) of all of them are {ranges}")
+        self.ranges = ranges
         self.start, self.stop = ranges[self.rank]
         self.width = self.stop - self.start
         self.vocab_size, self.widest = stop, max(last - first for first, last in ranges)
@@ -103,7 +119,7 @@ class VocabShard:
     def fit(self, name: str, width: int) -> None:
         """Columns [start, stop) for a side that has `width` of them here, or an error that says what does not fit."""
         if self.start is None:
-            widths = [width] if self.size == 1 else self._told(width)
+            widths = [width] if self.size == 1 else self.told(width)
             total, most = sum(widths), widths[0]
             equal = [max(0, min(most, total - i * most)) for i in range(self.size)]
             if widths != equal:
@@ -133,10 +149,6 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _is_dtensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
-
-
 def _tensors(value: Any) -> list[Any]:
     """The tensors of a side."""
     if isinstance(value, Head | TopK):
@@ -157,47 +169,71 @@ def local_sides(
             without a `shard`: FSDP2 stores weights in the same way, and there hidden states differ from rank to rank.
     """
     every = {"student": student, **teachers}
-    if not any(_is_dtensor(x) for side in (*every.values(), labels) for x in _tensors(side)):
+    if not any(is_dtensor(x) for side in (*every.values(), labels) for x in _tensors(side)):
         return Sides(student, dict(teachers), labels, shard)
-    meshes: dict[str, Any] = {}
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "student, teacher or labels are DTensors, which kd_loss cannot take apart while torch.compile traces: pass "
+            "x.to_local() of each with shard=fusedkd.VocabShard(group, start, stop)"
+        )
+    sharded: dict[str, Any] = {}
     partial = hidden_grad == "partial"
-    plain = {name: _local_side(name, side, meshes, shard, partial) for name, side in every.items()}
+    plain = {name: _local_side(name, side, sharded, shard, partial) for name, side in every.items()}
     labels = _replicated("labels", labels, False)
-    for name, mesh in meshes.items():
-        if mesh != next(iter(meshes.values())):
-            raise ValueError(f"{name} is sharded over another device mesh than {next(iter(meshes))}: use one mesh")
-    if shard is None and meshes:
-        mesh, (first, last, total, widest) = next(iter(meshes.values())), _columns_of(student, every)
-        shard = _shard_of(mesh.get_group(), first, last, total, widest)
+    if not sharded:
+        return Sides(plain.pop("student"), plain, labels, shard)
+    first, like = next(iter(sharded.items()))
+    columns = _columns_of(like)
+    for name, x in sharded.items():
+        if x.device_mesh != like.device_mesh:
+            raise ValueError(f"{name} is sharded over another device mesh than {first}: use one mesh")
+        if _columns_of(x) != columns:
+            raise ValueError(
+                f"{name} is a DTensor of {_columns_of(x)[2]} columns and {first} one of {columns[2]}, which are not "
+                "cut alike: pad one of them to the other's width and compare the first vocab_size columns"
+            )
+    group = like.device_mesh.get_group()
+    if shard is None:
+        shard = _shard_of(group, *columns)
+    elif shard.group != group or (shard.start is not None and (shard.start, shard.stop) != columns[:2]):
+        raise ValueError(
+            f"shard is {shard!r}, and {first} a DTensor whose columns [{columns[0]}, {columns[1]}) this rank has, "
+            "maybe in another group: leave `shard` out where a DTensor says it"
+        )
     return Sides(plain.pop("student"), plain, labels, shard)
 
 
-def _local_side(name: str, side: Any, meshes: dict[str, Any], shard: VocabShard | None, partial: bool) -> Any:
+def _local_side(name: str, side: Any, sharded: dict[str, Any], shard: VocabShard | None, partial: bool) -> Any:
     if isinstance(side, Head):
-        weight = _vocabulary(f"{name}.weight", side.weight, 0, meshes)
-        bias = None if side.bias is None else _vocabulary(f"{name}.bias", side.bias, 0, meshes)
-        if f"{name}.weight" in meshes and not _is_dtensor(side.hidden) and shard is None:
+        weight = _vocabulary(f"{name}.weight", side.weight, 0, sharded)
+        bias = None if side.bias is None else _vocabulary(f"{name}.bias", side.bias, 0, sharded)
+        if bias is not None and f"{name}.weight" in sharded and f"{name}.bias" not in sharded:
+            raise ValueError(
+                f"{name}.bias is whole beside a sharded {name}.weight: "
+                f"distribute_tensor({name}.bias, {name}.weight.device_mesh, [Shard(0)]) would work"
+            )
+        if f"{name}.weight" in sharded and not is_dtensor(side.hidden) and shard is None:
             raise ValueError(
                 f"{name}.weight is a DTensor sharded on axis 0 and {name}.hidden a plain tensor, which may be tensor "
                 "parallelism or a weight that FSDP2 stores in parts. If every rank has the same hidden states, say so: "
                 "pass shard=fusedkd.VocabShard(group), or hidden states as a replicated DTensor. If each rank has rows "
                 "of its own, use fusedkd.DistillationHead, whose forward FSDP2 gathers the weight for"
             )
-        hidden = _replicated(f"{name}.hidden", side.hidden, partial and f"{name}.weight" in meshes)
+        hidden = _replicated(f"{name}.hidden", side.hidden, partial and name == "student")
         return side._replace(hidden=hidden, weight=weight, bias=bias)
     if isinstance(side, TopK):
         return side._replace(
             ids=_replicated(f"{name}.ids", side.ids, False),
             logprobs=_replicated(f"{name}.logprobs", side.logprobs, False),
         )
-    return _vocabulary(name, side, -1, meshes) if isinstance(side, Tensor) else side
+    return _vocabulary(name, side, -1, sharded) if isinstance(side, Tensor) else side
 
 
-def _vocabulary(name: str, value: Any, axis: int, meshes: dict[str, Any]) -> Any:
+def _vocabulary(name: str, value: Any, axis: int, sharded: dict[str, Any]) -> Any:
     """What this rank has of a tensor whose vocabulary, on an axis, may be sharded."""
-    if not _is_dtensor(value):
+    if not is_dtensor(value):
         return value
-    mesh, placements = _one_dimensional(name, value)
+    _, placements = _one_dimensional(name, value)
     if placements[0].is_replicate():
         return value.to_local()
     if not placements[0].is_shard(axis % value.dim()):
@@ -206,13 +242,13 @@ def _vocabulary(name: str, value: Any, axis: int, meshes: dict[str, Any]) -> Any
             f"{name} is a DTensor with placement {placements[0]}: its vocabulary may be sharded ({where}) or not, and "
             f"no other axis: {name}.redistribute(placements=[Shard({axis % value.dim()})]) would work"
         )
-    meshes[name] = mesh
+    sharded[name] = value
     return value.to_local()
 
 
 def _replicated(name: str, value: Any, partial: bool) -> Any:
     """A tensor that every rank has whole."""
-    if not _is_dtensor(value):
+    if not is_dtensor(value):
         return value
     from torch.distributed.tensor import Partial
 
@@ -234,22 +270,20 @@ def _one_dimensional(name: str, value: Any) -> tuple[Any, Any]:
     return value.device_mesh, value.placements
 
 
-def _columns_of(student: Any, sides: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """This rank's columns, those of the vocabulary, and those of the first rank, of the side that is sharded."""
-    for side in (student, *sides.values()):
-        whole: Any = side.weight if isinstance(side, Head) else side
-        if _is_dtensor(whole) and not whole.placements[0].is_replicate():
-            total, mesh = whole.shape[0 if isinstance(side, Head) else -1], whole.device_mesh
-            widest = -(-total // mesh.size())
-            first = min(total, mesh.get_local_rank() * widest)
-            return first, min(total, first + widest), total, widest
-    raise AssertionError("a mesh without a sharded side")
+def _columns_of(x: Any) -> tuple[int, int, int, int]:
+    """Of a DTensor sharded over the vocabulary: this rank's columns [first, last), all, and the first rank's."""
+    total, mesh = x.shape[x.placements[0].dim], x.device_mesh
+    widest = -(-total // mesh.size())  # as torch.chunk cuts
+    first = min(total, mesh.get_local_rank() * widest)
+    return first, min(total, first + widest), total, widest
 
 
 def _shard_of(group: Any, first: int, last: int, total: int, widest: int) -> VocabShard:
     """A shard whose columns need not be told: DTensors of one shape are cut alike on every rank."""
     shard = VocabShard(group)
+    ranges = [(min(total, i * widest), min(total, (i + 1) * widest)) for i in range(shard.size)]
     shard.start, shard.stop, shard.width, shard.vocab_size, shard.widest = first, last, last - first, total, widest
+    shard.ranges = ranges
     return shard
 
 
@@ -257,13 +291,24 @@ def cut(name: str, side: Any, shard: VocabShard, vocab_size: int | None) -> Any:
     """This rank's columns of a teacher that is its part already, or whole: a TopK stays as it is."""
     if isinstance(side, TopK):
         return side
-    width = _width(side)
-    if width == shard.width:
+    width, compared = _width(side), shard.vocab_size if vocab_size is None else min(vocab_size, shard.vocab_size)
+    part = width == shard.width
+    if any(0 < start < compared <= stop - start for start, stop in shard.ranges):
+        # A whole teacher of so few columns may be as wide as a rank's part of it, and the others have to know.
+        widths = shard.told(width)
+        part = widths == [stop - start for start, stop in shard.ranges]
+        if not part and len(set(widths)) > 1:
+            raise ValueError(
+                f"{name} has {widths} columns on the ranks of shard, which are neither its parts {shard.ranges} nor "
+                "the same whole teacher everywhere"
+            )
+    if part:
         return side
-    if width < (shard.vocab_size if vocab_size is None else min(vocab_size, shard.vocab_size)):
+    if width < compared:
         raise ValueError(
             f"{name} has {width} columns, and the student {shard.width} of {shard.vocab_size} on this rank: pass the "
-            f"same {shard.width} columns of the teacher, or the whole teacher, of which this rank takes its part"
+            f"same {shard.width} columns of the teacher, or the whole teacher, of which this rank takes its part (with "
+            "vocab_size=... where it has fewer than the student)"
         )
     columns = slice(shard.first, shard.first + shard.width)
     if isinstance(side, Head):
@@ -280,16 +325,15 @@ def _width(side: Any) -> int:
     return side.shape[-1] if isinstance(side, Tensor) else side.width
 
 
-def agree(shard: VocabShard, facts: Mapping[str, Any]) -> None:
-    """Under FUSEDKD_CHECK=1: raises on every rank where the ranks do not call with the same `facts`, by name.
+def agree(shard: VocabShard, facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Under FUSEDKD_CHECK=1: raises on every rank where the ranks do not call with the same facts, by name.
 
     One small collective.
     """
     if os.environ.get("FUSEDKD_CHECK") != "1" or shard.size == 1 or torch.compiler.is_compiling():
         return
-    told: list[Any] = [None] * shard.size
-    distributed.all_gather_object(told, dict(facts), group=shard.group)
-    for name in facts:
+    told = shard.told(dict(facts()))
+    for name in dict.fromkeys(name for x in told for name in x):
         values = [x.get(name) for x in told]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} must be the same on every rank of shard, and the ranks have {values}")

@@ -46,7 +46,7 @@ from .torch_rows import (
 )
 from .torch_rows import row_parameters as rows_row_parameters
 
-_WHOLE = 64  # rows of which parameters that need all columns are made at once
+WHOLE = 1 << 22  # logits of which a GPU makes the parameters that need all columns
 _SHARE = 128  # rows of a thread: of fewer, a product takes as long as reading the weight
 
 
@@ -147,17 +147,22 @@ def row_parameters(
     state: tuple[Tensor, ...],
     norms: RowNorms,
     reach: Reach,
+    widest: int,
 ) -> tuple[Tensor, ...]:
     """The parameters (N,) that rows find from all their columns, of which those from `first` on are here.
 
-    state, norms: of the whole rows, (N,) each. What `reach` does it does for _WHOLE rows at a time, on every rank.
+    state, norms: of the whole rows, (N,) each. `reach` is asked about as many rows at a time as have WHOLE logits where
+    they are `widest`: the same on every rank.
     """
     like = state[0]
+    if not len(like):
+        return (like,) * problem.definition.extras
+    step = max(1, (PIECE if like.is_cpu else WHOLE) // max(widest, 1))
     call = _chunk(problem, student, teacher, labels, like, first)
     kind = kind_of(call.problem, like.dtype)
     found: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(like), _WHOLE):
-        piece = slice(start, min(start + _WHOLE, len(like)))
+    for start in range(0, len(like), step):
+        piece = slice(start, min(start + step, len(like)))
 
         def at_piece(x: Tensor, piece: slice = piece) -> Tensor:
             return x[piece].unsqueeze(-1)
@@ -172,6 +177,7 @@ def _chunk(problem: Problem, student: Logits, teacher: Logits, labels: Tensor | 
     if not problem.vocab_size:
         problem = problem._replace(vocab_size=1)
         teacher = Logits(like.new_full((1, 1, 1), -torch.inf).expand(1, len(like), 1))
+        student = student if student.x.shape[2] else teacher
     return Call(problem, student, teacher, labels, like.dtype, first)
 
 
@@ -180,9 +186,6 @@ def _gathered(inputs: Inputs, kind: Kind) -> Tensor:
     found: Statistics = statistics(inputs, kind)
     zero = torch.zeros_like(found.label_s)
     entropies = found.entropy_sums or EntropySums(zero, zero, zero)
-    # What is not finite has to show: its maximum is 0, its sums are NaN.
-    top_s, top_t, top_mixed = found.maxima
-    top_s, top_t = top_s + 0.0 * found.state[0], top_t + 0.0 * found.state[1]
     has_ce = inputs.numbers.ce is not None
     ce = (found.ce_lse, torch.ones_like(zero)) if has_ce else (zero, zero)
     label_s = label_t = torch.full_like(zero, -torch.inf)
@@ -192,7 +195,7 @@ def _gathered(inputs: Inputs, kind: Kind) -> Tensor:
         s_y = or_unknown(found.label_s.clamp(min=ABSENT)) if has_ce else found.target.s
         label_s = torch.where(here, s_y, -torch.inf)
         label_t = torch.where(here & found.target.in_support, found.target.t, -torch.inf)
-    return torch.cat((*Carry(top_s, top_t, top_mixed, *entropies, *ce, label_s, label_t), *found.state), -1)
+    return torch.cat((*Carry(*found.maxima, *entropies, *ce, label_s, label_t), *found.state), -1)
 
 
 def merged(problem: Problem, rows: Rows, parts: tuple[Tensor, ...], with_stats: bool) -> Tensor:

@@ -37,7 +37,7 @@ from ..kernels.maths.moments import log_sum
 from ..kernels.maths.quantities import Binary, RowNorms, SideStats
 from .ranks import Ranks
 
-_GATHERED = 8192  # rows of which every rank's numbers are held at once
+GATHERED = 8192  # rows of which every rank's numbers are held at once
 
 
 class _Row(NamedTuple):
@@ -111,8 +111,8 @@ class PartialRows(NamedTuple):
 
         in_threads(absorb, self.shares, len(self.shares))
         if self.ranks is not None:
-            for start in range(0, n, _GATHERED):
-                rows = slice(start, min(start + _GATHERED, n))
+            for start in range(0, n, GATHERED):
+                rows = slice(start, min(start + GATHERED, n))
                 every = self.ranks.gathered(carry[rows]).unbind()
                 carry[rows] = torch_chunks.merged(problem, rows, every, with_stats)
         return carry
@@ -203,7 +203,8 @@ def _finish_rows(
         column.copy_(value)
     out = result * problem.factor
     if problem.ce_weight:
-        out = out + problem.ce_weight * (scalars.ce_lse - carry.label_s)
+        label_s = torch.where(carry.label_s <= ABSENT, -torch.inf, carry.label_s)
+        out = out + problem.ce_weight * (scalars.ce_lse - label_s)
     counted = None if labels is None else labels >= 0
     stats = out.new_empty((0, STATS))
     if norms.student is not None and norms.teacher is not None:

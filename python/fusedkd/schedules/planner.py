@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
-from ..backends.torch_chunks import most_threads
+from ..backends.torch_chunks import WHOLE, most_threads
 from ..backends.torch_rows import BLOCK
 from ..divergence import Divergence, as_divergence
 from ..dtypes import logit_dtype
@@ -58,6 +58,7 @@ class Shape:
     needs_hidden: bool = True
     needs_weight: bool = True
     outcomes: int = 0  # columns of a top-k teacher
+    parameters: bool = False  # rows find parameters from all their columns, shared by ranks
     ranks: int = 1  # that share the vocabulary, each with as many columns as the widths say
 
     @property
@@ -97,6 +98,8 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
         total += 3 * inner * shape.student_logit_bytes * max(of_student, of_teacher)
+    if shape.parameters and not shape.on_cpu:
+        total += _BLOCK_COPIES * max(WHOLE, of_student) * shape.accumulator_bytes
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
         total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)

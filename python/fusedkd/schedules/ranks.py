@@ -19,6 +19,7 @@ class Ranks(NamedTuple):
 
     group: Any  # distributed.ProcessGroup, which not every build of torch has
     first: int  # this rank's first column
+    widest: int  # columns of the rank that has most of them
 
     def gathered(self, x: Tensor) -> Tensor:
         """x (n, c) of every rank: (R, n, c)."""
@@ -34,6 +35,12 @@ class Ranks(NamedTuple):
             total = total + part
         return total
 
+    def first_largest(self, x: Tensor, token: Tensor) -> Tensor:
+        """Of every rank's largest x (n,), at its columns `token` (n,) of the vocabulary: the first largest one's."""
+        every = self.gathered(torch.stack((x, token.to(x.dtype)), -1))
+        tops, tokens = every.unbind(-1)  # (R, n)
+        return torch.where(tops == tops.amax(0), tokens, torch.inf).amin(0)
+
     def reduce(self, x: Tensor) -> None:
         """Sum a large x over the ranks in place."""
         _c10d.all_reduce(x, group=self.group)
@@ -43,7 +50,7 @@ def ranks_of(call: LossCall) -> Ranks | None:
     """The ranks of a call; None where the vocabulary is whole."""
     if not call.shard_group:
         return None
-    return Ranks(_c10d.distributed_c10d._resolve_process_group(call.shard_group), call.shard_start)
+    return Ranks(_c10d.distributed_c10d._resolve_process_group(call.shard_group), call.shard_start, call.shard_widest)
 
 
 def reduce_student(call: LossCall, gradient: Tensor, ranks: Ranks | None) -> None:

@@ -6,7 +6,7 @@
 
 Collectives, each of a few floats per row: one for the value (two without a one-sweep form), one for the gradient. What
 needs more of whole rows costs more: a target that is the teacher's argmax one, support="floor" one, amid two and akl
-six for every 64 rows.
+six (ten in float64) for some rows at a time.
 """
 
 import torch
@@ -47,8 +47,8 @@ class ShardedRows:
             return [part] if part.student.x.shape[2] else []
 
         def extras(state: tuple[Tensor, ...], norms: RowNorms) -> tuple[Tensor, ...]:
-            sides = self._some_column(part, loss)
-            return torch_chunks.row_parameters(*sides, targets, part.first, state, norms, self._reach())
+            sides = part.problem, part.student, part.teacher, targets
+            return torch_chunks.row_parameters(*sides, part.first, state, norms, self._reach(part), self.ranks.widest)
 
         found = PartialRows(
             part.problem,
@@ -126,17 +126,9 @@ class ShardedRows:
         teacher = teacher if problem.vocab_size else student
         return Part(self.ranks.first, problem._replace(argmax=False), student, teacher)
 
-    def _some_column(self, part: Part, like: Tensor) -> tuple[Problem, Logits, Logits]:
-        """A part as it is, or with a column outside the support where it has none."""
-        if part.student.x.shape[2]:
-            return part.problem, part.student, part.teacher
-        none = Logits(like.new_zeros((1, 1, 1)).expand(1, len(like), 1))
-        return part.problem, none, none
-
     def _argmax(self, problem: Problem, teacher: Logits, labels: Tensor | None, like: Tensor) -> Tensor:
         """The teacher's likeliest token of every row, the first of several, (N,); −1 in rows that do not count."""
-        found = like.new_full((len(like), 2), -torch.inf)
-        logit, token = found[:, :1], found[:, 1:]
+        logit, column = like.new_full((len(like), 1), -torch.inf), torch.zeros_like(like, dtype=torch.int64)[:, None]
         if problem.vocab_size:
             saved, loss = like.new_zeros((len(like), SAVED)), torch.empty_like(like)
             alone = Problem(
@@ -145,18 +137,17 @@ class ShardedRows:
             self.backend.rows.value(alone, teacher, teacher, labels, loss, saved, None)
             column = target_of(saved).long().clamp(min=0).contiguous()
             self.backend.topk.gather(teacher, column, labels, logit)
-            token.copy_(column + self.ranks.first)
-        every = self.ranks.gathered(found)
-        owner = every[..., 0].argmax(0, keepdim=True)  # of the first rank's
-        targets = every[..., 1].gather(0, owner)[0]
-        targets = torch.where(targets >= 0, targets, 0).long()
+        token = self.ranks.first_largest(logit[:, 0], column[:, 0] + self.ranks.first)
+        targets = torch.where(token.isfinite(), token, 0.0).long()
         return targets if labels is None else torch.where(labels >= 0, targets, -1)
 
-    def _reach(self) -> Reach:
+    def _reach(self, part: Part) -> Reach:
         def largest(x: Tensor) -> Held:
             top, at = x.max(-1, keepdim=True)
-            owner = self.ranks.gathered(top).argmax(0)
-            return Held(at, owner == self.ranks.group.rank())
+            # A rank without a column has made one up, which is no token.
+            own = at + part.first if part.problem.vocab_size else torch.full_like(at, 1 << 24)
+            token = self.ranks.first_largest(top[:, 0], own[:, 0]).unsqueeze(-1)
+            return Held(at, own == token)
 
         return Reach(self.ranks.total, largest)
 

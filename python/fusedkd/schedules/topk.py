@@ -19,7 +19,7 @@ from ..backends.protocol import Backend, RowBackend, Sweeps
 from ..kernels.device.args import TokenStats, columns_of
 from ..kernels.device.rows import SAVED, Logits, Outcomes, Problem
 from ..kernels.device.topk import MASSES, ListedGradient, Masses
-from .partial_rows import Part
+from .partial_rows import GATHERED, Part
 from .ranks import Ranks, local
 
 EMPTY = -50.0  # log-probability of a bucket that the teacher leaves empty, as that of support="floor"
@@ -405,17 +405,18 @@ class TopKParts:
 
     def _merge_ranks(self, ranks: Ranks, memory: Saved, of_label: Tensor | None) -> None:
         """What all ranks have found. A listed logit is its owner's, and −inf elsewhere: the largest of them, or NaN."""
-        k = memory.logits.shape[1]
-        every = ranks.gathered(
-            torch.cat((memory.masses, memory.logits, *(() if of_label is None else (of_label,))), -1)
-        )
-        memory.logits.copy_(every[..., MASSES : MASSES + k].amax(0))
-        if of_label is not None:
-            of_label.copy_(every[..., MASSES + k :].amax(0))
-        memory.masses.copy_(every[0, :, :MASSES])
-        masses = columns_of(Masses, memory.masses)
-        for other in every[1:]:
-            _merge(masses, columns_of(Masses, other), self.problem.temperature, self.outcomes.bucket)
+        k, masses = memory.logits.shape[1], columns_of(Masses, memory.masses)
+        found = torch.cat((memory.masses, memory.logits, *(() if of_label is None else (of_label,))), -1)
+        for start in range(0, len(found), GATHERED):
+            rows = slice(start, start + GATHERED)
+            every = ranks.gathered(found[rows])
+            memory.logits[rows] = every[..., MASSES : MASSES + k].amax(0)
+            if of_label is not None:
+                of_label[rows] = every[..., MASSES + k :].amax(0)
+            memory.masses[rows] = every[0, :, :MASSES]
+            merged = Masses(*(x[rows] for x in masses))
+            for other in every[1:]:
+                _merge(merged, columns_of(Masses, other), self.problem.temperature, self.outcomes.bucket)
 
     def prepare(self, saved: Tensor, upstream: Tensor) -> None:
         """Before the gradient of any part."""
