@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import traceback
@@ -368,6 +369,34 @@ def automodel_logits(columns: int, count: int | None) -> None:
         check_gradient(whole(gradient) if student is mine else gradient, leaf.grad)
 
 
+def surroundings() -> None:
+    """torch.compile once the ranks know their columns, and a copy of a loss that was used."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    x = Batch.make()
+    mine, teacher = part(x.student), part(x.teacher).detach()
+    labels = torch.zeros(S, B, dtype=torch.int64)
+    for loss, rest in (
+        (automodel.KDLoss(tp_group=dist.group.WORLD), (labels,)),
+        (megatron.LogitsKLLoss(CONFIG), ()),
+    ):
+        both = []
+        for call in (loss, torch.compile(loss, backend="aot_eager")):
+            found = call(mine, teacher, *rest)
+            value = found[0] if isinstance(found, tuple) else found
+            (gradient,) = torch.autograd.grad(value.sum(), mine)
+            both.append((value.detach(), gradient))
+        assert all(torch.equal(eager, compiled) for eager, compiled in zip(*both, strict=True))
+    grid = init_device_mesh("cpu", (1, 2))
+    sides = [distribute_tensor(y.float(), grid, [Replicate(), Shard(2)]) for y in (x.student, x.teacher)]
+    loss = automodel.KDLoss()
+    first = loss(*sides, labels)
+    assert torch.equal(copy.deepcopy(loss)(*sides, labels), first)
+    megatron_loss = megatron.LogitsKLLoss(CONFIG)
+    first = megatron_loss(mine, teacher)[0]
+    assert torch.equal(copy.deepcopy(megatron_loss)(mine, teacher)[0], first)
+
+
 def refusals() -> None:
     """A group that is not that of the ranks, on every rank, before any collective; then the group still works."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -403,7 +432,7 @@ def refusals() -> None:
 
 
 CHECKS = (
-    logits_kl, padding, logits_topk, heads, of_cache, their_gradients, in_automodel, refusals,
+    logits_kl, padding, logits_topk, heads, of_cache, their_gradients, in_automodel, surroundings, refusals,
 )  # fmt: skip
 
 

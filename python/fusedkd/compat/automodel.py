@@ -52,6 +52,10 @@ class KDLoss(torch.nn.Module):
         self.chunk_size = chunk_size
         self._shard: VocabShard | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the shard: no process group can be copied, and the next call makes it again."""
+        return self.__dict__ | {"_shard": None}
+
     def forward(
         self,
         student_logits: Side,
