@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..cli.commands import Progress, make_folder, positive, require, usable_device
-from . import model, readme, report, tune
+from . import model, readme, report, sharding, tune
 from .measure import Deadline, machine
 from .results import empty, load, save, stem
 from .rivals import FAMILIES
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure nothing: write the results in --out as tables to FILE, and goals.md beside them",
     )
     summary = "time the tiles of the row kernels on a GPU and print lines for their table"
-    commands = parser.add_subparsers(metavar="[tune | model]")
+    commands = parser.add_subparsers(metavar="[tune | model | sharding]")
     search = commands.add_parser("tune", help=summary, description=summary.capitalize())
     tune.add_arguments(search)
     search.set_defaults(run=tune.run, fail=search.error)
@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modelled = commands.add_parser("model", help=summary, description=summary.capitalize())
     model.add_arguments(modelled)
     modelled.set_defaults(run=model.run, fail=modelled.error)
+    summary = "print what the ranks of a sharded vocabulary tell each other, and how long that would take"
+    shared = commands.add_parser("sharding", help=summary, description=summary.capitalize())
+    sharding.add_arguments(shared)
+    shared.set_defaults(run=sharding.run, fail=shared.error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -55,9 +55,9 @@ def read_text(files: int = 150) -> Tensor:
     return ids.unfold(0, LENGTH + 1, LENGTH)
 
 
-def batches(rows: Tensor, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of `steps` random batches: ids, and labels, in which unknown words do not count."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def batches(rows: Tensor, steps: int, device: torch.device, split: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` random batches, or this rank's part of each: ids, and labels, in which unknown words do not count."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
     generator = torch.Generator().manual_seed(0)  # the same on every rank
     for _ in range(steps):
         chosen = rows[torch.randint(len(rows), (BATCH,), generator=generator)][rank::world].to(device)
@@ -65,8 +65,8 @@ def batches(rows: Tensor, steps: int, device: torch.device) -> Iterator[tuple[Te
         yield chosen[:, :-1], torch.where(labels == 0, IGNORED, labels)
 
 
-def model(width: int, layers: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights, whose output layer is its embedding."""
+def model(width: int, layers: int, tied: bool = True) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights, whose output layer is its embedding unless it is not `tied`."""
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -75,7 +75,7 @@ def model(width: int, layers: int) -> Qwen2ForCausalLM:
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
         max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         use_cache=False,
     )
     return Qwen2ForCausalLM(config)
@@ -126,20 +126,24 @@ def held_out_loss(root: Distillation, rows: Tensor, device: torch.device) -> flo
     return total.item()
 
 
-def main() -> None:
-    """Train the teacher, distil the student, say what that did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def start(about: str | None) -> tuple[int, torch.device]:
+    """The command line's number of steps, and this rank's device, once the ranks have met."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="of the teacher and of the student (default: 60)")
     steps = parser.parse_args().steps
-
     gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     dist.init_process_group("nccl" if gpu else "gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-
     torch.manual_seed(0)  # the same weights on every rank
+    return steps, device
+
+
+def main() -> None:
+    """Train the teacher, distil the student, say what that did."""
+    steps, device = start(__doc__)
+    rank, world = dist.get_rank(), dist.get_world_size()
     with device:
         student, teacher = model(64, 2), model(128, 3)
     text = read_text()

@@ -6,6 +6,8 @@ import faulthandler
 import io
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+ROOT = Path(__file__).parent.parent
 COLLECTIVE = timedelta(seconds=30)  # longest wait of a collective; for groups that a function makes itself, too
 GRACE = 2.0  # seconds that the other ranks have to report once one has failed: most wait for it in a collective
 
@@ -114,3 +117,25 @@ def _rank(
             faulthandler.cancel_dump_traceback_later()
             pipe.close()
     os._exit(0)  # the interpreter's end would run destructors beside threads of torch
+
+
+def torchrun(world: int, script: str, *arguments: str, timeout: float = 120) -> str:
+    """What a script of the repository prints as `world` ranks; their errors where it fails."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), script]
+    # As many threads as torchrun gives, without its word about it.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, *launch, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            try:
+                process.wait(40)  # it gives them 30 seconds
+            finally:
+                process.kill()
+            raise
+    assert process.returncode == 0, errors[-3000:]
+    return out

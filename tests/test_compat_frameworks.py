@@ -394,17 +394,19 @@ def test_swift_without_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
         swift.jsd_loss(torch.randn(2, 5), torch.randn(2, 5), 0.5, kl_div_fn=torch.sub)
 
 
-def test_what_is_not_supported_is_named() -> None:
-    """NotImplementedError with the argument and what works instead."""
-    with pytest.raises(NotImplementedError, match=r"tensor_model_parallel_size is 2: .* use a tensor-parallel"):
-        megatron.LogitsKLLoss(config(ranks=2))
-    with pytest.raises(NotImplementedError, match=r"tp_group has 4 ranks: .* gather the logits"):
-        automodel.KDLoss(tp_group=SimpleNamespace(size=lambda: 4))
+def test_megatron_without_megatron() -> None:
+    """Tensor parallelism needs its group, and the error says from where (test_compat_sharded.py has the rest)."""
+    logits = torch.randn(2, *SHAPE)
+    with pytest.raises(ImportError, match=r"tensor_model_parallel_size is 2, .* megatron.core.parallel_state's, which"):
+        megatron.LogitsKLLoss(config(ranks=2))(*logits)
+    for options, name in (({"hidden_grad": "sum"}, "hidden_grad"), ({"vocab_size": 9.0}, "vocab_size")):
+        with pytest.raises((ValueError, TypeError), match=f"^{name} must be"):
+            megatron.LogitsKLLoss(config(), **options)
 
 
 def test_automodel_on_dtensors() -> None:
-    """Of two ranks: a sharded vocabulary is refused, other DTensors are gathered."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+    """Those whose vocabulary is whole are gathered."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     rows = unrelated(*SHAPE)
@@ -414,9 +416,6 @@ def test_automodel_on_dtensors() -> None:
         mesh = init_device_mesh("cpu", (2,))
         whole = [DTensor.from_local(x, mesh, [Replicate()]) for x in (student, teacher, labels)]
         assert torch.equal(automodel.KDLoss()(*whole), automodel.KDLoss()(student, teacher, labels))
-        sharded = DTensor.from_local(student, mesh, [Shard(2)])
-        with pytest.raises(NotImplementedError, match="student_logits is a DTensor sharded over the vocabulary: "):
-            automodel.KDLoss()(sharded, teacher, labels)
     finally:
         dist.destroy_process_group()
 
@@ -453,7 +452,7 @@ SIGNATURES = {  # torchtune 0.6.1, nvidia-modelopt 0.47.0, nemo-automodel 0.7.0,
     modelopt.LogitsDistillationLoss.forward: "self, logits_s, logits_t",
     automodel.KDLoss: "ignore_index=-100, temperature=1.0, fp32_upcast=True, tp_group=None, chunk_size=0",
     automodel.KDLoss.forward: "self, student_logits, teacher_logits, labels, num_batch_labels=None",
-    megatron.LogitsKLLoss: "model_config, temperature=1.0, reverse=False",
+    megatron.LogitsKLLoss: "model_config, temperature=1.0, reverse=False, vocab_size=None, hidden_grad='reduce'",
     megatron.LogitsKLLoss.forward: "self, predictions, targets",
     swift.jsd_loss: "s_logits, t_logits, beta, log_softmax_fn=None, kl_div_fn=None, chunk_size=512",
 }

@@ -561,8 +561,8 @@ REFUSED = {
     "verl-sharded": (NotImplementedError, "Ulysses sequence parallelism are not supported: slice"),
     "verl-shape": (ValueError, "teacher_topk_ids and teacher_topk_log_probs must both have the shape"),
     "verl-dtype": (TypeError, "teacher_topk_ids must be int32 or int64, got torch.float32"),
-    "megatron-tp": (NotImplementedError, "tp_size is 2: .* use a tensor-parallel size of 1"),
-    "modelopt-tp": (NotImplementedError, "tensor_model_parallel_size is 2"),
+    "megatron-tp": (ValueError, "tp_size is 2, and the tensor-parallel group is None"),
+    "modelopt-tp": (ImportError, "tensor_model_parallel_size is 2, .* install megatron-core"),
     "modelopt-k": (ValueError, "top_k must be at most the vocabulary of targets, 67, got 68"),
     "modelopt-head": (NotImplementedError, "targets is a Head"),
     "axolotl-mask": (ValueError, r"target_mask must have the shape \(2, 6, 5\)"),
@@ -592,7 +592,7 @@ def refused(name: str, x: Sparse) -> Any:
         "verl-shape": lambda: verl.compute_forward_kl_topk(s, logp[..., 1:], ids, of, "bshd"),
         "verl-dtype": lambda: verl.compute_forward_kl_topk(s, logp, ids.float(), of, "bshd"),
         "megatron-tp": lambda: megatron.topk_kl_div(s, logp, ids, 2, 0, None),
-        "modelopt-tp": lambda: modelopt.TopKLogitsKLLoss(of_model(ranks=2)),
+        "modelopt-tp": lambda: modelopt.TopKLogitsKLLoss(of_model(ranks=2), top_k=K)(s, s),
         "modelopt-k": lambda: modelopt.TopKLogitsKLLoss(of_model(), top_k=V + 1)(s, s),
         "modelopt-head": lambda: modelopt.TopKLogitsKLLoss(of_model(), top_k=K)(head, head),
         "axolotl-mask": lambda: axolotl.loss(s, ids, logp, x.labels),
@@ -639,7 +639,8 @@ SIGNATURES = {
     "chunk_size=1024, ignore_index=-100, shift_labels=None, temperature=1.0, log_prob_min_clamp=None",
     megatron.topk_kl_div: "student_logits, teacher_topk_logprobs, teacher_topk_indices, tp_size, tp_rank, tp_group, "
     "add_ghost_token=False",
-    modelopt.TopKLogitsKLLoss: "model_config, temperature=1.0, reverse=False, top_k=1024",
+    modelopt.TopKLogitsKLLoss: "model_config, temperature=1.0, reverse=False, top_k=1024, vocab_size=None, "
+    "hidden_grad='reduce'",
     axolotl.loss: "student_logits, target_token_ids, target_logprobs, target_mask, num_items_in_batch=-1, "
     "kd_temperature=1.0",
     axolotl.LigerFusedLinearKLTopKLogprobLoss: "weight_hard_loss=0.5, weight_soft_loss=0.5, temperature=1.0, beta=1.0, "

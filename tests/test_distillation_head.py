@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,7 +17,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedkd
 
-ROOT = Path(__file__).parent.parent
 B, T, V, D, K = 4, 10, 97, 16, 24  # V is odd: shards of different sizes
 STEPS, WORLD = 5, 2
 
@@ -556,21 +550,7 @@ def test_refused_on_ranks(
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_example() -> None:
     """As its first lines say, for a few steps: only the first rank prints, and the held-out loss falls."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), "examples/fsdp.py"]
-    # As many threads as torchrun gives, without its word about it.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, "--steps", "8"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    ) as example:  # fmt: skip
-        try:
-            out, errors = example.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(example.pid, signal.SIGKILL)  # ranks would outlive torchrun
-            raise
-    assert example.returncode == 0, errors[-3000:]
-    (line,) = out.splitlines()
+    (line,) = ranks.torchrun(WORLD, "examples/fsdp.py", "--steps", "8").splitlines()
     before, after = map(float, re.findall(r"\d+\.\d+", line))
     assert line.startswith("2 ranks, 8 steps")
     assert after < 0.9 * before

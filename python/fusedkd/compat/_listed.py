@@ -14,6 +14,8 @@ from ..divergence import Divergence
 from ..dtypes import accumulation_dtype
 from ..head import Head, Side, autocast_dtype, detached
 from ..loss import kd_loss
+from ..schedules.ranks import Ranks, local
+from ..shard import VocabShard
 from ..sparse import TopK
 from ..token_logprobs import token_logprobs
 from ._shared import IGNORED
@@ -50,11 +52,15 @@ def topk(ids: Tensor, logprobs: Tensor, tail: str, temperature: float = 1.0) -> 
 
 
 @torch.no_grad()
-def logits_at(student: Side, ids: Tensor) -> Tensor:
+def logits_at(student: Side, ids: Tensor, shard: VocabShard | None = None) -> Tensor:
     """The student's logits at ids (..., K), −inf where an id is −1, wide and without gradient.
 
-    Of a Head, a few rows of the listed weights at a time, rounded as autocast rounds those of the loss.
+    Of a Head, a few rows of the listed weights at a time, rounded as autocast rounds those of the loss. With a shard
+    that knows its columns, ids are the vocabulary's and each logit is its owner's: all ranks gather K floats a token.
     """
+    if shard is not None:
+        here = logits_at(student, local(ids, slice(shard.first, shard.first + shard.width)))
+        return Ranks(shard.group, shard.first).gathered(here).amax(0)  # −inf elsewhere; NaN passes
     if not isinstance(student, Head):
         z = student.gather(-1, ids.long().clamp(0, student.shape[-1] - 1))
         return z.to(accumulation_dtype(student)).masked_fill(ids < 0, -torch.inf)
@@ -96,11 +102,12 @@ def truncated_kl(
     clamp: float | None = None,
     logq: Tensor | None = None,
     labels: Tensor | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Σ p (log p − log q) per token over the listed ones, with p as it is; an id of −1 is no token.
 
     clamp: the least of both logarithms. The gradient of a log q that is clamped is 0. It needs `logq` (..., K), the
-    student's at ids, beforehand (`logprobs_at`). labels: IGNORED where a token does not count.
+    student's at ids, beforehand (`logprobs_at`). labels: IGNORED where a token does not count. shard: of the student.
     """
     logp = logprobs.detach().to(torch.float32)
     constant = 0.0
@@ -115,22 +122,32 @@ def truncated_kl(
     c = total.clamp_min(1.0)
     shifted = logp - c.log().unsqueeze(-1)
     loss = kd_loss(
-        student, topk(ids, shifted, "truncate", temperature), labels, temperature=temperature, reduction="none"
-    )
+        student, topk(ids, shifted, "truncate", temperature), labels, temperature=temperature, reduction="none",
+        shard=shard,
+    )  # fmt: skip
     loss = loss * c + total * c.log() + constant
     return loss if labels is None else torch.where(labels == IGNORED, 0.0, loss)
 
 
 def renormalized(
-    student: Side, ids: Tensor, logprobs: Tensor, chosen: Divergence, temperature: float = 1.0, labels: Any = None
+    student: Side,
+    ids: Tensor,
+    logprobs: Tensor,
+    chosen: Divergence,
+    temperature: float = 1.0,
+    labels: Any = None,
+    **sharding: Any,
 ) -> Tensor:
-    """D per token of both sides renormalised on the listed tokens; logprobs at `temperature`, of any sum."""
+    """D per token of both sides renormalised on the listed tokens; logprobs at `temperature`, of any sum.
+
+    sharding: `shard` and `hidden_grad` of kd_loss.
+    """
     listed = logprobs.detach().to(torch.float32).masked_fill(ids < 0, -torch.inf)
     some = (ids >= 0).any(-1, keepdim=True)
     logp = torch.where(some, listed - torch.logsumexp(listed, -1, keepdim=True), -torch.inf)
     return kd_loss(
         student, topk(ids, logp, "renormalize", temperature), labels, divergence=chosen, temperature=temperature,
-        reduction="none",
+        reduction="none", **sharding,
     )  # fmt: skip
 
 
@@ -142,6 +159,7 @@ def bucketed(
     floor: float,
     temperature: float = 1.0,
     labels: Tensor | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """D per token of the listed tokens and one bucket of all others, whose mass is at least `floor` on both sides.
 
@@ -149,14 +167,16 @@ def bucketed(
     has raised the sum of the teacher above 1. A bucket of the student that is smaller is a constant in fkl, whose value
     grows with it without bound; in the other divergences, which it changes by a few times the floor, it stays as it is.
     """
-    given: dict[str, Any] = {"divergence": chosen, "temperature": temperature, "reduction": "none"}
+    given: dict[str, Any] = {
+        "divergence": chosen, "temperature": temperature, "reduction": "none", "shard": shard,
+    }  # fmt: skip
     logp = _raised(ids, logprobs, floor)
     if chosen.name != "fkl":
         return kd_loss(student, topk(ids, logp, "bucket", temperature), labels, **given)
     with torch.no_grad():
         teacher = topk(ids, logp, "bucket", temperature)
         loss, stats = kd_loss(detached(student), teacher, labels, return_stats=True, **given)
-        logq = logits_at(student, ids) / temperature - stats.student_lse.unsqueeze(-1)
+        logq = logits_at(student, ids, shard) / temperature - stats.student_lse.unsqueeze(-1)
         p = torch.where(ids >= 0, logp.exp(), 0.0)
         of_listed = torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
         rest = (1 - p.double().sum(-1)).clamp_min(floor).to(loss.dtype)
