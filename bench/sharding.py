@@ -38,7 +38,7 @@ BANDWIDTH = 450e9
 SIZES = (2, 4, 8)
 TOKENS = 128 * 1024
 SHAPE = shapes.QWEN3_WIDE.resized(rows=TOKENS)
-ROWS, COLUMNS, LISTED = 64, 40, 8  # of the calls that are counted; as many rows as amid and akl take at a time
+ROWS, COLUMNS, LISTED = 64, 40, 8  # of the calls that are counted
 
 
 class Told(NamedTuple):
@@ -58,7 +58,7 @@ class _Counted(Ranks):
 
     def __new__(cls) -> _Counted:
         """Of columns from 0 on."""
-        ranks = super().__new__(cls, SimpleNamespace(rank=lambda: 0, size=lambda: 1), 0)
+        ranks = super().__new__(cls, SimpleNamespace(rank=lambda: 0, size=lambda: 1), 0, COLUMNS)
         ranks.told = []
         return ranks
 
@@ -66,7 +66,7 @@ class _Counted(Ranks):
 
     def gathered(self, x: torch.Tensor) -> torch.Tensor:
         """Its own."""
-        self.told.append(x.shape[-1])
+        self.told.append(x.shape[-1] * x.element_size() // 4)
         return x[None]
 
 

@@ -28,7 +28,7 @@ def columns_told(rank: int) -> dict[str, list[int]]:
     gathered, reduce = Ranks.gathered, Ranks.reduce
 
     def noted(self: Ranks, x: torch.Tensor) -> torch.Tensor:
-        told.append(x.shape[-1])
+        told.append(x.shape[-1] * x.element_size() // 4)
         return gathered(self, x)
 
     def summed(self: Ranks, x: torch.Tensor) -> None:

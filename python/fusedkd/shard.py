@@ -11,6 +11,7 @@ from . import checks
 from .checks import is_dtensor
 from .head import Head, Side
 from .schedules.operands import is_operand
+from .schedules.ranks import Ranks
 from .sparse import TopK
 
 
@@ -111,6 +112,11 @@ class VocabShard:
         """`start`, once it is known."""
         assert self.start is not None
         return self.start
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the group, as schedules have them."""
+        return Ranks(self.group, self.first, self.widest)
 
     def here(self, columns: int) -> int:
         """How many of the vocabulary's first `columns` are this rank's."""

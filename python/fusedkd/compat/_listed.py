@@ -14,7 +14,7 @@ from ..divergence import Divergence
 from ..dtypes import accumulation_dtype
 from ..head import Head, Side, autocast_dtype, detached
 from ..loss import kd_loss
-from ..schedules.ranks import Ranks, local
+from ..schedules.ranks import local
 from ..shard import VocabShard
 from ..sparse import TopK
 from ..token_logprobs import token_logprobs
@@ -60,7 +60,7 @@ def logits_at(student: Side, ids: Tensor, shard: VocabShard | None = None) -> Te
     """
     if shard is not None:
         here = logits_at(student, local(ids, slice(shard.first, shard.first + shard.width)))
-        return Ranks(shard.group, shard.first).gathered(here).amax(0)  # −inf elsewhere; NaN passes
+        return shard.ranks.gathered(here).amax(0)  # −inf elsewhere; NaN passes
     if not isinstance(student, Head):
         z = student.gather(-1, ids.long().clamp(0, student.shape[-1] - 1))
         return z.to(accumulation_dtype(student)).masked_fill(ids < 0, -torch.inf)

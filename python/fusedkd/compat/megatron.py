@@ -16,7 +16,6 @@ from .. import checks
 from ..divergence import divergence
 from ..head import Head, Side
 from ..loss import kd_loss
-from ..schedules.ranks import Ranks
 from ..shard import VocabShard
 from . import _listed
 
@@ -271,7 +270,7 @@ def _likeliest(
     lacking = (0, k - own.shape[-1])  # all ranks gather as many
     own = torch.nn.functional.pad(own.float(), lacking, value=-torch.inf)
     local = torch.nn.functional.pad(local + shard.first, lacking, value=-1)
-    ranks = Ranks(shard.group, shard.first)
+    ranks = shard.ranks
     values, ids = (ranks.gathered(x).movedim(0, -2).flatten(-2) for x in (own, local))
     best = values.topk(k, dim=-1)
     return best.values, ids.gather(-1, best.indices)
