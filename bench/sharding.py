@@ -174,7 +174,7 @@ class Time(NamedTuple):
 def time_of(name: str, size: int) -> Time:
     """Return what a step takes of a rank, the hidden gradient summed."""
     columns = -(-SHAPE.vocab // size)
-    plan = planner.plan(SHAPE.rows, columns, SHAPE.dim, SHAPE.teacher_dim, divergence=name, device=PART)
+    plan = planner.plan(SHAPE.rows, columns, SHAPE.dim, SHAPE.teacher_dim, divergence=name, device=PART, ranks=size)
     found = told(name)
     chunks = -(-SHAPE.rows // plan.rows_per_product)
     gathered = 4 * (size - 1) * found.floats * SHAPE.rows

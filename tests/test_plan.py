@@ -108,6 +108,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "frozen": ({"frozen": ("head",)}, ValueError, ("frozen", "head", "weight")),
     "schedule": ({"schedule": "fast"}, ValueError, ("schedule", "fast")),
     "divergence": ({"divergence": "kl"}, ValueError, ("divergence", "kl")),
+    "ranks": ({"ranks": 0}, ValueError, ("ranks", "0")),
     "whole rows": ({"divergence": "akl", "schedule": "streaming"}, NotImplementedError, ("akl", "chunked")),
 }
 

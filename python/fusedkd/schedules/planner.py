@@ -286,6 +286,7 @@ def plan(
     schedule: str = "auto",
     reduction: str = "mean",
     logits_dtype: torch.dtype | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """What `kd_loss(Head, Head, ...)` would do for these sizes, without tensors and without the device.
 
@@ -297,6 +298,7 @@ def plan(
             the counted instructions and bytes of the compiled kernels.
         frozen: "hidden" and/or "weight" of the student, if they need no gradient. A weight that the teacher shares
             counts in full: its product with other hidden states is another product.
+        ranks: how many share the vocabulary (`VocabShard`), if V is a rank's columns; their collectives are left out.
 
     Raises:
         ValueError, TypeError: naming the argument; for a budget that cannot be kept, with the least that would do.
@@ -309,6 +311,8 @@ def plan(
     checks.one_of("schedule", schedule, ("auto", "chunked", "streaming"))
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.budget(memory_budget)
+    checks.integer("ranks", ranks)
+    checks.positive("ranks", ranks)
     parts = (frozen,) if isinstance(frozen, str) else tuple(frozen)
     for part in parts:
         checks.one_of("frozen", part, ("hidden", "weight"))
@@ -319,6 +323,7 @@ def plan(
         best = best._replace(part=None)  # which no kernel of ours takes
     shape = _two_heads(N, V, D_student, teacher, dtype, logit_dtype(dtype, logits_dtype), on_cpu)
     shape = replace(shape, needs_hidden="hidden" not in parts, needs_weight="weight" not in parts)
+    shape = replace(shape, ranks=ranks, parameters=ranks > 1 and not form.definition.separable)
     chosen = choose_schedule(shape, memory_budget, schedule, reduction, whole_rows(form, False, False), sweeps_of(form))
     return _costs(shape, chosen, form, reduction == "none", best)
 
