@@ -209,7 +209,7 @@ def add_terms(sums, x, live, theta, TERM):
     f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)  # (R, T, V) each
     total = sums.total + thread_sum(tl.where(live, f, 0.0))
     mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
-    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, x.d, 0.0))))
+    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, x.delta, 0.0))))
 
 
 @jit

@@ -165,7 +165,7 @@ def _finalize_normalizers(
 def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
     """Store TermSums of a LogitTile, (BLOCK,) each."""
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
-    of_row = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
+    of_row = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix, False)  # of one tile: no loop to shorten
     live = x.live & (cols != label)
     store_numbers(at, add_terms(none, of_row, live, theta, TERM))
 
@@ -202,7 +202,7 @@ def _write_gradient(
     """Store a tile of the gradient. The last program of the row also stores the entry of the dominant token."""
     dominant = gradient_tile(
         x, cols, label, label, scales, mix, student.softcap, grad, gradient_start(grad, row), grad.width, scalars,
-        upstream, theta, no_dominant(1), TERM,
+        upstream, theta, no_dominant(1), TERM, False,
     )  # fmt: skip
     dominant = merge_dominant(dominant, student)
     slope = tl.where(dominant.token >= 0, dominant.slope, 0.0)
