@@ -24,8 +24,17 @@ import torch
 
 from ..language import formula, rowwise, tl
 from ..maths.definition import Definition, OnlineForm, Parameter
-from ..maths.elementary import LOG2E, clear_difference, expm1_product, expm1_ratio, horner, is_tile, loses_nothing
-from ..maths.moments import moments_advance, moments_ratio
+from ..maths.elementary import (
+    LOG2E,
+    clear_difference,
+    expm1_product,
+    expm1_ratio,
+    horner,
+    is_tile,
+    loses_nothing,
+    negative,
+)
+from ..maths.moments import moments_ratio, ratio_advance
 from ..maths.reductions import thread_sum
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
@@ -206,7 +215,7 @@ def plain_term(q, p, logq, logp, delta, theta):
     mixed = plain_mixed_power(alpha, logp, beta, logq)
     pc = plain_power(c, logp)
     close = _close(alpha, beta, delta)
-    return plain_bend(qc, mixed, pc, alpha, beta, delta, close), -plain_slope(qc, mixed, alpha, delta, close)
+    return plain_bend(qc, mixed, pc, alpha, beta, delta, close), negative(plain_slope(qc, mixed, alpha, delta, close))
 
 
 @formula(torch=term)
@@ -215,7 +224,7 @@ def half_plain_term(q, p, logq, logp, delta, theta):
     alpha, beta = theta
     qc = plain_power(alpha + beta, logq)
     mixed = plain_mixed_power(alpha, logp, beta, logq)
-    return 0.0 * qc, -_slope_by_series(qc, mixed, alpha, delta, _close(alpha, beta, delta), 5)
+    return 0.0 * qc, negative(_slope_by_series(qc, mixed, alpha, delta, _close(alpha, beta, delta), 5))
 
 
 @formula
@@ -239,7 +248,7 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     alpha, beta = theta
     c = alpha + beta
     log_s, log_t, x = move
-    z_s, z_t, a, b = moments_advance((z_s, z_t, a, b), move, z, u, d, ez, eu, live, theta)
+    z_s, z_t, a, b = ratio_advance((z_s, z_t, a, b), move, z, u, d, ez, eu, live, theta)
     to_w = tl.exp(c * log_s)
     to_v = tl.exp(alpha * log_t + beta * log_s)
     to_u = tl.exp(c * log_t)

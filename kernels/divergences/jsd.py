@@ -15,7 +15,7 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
+from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, negative, rem2_product
 from ..maths.mixture import (
     SATURATING,
     cumulants,
@@ -23,6 +23,7 @@ from ..maths.mixture import (
     factor,
     far_above,
     far_beyond,
+    larger_weight,
     log_mixture,
     log_weights,
 )
@@ -52,20 +53,31 @@ def _value_series(beta):
 
 
 @formula
-def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP):
-    """−phi, by TERMS terms of its series near 0."""
+def _far_log(delta, theta, LOG1P_EXP):
+    """(e, log) where |δ| > 1/2: log(M/q) = e + log, `log` a number of the row; log(1 + e^−|...|) of both parts."""
+    beta, far = theta
+    part, other = log_weights(beta)
+    tail = LOG1P_EXP(delta + (other - part))
+    above, below, log = larger_weight(part, other, tl.where(beta < 1, far, 0.0))
+    return far_above(below, above, delta, tail), log, tail
+
+
+@formula
+def _slope(q, p, delta, theta, excess, log, TERMS: tl.constexpr):
+    """−phi, by TERMS terms of its series near 0, or from `_far_log`."""
     beta, far = theta
     far = tl.where(beta < 1, far, 0.0)
     part, other = log_weights(beta)
     of_q = tl.where(beta == 1, 1.0, 1.0 - beta)
+    end = tl.where(beta == 0, 1.0, 0.0)
     kappa = cumulants(beta)
     series = ()
     for n in tl.static_range(1, TERMS + 1):
         series = series + (tl.where(beta == 0, factor(n), of_q * kappa[n - 1]),)
     shift = far * part
-    excess = far_above(part - shift, other - shift, delta, LOG1P_EXP(delta + (other - part)))
     near = q * (delta * horner(series, delta) - of_q * shift)
-    return tl.where(tl.abs(delta) < 0.5, near, tl.where(beta == 0, p - q, of_q * q * excess))
+    apart = end * p + q * (of_q * excess + (of_q * (log - shift) - end))
+    return tl.where(tl.abs(delta) < 0.5, near, apart)
 
 
 @formula(torch=_by_logs)
@@ -73,19 +85,22 @@ def term(q, p, logq, logp, delta, theta):
     """f = β p log(p/M) + (1 − β) q log(q/M), phi = −w_q q log(M/q); the KL whose end β stands on there."""
     beta, far = theta
     part, other = log_weights(beta)
-    tail = log1p_exp(delta + (other - part))
-    of_q = tl.where(beta == 1, 1.0, 1.0 - beta) * q
-    of_p = tl.where(beta == 0, 1.0, beta) * p
+    excess, log, tail = _far_log(delta, theta, log1p_exp)
+    of_q = tl.where(beta == 1, 1.0, 1.0 - beta)
+    of_p = tl.where(beta == 0, 1.0, beta)
     end = tl.where(beta == 0, 1.0, 0.0) - tl.where(beta == 1, 1.0, 0.0)
-    apart = end * (q - p) - of_q * far_above(part, other, delta, tail) - of_p * far_beyond(part, other, delta, tail)
+    with_q = (end - of_q * log) - of_q * excess
+    with_p = end + of_p * far_beyond(part, other, delta, tail)
+    apart = q * with_q - p * with_p
     near = q * (delta * delta) * horner(_value_series(beta), delta)
-    return tl.where(tl.abs(delta) < 0.5, near, apart), -_slope(q, p, delta, theta, 8, log1p_exp)
+    return tl.where(tl.abs(delta) < 0.5, near, apart), negative(_slope(q, p, delta, theta, excess, log, 8))
 
 
 @formula(torch=_by_logs)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    return 0.0 * q, -_slope(q, p, delta, theta, 6, half_log1p_exp)
+    excess, log, _ = _far_log(delta, theta, half_log1p_exp)
+    return 0.0 * q, negative(_slope(q, p, delta, theta, excess, log, 6))
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Tensor:

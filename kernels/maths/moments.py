@@ -25,7 +25,7 @@ A column that does not count has e^z = e^u = 0 and may be called live: what is s
 """
 
 from ..language import formula, tl
-from .elementary import expm1_product, log1p, loses_nothing, rem2_product
+from .elementary import close_expm1_product, expm1_product, log1p, loses_nothing, negative, rem2_product
 from .quantities import EntropySums, LogSumExp
 from .reductions import broadcast_per_thread, thread_max, thread_sum
 
@@ -87,7 +87,13 @@ def remainders(ez, eu, d, live, zeroth, other, first):
 
 
 @formula
-def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
+def differences(ez, eu, d, live, zeroth, other, first):
+    """The same where A + B is all that is asked for: only the sum of both has its digits."""
+    return thread_sum(tl.where(live, close_expm1_product(ez, eu, d), 0.0)) - first
+
+
+@formula
+def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, REMAINDERS):
     z_s, z_t, first, second = state
     to_t = tl.exp(log_t)
     z_s, first, second = _shift(z_s, first, second, tl.exp(log_s), to_t, x)
@@ -97,7 +103,7 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
     z_t = to_t * z_t + more_t
     more = thread_sum(tl.where(live, ez * d, 0.0))
     first += more
-    second += remainders(ez, eu, d, live, more_s, more_t, more)
+    second += REMAINDERS(ez, eu, d, live, more_s, more_t, more)
     return z_s, z_t, first, second
 
 
@@ -105,7 +111,7 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
 def moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """Student-weighted moments: what RKL needs, and what every r comes from."""
     log_s, log_t, x = move
-    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live)
+    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, remainders)
 
 
 @formula
@@ -113,8 +119,17 @@ def teacher_moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """The same with the roles of student and teacher exchanged, kept in the order (Z_s, Z_t, A', B')."""
     log_s, log_t, x = move
     z_s, z_t, first, second = state
-    z_t, z_s, first, second = _weighted_moments((z_t, z_s, first, second), log_t, log_s, -x, -d, eu, ez, live)
+    z_t, z_s, first, second = _weighted_moments(
+        (z_t, z_s, first, second), log_t, log_s, -x, negative(d), eu, ez, live, remainders
+    )
     return z_s, z_t, first, second
+
+
+@formula(torch=moments_advance)
+def ratio_advance(state, move, z, u, d, ez, eu, live, theta):
+    """What r comes from, and a B that tells rows which are close from others, but is no sum of a value."""
+    log_s, log_t, x = move
+    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, differences)
 
 
 @formula
