@@ -20,7 +20,7 @@ from fusedkd.backends.torch_rows import Whole
 from fusedkd.kernels.divergences import REGISTRY, definitions
 from fusedkd.kernels.language import jit, tl
 from fusedkd.kernels.maths import elementary
-from fusedkd.kernels.maths.centering import centred, no_maxima, raise_maxima
+from fusedkd.kernels.maths.centering import centre_of, centred, no_maxima, raise_maxima
 from fusedkd.kernels.maths.definition import Definition, Derived
 from fusedkd.kernels.maths.mixture import SATURATING
 from fusedkd.kernels.maths.moments import log_sum
@@ -216,7 +216,7 @@ def test_one_sweep_form(definition: Definition, theta: tuple[float, ...], spread
     centre, live = (zero,) * 4, torch.ones(6, 20, dtype=torch.bool)
     for s, t in zip(student.split(20, -1), teacher.split(20, -1), strict=True):
         before = maxima[0]
-        maxima, centre, move, _ = raise_maxima.torch(maxima, s, t, live, 1.0, ())
+        maxima, centre, move, _ = raise_maxima.torch(maxima, centre_of.torch(maxima, 1.0, ()), s, t, live, 1.0, ())
         assert (maxima[0] > before).all()
         z, u, d = centred.torch(s, t, centre, 1.0, ())
         state = definition.online.advance.torch(state, move, z, u, d, z.exp(), u.exp(), live, numbers)

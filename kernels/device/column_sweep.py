@@ -26,7 +26,8 @@ def column_sweep(
     for i in range(0, order.num_full):
         cols = full_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_raw(student, teacher, vectors.ptrs, cols, None, None)
-        tile_of_row = at_offsets(finite(x.s), finite(x.t), ctx.centre, log_norms, ctx.inv_tau, ctx.mix, SHORT)
+        # A teacher's −inf stays: what comes of it does not count.
+        tile_of_row = at_offsets(finite(x.s), x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, SHORT)
         sums = ADD(sums, tile_of_row, x.live, given, FORMULA)
     for i in range(0, order.num_masked):
         cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..language import jit, tl, triton
-from ..maths.centering import at_offsets
+from ..maths.centering import at_offsets, centre_of
 from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -95,7 +95,8 @@ def _store_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, A
     if scales.ce is not None:
         cross = cross_entropy_advance(cross, x.s, cols < scales.ce.width)
     none, live = no_sums(INIT), x.live & (cols != label)
-    acc = accumulate_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    centre = centre_of(none.maxima, 1.0, ())
+    acc, _ = accumulate_tile(x.s, x.t, live, none, centre, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     is_label = cols == label
     label_logits = (_only(x.s, is_label), _only(x.t, is_label & x.live))
     store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)

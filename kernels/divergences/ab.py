@@ -27,6 +27,8 @@ from ..maths.definition import Definition, OnlineForm, Parameter
 from ..maths.elementary import (
     LOG2E,
     clear_difference,
+    close_expm1_product,
+    exp,
     expm1_product,
     expm1_ratio,
     horner,
@@ -177,7 +179,7 @@ def _slope_sum(w, v, alpha, beta, x, live):
 @formula(torch=_slope_sum)
 def slope_sum(w, v, alpha, beta, x, live):
     """Σ `plain_slope` of a tile, by alpha."""
-    return thread_sum(tl.where(live, plain_slope(w, v, alpha, x, _close(alpha, beta, x)), 0.0))
+    return thread_sum(tl.where(live, close_expm1_product(w, v, alpha * x), 0.0)) * (1.0 / alpha)
 
 
 def _bend_sum(w, v, u, alpha, beta, x, live):
@@ -224,7 +226,8 @@ def half_plain_term(q, p, logq, logp, delta, theta):
     alpha, beta = theta
     qc = plain_power(alpha + beta, logq)
     mixed = plain_mixed_power(alpha, logp, beta, logq)
-    return 0.0 * qc, negative(_slope_by_series(qc, mixed, alpha, delta, _close(alpha, beta, delta), 5))
+    close = tl.abs(delta) < 0.025 / alpha
+    return 0.0 * qc, negative(_slope_by_series(qc, mixed, alpha, delta, close, 2))
 
 
 @formula
@@ -236,9 +239,10 @@ def init():
 @formula
 def _shift(weight, first, second, w, v, u, alpha, beta, x):
     """(P, G) after d moves by −x, given w, v = w·e^{−αx}, u = w·e^{−cx}."""
-    mixed = slope(v, u, beta, -x)  # w (e^{−cx} − e^{−αx})/β
-    moved = v * first + slope(w, v, alpha, -x) * weight
-    return moved, u * second + mixed * first + bend(w, v, u, alpha, beta, -x) * weight
+    close = _close(alpha, beta, x)
+    mixed = plain_slope(v, u, beta, -x, close)  # w (e^{−cx} − e^{−αx})/β
+    moved = v * first + plain_slope(w, v, alpha, -x, close) * weight
+    return moved, u * second + mixed * first + plain_bend(w, v, u, alpha, beta, -x, close) * weight
 
 
 @formula
@@ -249,9 +253,9 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     c = alpha + beta
     log_s, log_t, x = move
     z_s, z_t, a, b = ratio_advance((z_s, z_t, a, b), move, z, u, d, ez, eu, live, theta)
-    to_w = tl.exp(c * log_s)
-    to_v = tl.exp(alpha * log_t + beta * log_s)
-    to_u = tl.exp(c * log_t)
+    to_w = exp(c * log_s)
+    to_v = exp(alpha * log_t + beta * log_s)
+    to_u = exp(c * log_t)
     moved = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
     w = plain_power(c, z)
     v = plain_mixed_power(alpha, u, beta, z)

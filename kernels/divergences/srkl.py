@@ -39,18 +39,8 @@ def _value_series(lam):
 
 
 @formula
-def _far_log(delta, theta, LOG1P_EXP):
-    """(e, log) where |δ| > 1/2: K = log(M/q) = e + log, `log` a number of the row."""
-    lam, _, far = theta
-    part, other = log_weights(1.0 - lam)
-    tail = LOG1P_EXP(delta + (other - part))
-    above, below, log = larger_weight(part, other, tl.where(lam > 0, far, 0.0))
-    return far_above(below, above, delta, tail), log
-
-
-@formula
-def _slope(q, p, delta, theta, excess, log, TERMS: tl.constexpr):
-    """phi: by TERMS terms of its series near 0, phi/q = −K + attached·(dK/dδ − 1 + λ), or from `_far_log`.
+def _slope(q, p, delta, theta, excess, TERMS: tl.constexpr, EDGE: tl.constexpr):
+    """phi: by TERMS terms of its series where |δ| < EDGE, phi/q = −K + attached·(dK/dδ − 1 + λ), else from excess = K.
 
     The student's part in the mixture is q·expm1(−K) = (1 − λ)(q − p) q/M, and on far rows −(1 − λ) p q/M.
     """
@@ -66,27 +56,33 @@ def _slope(q, p, delta, theta, excess, log, TERMS: tl.constexpr):
     of_q = attached * (1.0 - lam) * lam * (1.0 - far)
     of_p = attached * (1.0 - lam) * tl.where(far == 0, lam, 1.0)
     inside = (of_p * p - of_q * q) * inverse_root
-    apart = q * (inside * inverse_root - (excess + (log - far * part)))
+    apart = q * (inside * inverse_root - excess)
     near = q * (delta * horner(series, delta) + far * (part + attached * (1.0 - lam)))
-    return tl.where(tl.abs(delta) < 0.5, near, apart)
+    return tl.where(tl.abs(delta) < EDGE, near, apart)
 
 
 @formula(torch=_by_logs)
 def term(q, p, logq, logp, delta, theta):
     """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
     lam, detach_mixture, far = theta
-    excess, log = _far_log(delta, theta, log1p_exp)
+    far = tl.where(lam > 0, far, 0.0)
+    part, other = log_weights(1.0 - lam)
+    above, below, log = larger_weight(part, other, far)
+    excess = far_above(below, above, delta, log1p_exp(delta + (other - part)))  # log(M/q) − log
     m, _ = mixture(1.0 - lam, p, q)
     near = q * (delta * delta) * horner(_value_series(lam), delta)
     f = tl.where(tl.abs(delta) < 0.5, near, (m - q * (1.0 + log)) - q * excess)
-    return f, _slope(q, p, delta, theta, excess, log, 8)
+    return f, _slope(q, p, delta, theta, excess + (log - far * part), 8, 0.5)
 
 
 @formula(torch=_by_logs)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    excess, log = _far_log(delta, theta, half_log1p_exp)
-    return 0.0 * q, _slope(q, p, delta, theta, excess, log, 7)
+    lam, detach_mixture, far = theta
+    part, other = log_weights(1.0 - lam)
+    shift = tl.where(lam > 0, far, 0.0) * part
+    excess = far_above(part - shift, other - shift, delta, half_log1p_exp(delta + (other - part)))
+    return 0.0 * q, _slope(q, p, delta, theta, excess, 4, 0.25)
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float, detach_mixture: float) -> torch.Tensor:

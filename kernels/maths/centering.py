@@ -147,9 +147,9 @@ def target_terms(s_y, t_y, in_support, centre, inv_tau, mix, r):
 
 
 @formula
-def _move(maxima, top_s, top_t):
+def _move(centre, top_s, top_t):
     """The unmixed Centre of new maxima, and τ times the Move to it from that of the old ones."""
-    old_s, old_t, old_k, _ = centre_of(maxima, 1.0, ())
+    old_s, old_t, old_k, _ = centre
     c_s, c_t, k, _ = centre_of(Maxima(top_s, top_t, 0.0), 1.0, ())
     more = old_k - k  # added last: beside a large move its digits would be lost
     x = ((old_s - c_s) - (old_t - c_t)) - more
@@ -172,12 +172,12 @@ def _moves(maxima, whole, centre, by, inv_tau, mix):
 
 
 @formula
-def raise_maxima(maxima, s, t, live, inv_tau, mix):
-    """Raised: Maxima with a tile, of each thread where the tile has threads."""
+def raise_maxima(maxima, centre, s, t, live, inv_tau, mix):
+    """Raised: Maxima, whose unmixed Centre is at hand, with a tile; of each thread where the tile has threads."""
     old_s, old_t, top_mixed = maxima
     top_s = tl.maximum(old_s, thread_max(tl.where(live, s, -1e20)))
     top_t = tl.maximum(old_t, thread_max(tl.where(live, t, -1e20)))
-    centre, by = _move(maxima, top_s, top_t)
+    centre, by = _move(centre, top_s, top_t)
     if len(mix) == 1:
         x, u, d = above_centre(s, t, beside_columns(centre, ()))
         raised = top_mixed + by.log_s - mix[0] * by.d
@@ -192,7 +192,7 @@ def merge_maxima(maxima, inv_tau, mix):
     top_s = tl.max(split_s)
     top_t = tl.max(split_t)
     top_mixed = tl.max(split_mixed)
-    centre, by = _move(maxima, top_s, top_t)
+    centre, by = _move(centre_of(maxima, 1.0, ()), top_s, top_t)
     if len(mix) == 1:
         top_mixed = tl.max(split_mixed + by.log_s - mix[0] * by.d)
     return _moves(maxima, Maxima(top_s, top_t, top_mixed), centre, by, inv_tau, mix)

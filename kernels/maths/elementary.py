@@ -104,8 +104,8 @@ def expm1_ratio(x):
 
 @formula
 def half_expm1_ratio(x):
-    """(e^x − 1)/x for |x| < 1/8 to 1e-4: for what is rounded to half precision."""
-    return 1.0 + x * (0.5 + x * 0.16666667163372)
+    """(e^x − 1)/x for |x| < 1/40 to 1e-4: for what is rounded to half precision."""
+    return 1.0 + x * 0.5
 
 
 @formula(torch=_expm1_product)
@@ -124,7 +124,7 @@ def close_expm1_product(w, v, x):
 @formula
 def half_expm1_product(w, v, x):
     """The same to 1e-4, for what is rounded to half precision."""
-    return tl.where(tl.abs(x) < 0.125, w * x * half_expm1_ratio(x), v - w)
+    return tl.where(tl.abs(x) < 0.025, w * x * half_expm1_ratio(x), v - w)
 
 
 @formula

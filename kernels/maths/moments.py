@@ -25,7 +25,7 @@ A column that does not count has e^z = e^u = 0 and may be called live: what is s
 """
 
 from ..language import formula, tl
-from .elementary import close_expm1_product, expm1_product, log1p, loses_nothing, negative, rem2_product
+from .elementary import close_expm1_product, exp, expm1_product, log1p, loses_nothing, negative, rem2_product
 from .quantities import EntropySums, LogSumExp
 from .reductions import broadcast_per_thread, thread_max, thread_sum
 
@@ -69,8 +69,6 @@ def moments_init():
 @formula
 def _shift(zeroth, first, second, to_s, to_t, x):
     """Move weights by to_s and differences by −x, where to_t = to_s·e^{−x}."""
-    first = tl.where(to_s == 0, 0.0, first)
-    zeroth = tl.where(to_s == 0, 0.0, zeroth)
     second = to_t * second + expm1_product(to_s, to_t, -x) * first + rem2_product(to_s, to_t, -x) * zeroth
     return to_s * zeroth, to_s * (first - x * zeroth), second
 
@@ -95,8 +93,8 @@ def differences(ez, eu, d, live, zeroth, other, first):
 @formula
 def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, REMAINDERS):
     z_s, z_t, first, second = state
-    to_t = tl.exp(log_t)
-    z_s, first, second = _shift(z_s, first, second, tl.exp(log_s), to_t, x)
+    to_t = exp(log_t)
+    z_s, first, second = _shift(z_s, first, second, exp(log_s), to_t, x)
     more_s = thread_sum(tl.where(live, ez, 0.0))
     z_s += more_s
     more_t = thread_sum(tl.where(live, eu, 0.0))
