@@ -406,6 +406,8 @@ FORMULAS: dict[str, Formula] = {
     "tanh": (lambda: (torch.cat((X, FAR)),), torch.tanh, EXACT),
     "expm1_ratio": (lambda: (X[X.abs() < 0.5],), exact_expm1_ratio, EXACT),
     "expm1_product": (weighted, exact_expm1_product, EXACT),
+    "close_expm1_product": (weighted, exact_expm1_product, EXACT | {"triton": 2e-6}),
+    "negative": (lambda: (torch.cat((X, FAR)),), torch.neg, EXACT),
     "rem2_ratio": (lambda: (X[(X.abs() < 0.5) & (X != 0)],), lambda x: remainder(x) / x**2, EXACT),
     "rem2_product": (weighted, exact_rem2_product, {"torch": 1.5e-5, "triton": 2e-6}),
     "log1p_exp": (lambda: (torch.cat((X, FAR)),), lambda x: torch.log1p(torch.exp(-x.abs())), EXACT | {"triton": EXP}),
@@ -414,7 +416,7 @@ FORMULAS: dict[str, Formula] = {
         lambda x: torch.log1p(torch.exp(-x.abs())),
         EXACT | {"triton": 1.5e-5},
     ),
-    "half_expm1_ratio": (lambda: (X[X.abs() < 0.125],), exact_expm1_ratio, dict.fromkeys(EXACT, HALF)),
+    "half_expm1_ratio": (lambda: (X[X.abs() < 0.024],), exact_expm1_ratio, dict.fromkeys(EXACT, HALF)),
     "half_expm1_product": (weighted, exact_expm1_product, dict.fromkeys(EXACT, HALF)),
 }
 OTHERS = {"horner"}  # takes the coefficients of a series: the formulas above and test_kernel_terms are made of it

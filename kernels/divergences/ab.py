@@ -226,7 +226,7 @@ def half_plain_term(q, p, logq, logp, delta, theta):
     alpha, beta = theta
     qc = plain_power(alpha + beta, logq)
     mixed = plain_mixed_power(alpha, logp, beta, logq)
-    close = tl.abs(delta) < 0.025 / alpha
+    close = tl.abs(delta) < 0.024 / alpha
     return 0.0 * qc, negative(_slope_by_series(qc, mixed, alpha, delta, close, 2))
 
 

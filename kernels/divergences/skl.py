@@ -80,7 +80,7 @@ def term(q, p, logq, logp, delta, theta):
 @formula(torch=_by_logs)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    return 0.0 * q, _slope(q, p, delta, theta, tl.abs(delta) < 0.025, half_expm1_ratio(delta))
+    return 0.0 * q, _slope(q, p, delta, theta, tl.abs(delta) < 0.024, half_expm1_ratio(delta))
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float) -> torch.Tensor:

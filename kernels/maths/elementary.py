@@ -104,7 +104,7 @@ def expm1_ratio(x):
 
 @formula
 def half_expm1_ratio(x):
-    """(e^x − 1)/x for |x| < 1/40 to 1e-4: for what is rounded to half precision."""
+    """(e^x − 1)/x for |x| < 0.024 to 1e-4: for what is rounded to half precision."""
     return 1.0 + x * 0.5
 
 
@@ -114,7 +114,7 @@ def expm1_product(w, v, x):
     return tl.where(tl.abs(x) < 0.5, w * x * expm1_ratio(x), v - w)
 
 
-@formula
+@formula(torch=expm1_product)
 def close_expm1_product(w, v, x):
     """The same to 4e-7, or to 1e-6 of w where |x| > 1/8: for sums of what may as well be above 0 as below."""
     ratio = 1.0 + x * (0.49999985098838806 + x * (0.16677457094192505 + x * 0.041697368025779724))
@@ -124,7 +124,7 @@ def close_expm1_product(w, v, x):
 @formula
 def half_expm1_product(w, v, x):
     """The same to 1e-4, for what is rounded to half precision."""
-    return tl.where(tl.abs(x) < 0.025, w * x * half_expm1_ratio(x), v - w)
+    return tl.where(tl.abs(x) < 0.024, w * x * half_expm1_ratio(x), v - w)
 
 
 @formula
