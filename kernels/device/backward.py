@@ -6,11 +6,11 @@ entry is minus the sum of all others.
 """
 
 from ..language import jit, tl
-from ..maths.centering import centred, exponentials
-from ..maths.quantities import Centre
+from ..maths.centering import at_offsets
+from ..maths.quantities import Centre, LogNorms
 from ..maths.reductions import thread_max, thread_sum
 from .args import Dominant
-from .loads import finite, load_pair, load_raw, row_ptrs, spread
+from .loads import finite, load_pair, load_raw, row_ptrs, short, spread
 from .thread_sums import tile_columns
 from .tile_order import full_tile, masked_tile, tile_order
 from .vectors import NOWHERE, edge_columns, row_vectors, vector_ptr
@@ -24,13 +24,13 @@ def no_dominant(THREADS: tl.constexpr):
 
 
 @jit
-def slopes(s, t, scalars, inv_tau, mix, theta, TERM):
+def slopes(s, t, scalars, inv_tau, mix, theta, TERM, SHORT: tl.constexpr):
     """Returns q and phi of a tile of logits, in its shape."""
     centre = Centre(scalars.c_s, scalars.c_t, scalars.k, scalars.m)
-    z, u, d = centred(s, t, centre, inv_tau, mix)  # (R, T, V) each
-    q, p = exponentials(s, t, centre, inv_tau, mix, scalars.l_s, scalars.l_t)
-    f, phi = TERM(q, p, z - scalars.l_s, u - scalars.l_t, d - scalars.r, theta)
-    return q, phi
+    log_norms = LogNorms(scalars.l_s, scalars.l_t, scalars.r)
+    x = at_offsets(s, t, centre, log_norms, inv_tau, mix, SHORT)  # (R, T, V) each
+    f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)
+    return x.q, phi
 
 
 @jit
@@ -54,13 +54,13 @@ def store_gradient(grad, start, cols, g, slope, width):
 
 
 @jit
-def inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, theta, TERM):
+def inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, theta, TERM, SHORT: tl.constexpr):
     """Store the gradient of a full tile (R, T, V) in which no token is the target or the dominant one.
 
     Returns it, (R, T, V), times upstream. Logits of −inf have their share too, which is stored as 0: of the dominant
     token's entry it is a part.
     """
-    q, phi = slopes(finite(x.s), x.t, scalars, scales.inv_tau, mix, theta, TERM)
+    q, phi = slopes(finite(x.s), x.t, scalars, scales.inv_tau, mix, theta, TERM, SHORT)
     scale = upstream * scales.factor * scales.inv_tau
     g = tl.where(x.live, (scalars.a * scale) * phi + (scalars.b * scale) * q, 0.0)
     # Not `s > -1e30` the other way round: NaN has to pass.
@@ -70,13 +70,14 @@ def inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, th
 
 @jit
 def gradient_tile(
-    x, cols, y, label, scales, mix, softcap, grad, start, width, scalars, upstream, theta, dominant, TERM
+    x, cols, y, label, scales, mix, softcap, grad, start, width, scalars, upstream, theta, dominant, TERM,
+    SHORT: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of a tile (R, T, V), its columns below `width`, 0 for the dominant token.
 
     Returns Dominant, (T,) each, with the tile.
     """
-    q, phi = slopes(x.s, x.t, scalars, scales.inv_tau, mix, theta, TERM)
+    q, phi = slopes(x.s, x.t, scalars, scales.inv_tau, mix, theta, TERM, SHORT)
     dominates = tl.where(x.live & (cols != y), q, 0.0) > 0.5  # (R, T, V), true in at most one column of the row
     g = tl.where(x.live, tl.where(cols == y, scalars.grad_y, scalars.a * phi + scalars.b * q), 0.0)
     g = tl.where(dominates, 0.0, g)
@@ -141,6 +142,7 @@ def gradient_sweep(
         seen, seen_vectors = grad.width, vectors.width
     start = gradient_start(grad, row)
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
+    SHORT: tl.constexpr = short(student, teacher)
     if teacher.congruent is not None:
         start = vector_ptr(start, first, tile.shape[2])
     dominant = no_dominant(tile.shape[1])  # (T,) each
@@ -157,14 +159,14 @@ def gradient_sweep(
         for i in range(0, order.num_full):
             cols = full_tile(order, order.num_full - 1 - i, BLOCK) + tile  # (R, T, V)
             x = load_raw(student, teacher, vectors.ptrs, cols, None, None)
-            g = inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, theta, TERM)
+            g = inner_gradient_tile(x, cols, scales, mix, grad, start, scalars, upstream, theta, TERM, SHORT)
             full_tiles += thread_sum(g)
     for i in range(0, order.num_masked):
         cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_pair(student, teacher, vectors.ptrs, cols, cols < vectors.V, cols < seen_vectors)
         dominant = gradient_tile(
             x, cols, y - first, label - first, scales, mix, student.softcap, grad, start, vectors.width, scalars,
-            upstream, theta, dominant, TERM,
+            upstream, theta, dominant, TERM, SHORT,
         )  # fmt: skip
     if teacher.congruent is not None:
         for i in range(0, tl.cdiv(grad.width - vectors.V, tile.shape[1])):
@@ -172,7 +174,7 @@ def gradient_sweep(
             x = load_pair(student, teacher, vectors.ptrs, cols, cols < V - first, cols < seen - first)
             dominant = gradient_tile(
                 x, cols, y - first, label - first, scales, mix, student.softcap, grad, start, grad.width - first,
-                scalars, upstream, theta, dominant, TERM,
+                scalars, upstream, theta, dominant, TERM, SHORT,
             )  # fmt: skip
     dominant = merge_dominant(dominant, student)
     if teacher.congruent is not None:

@@ -2,7 +2,7 @@
 
 from ..language import jit, tl
 from ..maths.centering import at_offsets
-from .loads import finite, load_pair, load_raw
+from .loads import finite, load_pair, load_raw, short
 from .thread_sums import scatter_to_thread0, tile_columns
 from .tile_order import full_tile, masked_tile, tile_order
 from .vectors import edge_columns, row_vectors
@@ -17,6 +17,7 @@ def column_sweep(
 
     ADD(sums, tile, live, given, FORMULA) adds a NormalizedTile (R, T, V), of which `live` counts.
     """
+    SHORT: tl.constexpr = short(student, teacher)
     tile = tile_columns(student.ptr, BLOCK, THREADS)  # (R, T, V)
     sums = scatter_to_thread0(sums, 0.0, tl.arange(0, tile.shape[1]))  # each (T,)
     vectors = row_vectors(student, teacher, ctx.ptrs, ctx.V, ctx.V)
@@ -25,18 +26,19 @@ def column_sweep(
     for i in range(0, order.num_full):
         cols = full_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_raw(student, teacher, vectors.ptrs, cols, None, None)
-        tile_of_row = at_offsets(finite(x.s), finite(x.t), ctx.centre, log_norms, ctx.inv_tau, ctx.mix)
+        # A teacher's −inf stays: what comes of it does not count.
+        tile_of_row = at_offsets(finite(x.s), x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, SHORT)
         sums = ADD(sums, tile_of_row, x.live, given, FORMULA)
     for i in range(0, order.num_masked):
         cols = masked_tile(order, i, BLOCK) + tile  # (R, T, V)
         x = load_pair(student, teacher, vectors.ptrs, cols, cols < vectors.V, cols < vectors.V)
-        tile_of_row = at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix)
+        tile_of_row = at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, SHORT)
         sums = ADD(sums, tile_of_row, x.live & (cols != y), given, FORMULA)
     if teacher.congruent is not None:
         for i in range(0, tl.cdiv(ctx.V - vectors.V, tile.shape[1])):
             cols = edge_columns(vectors, i, tile.shape[1])  # (1, T, 1)
             before = cols < ctx.V - vectors.ptrs.first
             x = load_pair(student, teacher, vectors.ptrs, cols, before, before)
-            tile_of_row = at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix)
+            tile_of_row = at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, SHORT)
             sums = ADD(sums, tile_of_row, x.live & (cols != y), given, FORMULA)
     return sums

@@ -8,10 +8,10 @@ A tile is (R, T, V) as thread_sums.tile_columns lays it out. Each of the T threa
 """
 
 from ..language import constant, jit, tl
-from ..maths.centering import beside_columns, centred, exponentials, merge_maxima, no_maxima, raise_maxima
+from ..maths.centering import beside_columns, centre_of, centred, exponentials, merge_maxima, no_maxima, raise_maxima
 from ..maths.decomposition import decompose, finalize_normalizers, or_infinite, side_stats
 from ..maths.moments import cross_entropy_advance, entropies_advance, log_sum
-from ..maths.quantities import EntropySums, LogSumExp, Maxima
+from ..maths.quantities import Centre, EntropySums, LogSumExp, Maxima
 from ..maths.reductions import thread_max, thread_sum
 from .args import (
     RowContext,
@@ -52,30 +52,32 @@ def no_exponentials():
 
 
 @jit
-def accumulate_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
+def accumulate_tile(s, t, live, acc, centre, inv_tau, mix, stats_ptr, theta, ADVANCE):
     """Add a tile of logits (R, T, V) to `acc`, RowSums of (T,) each; live is (R, T, V), or True for all of it.
 
-    The entropies stay as they are where no statistics are wanted: stats_ptr is None.
+    centre: that of the maxima so far, m left out. The entropies stay as they are where no statistics are wanted:
+    stats_ptr is None. Returns RowSums and Centre.
     """
-    raised = raise_maxima(acc.maxima, s, t, live, inv_tau, mix)
-    centre = beside_columns(raised.centre, mix)  # (1, T, 1)
-    z, u, d = centred(s, t, centre, inv_tau, mix)  # (R, T, V)
-    ez, eu = exponentials(s, t, centre, inv_tau, mix, 0.0, 0.0)
+    raised = raise_maxima(acc.maxima, centre, s, t, live, inv_tau, mix)
+    beside = beside_columns(raised.centre, mix)  # (1, T, 1)
+    z, u, d = centred(s, t, beside, inv_tau, mix)  # (R, T, V)
+    ez, eu = exponentials(s, t, beside, inv_tau, mix, 0.0, 0.0)
     entropies = acc.entropies
     if stats_ptr is not None:
-        _, own, _ = centred(s, t, centre, inv_tau, ())
+        _, own, _ = centred(s, t, beside, inv_tau, ())
         entropies = entropies_advance(entropies, acc.state[0], raised.move.log_s, raised.own_log_t, z, own, live)
     state = ADVANCE(acc.state, raised.move, z, u, d, ez, eu, live, theta)
-    return RowSums(raised.maxima, state, entropies)
+    centre = Centre(raised.centre.c_s, raised.centre.c_t, raised.centre.k, centre.m)
+    return RowSums(raised.maxima, state, entropies), centre
 
 
 @jit
-def accumulate_raw_tile(s, t, live, acc, inv_tau, mix, stats_ptr, theta, ADVANCE):
+def accumulate_raw_tile(s, t, live, acc, centre, inv_tau, mix, stats_ptr, theta, ADVANCE):
     """Like accumulate_tile, for logits that may hold −inf. Masked columns become −1e30, so their exp is 0 and the sums
     need no mask."""
     s = tl.where(live, finite(s), -1e30)
     t = tl.where(live, finite(t), -1e30)
-    return accumulate_tile(s, t, True, acc, inv_tau, mix, stats_ptr, theta, ADVANCE)
+    return accumulate_tile(s, t, True, acc, centre, inv_tau, mix, stats_ptr, theta, ADVANCE)
 
 
 @jit
@@ -108,11 +110,11 @@ def merge(acc, cross, thread, inv_tau, mix, stats_ptr, theta, ADVANCE):
 
 @jit
 def _masked_statistics(
-    student, teacher, ptrs, cols, V, width, held_out, acc, cross, scales, mix, stats_ptr, theta, ADVANCE, ARGMAX
+    student, teacher, ptrs, cols, V, width, held_out, acc, centre, cross, scales, mix, stats_ptr, theta, ADVANCE, ARGMAX
 ):  # fmt: skip
     """Add the columns `cols` (R, T, V) below V to `acc` and those below `width` to `cross`, (T,) each.
 
-    held_out: (y, logits of the argmax so far). Returns it, RowSums and LogSumExp.
+    held_out: (y, logits of the argmax so far). Returns it, RowSums, their Centre and LogSumExp.
     """
     y, best_s, best_t = held_out
     x = load_raw(student, teacher, ptrs, cols, cols < V, cols < width)
@@ -137,8 +139,8 @@ def _masked_statistics(
         best_t = tl.where(beats, top, best_t)
     else:
         live = live & (cols != y)
-    acc = accumulate_raw_tile(s, t, live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
-    return (y, best_s, best_t), acc, cross
+    acc, centre = accumulate_raw_tile(s, t, live, acc, centre, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    return (y, best_s, best_t), acc, centre, cross
 
 
 @jit
@@ -163,6 +165,8 @@ def statistics_sweep(
         scatter_to_thread0(acc.state, 0.0, thread),
         EntropySums(*scatter_to_thread0(acc.entropies, 0.0, thread)),
     )  # each (T,)
+    c_s, c_t, k, _ = centre_of(acc.maxima, 1.0, ())
+    centre = Centre(c_s, c_t, k, tl.zeros(thread.shape, tl.float32))  # carried: made again it would cost each tile
     cross = LogSumExp(tl.where(thread == 0, cross.top, -1e20), tl.where(thread == 0, cross.total, 0.0))
     INNER: tl.constexpr = not ARGMAX and scales.ce is None
     y = tl.full((), NOWHERE, tl.int32) if ARGMAX else y - first
@@ -173,21 +177,23 @@ def statistics_sweep(
         for i in range(0, order.num_full):
             start, top = full_tile(order, i, BLOCK), acc.maxima.s
             x = load_raw(student, teacher, vectors.ptrs, start + tile, None, None)  # (R, T, V)
-            acc = accumulate_raw_tile(x.s, x.t, x.live, acc, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+            acc, centre = accumulate_raw_tile(
+                x.s, x.t, x.live, acc, centre, scales.inv_tau, mix, stats_ptr, theta, ADVANCE
+            )
             top_col = tl.where(acc.maxima.s > top, start, top_col)
     for i in range(0, order.num_masked):
         start, top = masked_tile(order, i, BLOCK), acc.maxima.s
-        held_out, acc, cross = _masked_statistics(
-            student, teacher, vectors.ptrs, start + tile, vectors.V, vectors.width, held_out, acc, cross, scales, mix,
-            stats_ptr, theta, ADVANCE, ARGMAX,
+        held_out, acc, centre, cross = _masked_statistics(
+            student, teacher, vectors.ptrs, start + tile, vectors.V, vectors.width, held_out, acc, centre, cross,
+            scales, mix, stats_ptr, theta, ADVANCE, ARGMAX,
         )  # fmt: skip
         top_col = tl.where(acc.maxima.s > top, start, top_col)
     if teacher.congruent is not None:
         for i in range(0, tl.cdiv(width - vectors.V, tile.shape[1])):
             top = acc.maxima.s
-            held_out, acc, cross = _masked_statistics(
+            held_out, acc, centre, cross = _masked_statistics(
                 student, teacher, vectors.ptrs, edge_columns(vectors, i, tile.shape[1]), V - first, width - first,
-                held_out, acc, cross, scales, mix, stats_ptr, theta, ADVANCE, ARGMAX,
+                held_out, acc, centre, cross, scales, mix, stats_ptr, theta, ADVANCE, ARGMAX,
             )  # fmt: skip
             top_col = tl.where(acc.maxima.s > top, _EDGE, top_col)
     y, best_s, best_t = held_out
@@ -205,11 +211,11 @@ def statistics_sweep(
 
 @jit
 def add_terms(sums, x, live, theta, TERM):
-    """Add a NormalizedTile (R, T, V) to TermSums, (T,) each."""
+    """Add a NormalizedTile (R, T, V) to TermSums, (T,) each. δ of a column that does not count is no large one."""
     f, phi = TERM(x.q, x.p, x.logq, x.logp, x.delta, theta)  # (R, T, V) each
     total = sums.total + thread_sum(tl.where(live, f, 0.0))
     mass = sums.mass + thread_sum(tl.where(live, phi, 0.0))
-    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(tl.where(live, x.d, 0.0))))
+    return TermSums(total, mass, tl.maximum(sums.widest, thread_max(x.delta)))
 
 
 @jit

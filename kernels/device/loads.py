@@ -117,10 +117,24 @@ def finite(x):
 
 
 @jit
+def short(student, teacher):
+    """Whether logits have no more digits than half precision: known when a kernel is compiled."""
+    WIDEST: tl.constexpr = max(
+        student.ptr.dtype.element_ty.primitive_bitwidth, teacher.ptr.dtype.element_ty.primitive_bitwidth
+    )
+    ADDED: tl.constexpr = student.bias_ptr is not None or teacher.bias_ptr is not None
+    SCALED: tl.constexpr = student.scale is not None or teacher.scale is not None
+    BENT: tl.constexpr = student.softcap is not None or teacher.softcap is not None
+    return WIDEST == 16 and not (ADDED or SCALED or BENT)
+
+
+@jit
 def load_normalized(student, teacher, ctx, log_norms, cols):
     """NormalizedTile of a row at `cols`, given its LogNorms; which columns count (not the held-out one); t."""
     x = load_pair(student, teacher, ctx.ptrs, cols, cols < ctx.V, cols < ctx.V)
-    return at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix), x.live & (cols != ctx.y), x.t
+    SHORT: tl.constexpr = short(student, teacher)
+    of_row = at_offsets(x.s, x.t, ctx.centre, log_norms, ctx.inv_tau, ctx.mix, SHORT)
+    return of_row, x.live & (cols != ctx.y), x.t
 
 
 @jit

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..language import jit, tl, triton
-from ..maths.centering import at_offsets
+from ..maths.centering import at_offsets, centre_of
 from ..maths.decomposition import finalize_normalizers, or_infinite
 from ..maths.moments import cross_entropy_advance
 from ..maths.quantities import EntropySums, LogSumExp, Maxima
@@ -95,7 +95,8 @@ def _store_statistics(x, cols, label, scales, mix, stats_ptr, theta, at, INIT, A
     if scales.ce is not None:
         cross = cross_entropy_advance(cross, x.s, cols < scales.ce.width)
     none, live = no_sums(INIT), x.live & (cols != label)
-    acc = accumulate_tile(x.s, x.t, live, none, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
+    centre = centre_of(none.maxima, 1.0, ())
+    acc, _ = accumulate_tile(x.s, x.t, live, none, centre, scales.inv_tau, mix, stats_ptr, theta, ADVANCE)
     is_label = cols == label
     label_logits = (_only(x.s, is_label), _only(x.t, is_label & x.live))
     store_numbers(at, Carry(*(acc.maxima + acc.entropies + cross + label_logits)) + acc.state)
@@ -165,7 +166,7 @@ def _finalize_normalizers(
 def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
     """Store TermSums of a LogitTile, (BLOCK,) each."""
     none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
-    of_row = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix)
+    of_row = at_offsets(x.s, x.t, norms.centre, norms.log_norms, inv_tau, mix, False)  # of one tile: no loop to shorten
     live = x.live & (cols != label)
     store_numbers(at, add_terms(none, of_row, live, theta, TERM))
 
@@ -202,7 +203,7 @@ def _write_gradient(
     """Store a tile of the gradient. The last program of the row also stores the entry of the dominant token."""
     dominant = gradient_tile(
         x, cols, label, label, scales, mix, student.softcap, grad, gradient_start(grad, row), grad.width, scalars,
-        upstream, theta, no_dominant(1), TERM,
+        upstream, theta, no_dominant(1), TERM, False,
     )  # fmt: skip
     dominant = merge_dominant(dominant, student)
     slope = tl.where(dominant.token >= 0, dominant.slope, 0.0)

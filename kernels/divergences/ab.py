@@ -24,8 +24,19 @@ import torch
 
 from ..language import formula, rowwise, tl
 from ..maths.definition import Definition, OnlineForm, Parameter
-from ..maths.elementary import LOG2E, clear_difference, expm1_product, expm1_ratio, horner, is_tile, loses_nothing
-from ..maths.moments import moments_advance, moments_ratio
+from ..maths.elementary import (
+    LOG2E,
+    clear_difference,
+    close_expm1_product,
+    exp,
+    expm1_product,
+    expm1_ratio,
+    horner,
+    is_tile,
+    loses_nothing,
+    negative,
+)
+from ..maths.moments import moments_ratio, ratio_advance
 from ..maths.reductions import thread_sum
 
 _MARGIN = 0.05  # smallest exponent at which the one-sweep sums, and plain differences, keep their digits
@@ -168,7 +179,7 @@ def _slope_sum(w, v, alpha, beta, x, live):
 @formula(torch=_slope_sum)
 def slope_sum(w, v, alpha, beta, x, live):
     """Σ `plain_slope` of a tile, by alpha."""
-    return thread_sum(tl.where(live, plain_slope(w, v, alpha, x, _close(alpha, beta, x)), 0.0))
+    return thread_sum(tl.where(live, close_expm1_product(w, v, alpha * x), 0.0)) * (1.0 / alpha)
 
 
 def _bend_sum(w, v, u, alpha, beta, x, live):
@@ -206,7 +217,7 @@ def plain_term(q, p, logq, logp, delta, theta):
     mixed = plain_mixed_power(alpha, logp, beta, logq)
     pc = plain_power(c, logp)
     close = _close(alpha, beta, delta)
-    return plain_bend(qc, mixed, pc, alpha, beta, delta, close), -plain_slope(qc, mixed, alpha, delta, close)
+    return plain_bend(qc, mixed, pc, alpha, beta, delta, close), negative(plain_slope(qc, mixed, alpha, delta, close))
 
 
 @formula(torch=term)
@@ -215,7 +226,8 @@ def half_plain_term(q, p, logq, logp, delta, theta):
     alpha, beta = theta
     qc = plain_power(alpha + beta, logq)
     mixed = plain_mixed_power(alpha, logp, beta, logq)
-    return 0.0 * qc, -_slope_by_series(qc, mixed, alpha, delta, _close(alpha, beta, delta), 5)
+    close = tl.abs(delta) < 0.024 / alpha
+    return 0.0 * qc, negative(_slope_by_series(qc, mixed, alpha, delta, close, 2))
 
 
 @formula
@@ -227,9 +239,10 @@ def init():
 @formula
 def _shift(weight, first, second, w, v, u, alpha, beta, x):
     """(P, G) after d moves by −x, given w, v = w·e^{−αx}, u = w·e^{−cx}."""
-    mixed = slope(v, u, beta, -x)  # w (e^{−cx} − e^{−αx})/β
-    moved = v * first + slope(w, v, alpha, -x) * weight
-    return moved, u * second + mixed * first + bend(w, v, u, alpha, beta, -x) * weight
+    close = _close(alpha, beta, x)
+    mixed = plain_slope(v, u, beta, -x, close)  # w (e^{−cx} − e^{−αx})/β
+    moved = v * first + plain_slope(w, v, alpha, -x, close) * weight
+    return moved, u * second + mixed * first + plain_bend(w, v, u, alpha, beta, -x, close) * weight
 
 
 @formula
@@ -239,10 +252,10 @@ def advance(state, move, z, u, d, ez, eu, live, theta):
     alpha, beta = theta
     c = alpha + beta
     log_s, log_t, x = move
-    z_s, z_t, a, b = moments_advance((z_s, z_t, a, b), move, z, u, d, ez, eu, live, theta)
-    to_w = tl.exp(c * log_s)
-    to_v = tl.exp(alpha * log_t + beta * log_s)
-    to_u = tl.exp(c * log_t)
+    z_s, z_t, a, b = ratio_advance((z_s, z_t, a, b), move, z, u, d, ez, eu, live, theta)
+    to_w = exp(c * log_s)
+    to_v = exp(alpha * log_t + beta * log_s)
+    to_u = exp(c * log_t)
     moved = _shift(weight, first, second, to_w, to_v, to_u, alpha, beta, x)
     w = plain_power(c, z)
     v = plain_mixed_power(alpha, u, beta, z)

@@ -118,7 +118,7 @@ def _add_parts(sums, x, live, known, PARTS):
     shared += thread_sum(tl.where(live, share * phi, 0.0))
     weight += thread_sum(tl.where(live, share * r, 0.0))
     direct += thread_sum(tl.where(live, past, 0.0))
-    return total, mass, shared, weight, direct, tl.maximum(widest, thread_max(tl.where(live, x.d, 0.0)))
+    return total, mass, shared, weight, direct, tl.maximum(widest, thread_max(tl.where(live, x.delta, 0.0)))
 
 
 @jit

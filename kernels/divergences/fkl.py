@@ -14,21 +14,21 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, OnlineForm
-from ..maths.elementary import expm1_product, half_expm1_product, rem2_product
+from ..maths.elementary import expm1_product, half_expm1_product, negative, rem2_product
 from ..maths.moments import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
 
 
 @formula
 def term(q, p, logq, logp, delta, theta):
     """f = p·rem2(−δ), phi = q − p."""
-    x = -delta
+    x = negative(delta)
     return rem2_product(p, q, x), expm1_product(p, q, x)
 
 
 @formula(torch=term)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    return 0.0 * q, half_expm1_product(p, q, -delta)
+    return 0.0 * q, half_expm1_product(p, q, negative(delta))
 
 
 @formula

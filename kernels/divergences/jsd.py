@@ -15,14 +15,14 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
+from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, negative, rem2_product
 from ..maths.mixture import (
     SATURATING,
     cumulants,
     exp_times_cumulants,
     factor,
     far_above,
-    far_beyond,
+    larger_weight,
     log_mixture,
     log_weights,
 )
@@ -52,40 +52,52 @@ def _value_series(beta):
 
 
 @formula
-def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP):
-    """−phi, by TERMS terms of its series near 0."""
+def _weights(theta):
+    """w_q, w_p and what far rows leave out of log(M/q); (1 if β = 0, else 0) and the same of β = 1."""
     beta, far = theta
-    far = tl.where(beta < 1, far, 0.0)
-    part, other = log_weights(beta)
-    of_q = tl.where(beta == 1, 1.0, 1.0 - beta)
-    kappa = cumulants(beta)
+    first, last = tl.where(beta == 0, 1.0, 0.0), tl.where(beta == 1, 1.0, 0.0)
+    part, _ = log_weights(beta)
+    return tl.maximum(1.0 - beta, last), tl.maximum(beta, first), (1.0 - last) * far * part, first, last
+
+
+@formula
+def _slope(q, p, delta, theta, with_q, TERMS: tl.constexpr, EDGE: tl.constexpr):
+    """−phi: by TERMS terms of its series where |δ| < EDGE, else q times `with_q`, and p at β = 0."""
+    of_q, _, shift, first, _ = _weights(theta)
+    kappa = cumulants(theta[0])
     series = ()
     for n in tl.static_range(1, TERMS + 1):
-        series = series + (tl.where(beta == 0, factor(n), of_q * kappa[n - 1]),)
-    shift = far * part
-    excess = far_above(part - shift, other - shift, delta, LOG1P_EXP(delta + (other - part)))
+        series = series + (tl.where(first == 1, factor(n), of_q * kappa[n - 1]),)
     near = q * (delta * horner(series, delta) - of_q * shift)
-    return tl.where(tl.abs(delta) < 0.5, near, tl.where(beta == 0, p - q, of_q * q * excess))
+    return tl.where(tl.abs(delta) < EDGE, near, first * p + q * with_q)
 
 
 @formula(torch=_by_logs)
 def term(q, p, logq, logp, delta, theta):
     """f = β p log(p/M) + (1 − β) q log(q/M), phi = −w_q q log(M/q); the KL whose end β stands on there."""
     beta, far = theta
+    of_q, of_p, shift, first, last = _weights(theta)
     part, other = log_weights(beta)
     tail = log1p_exp(delta + (other - part))
-    of_q = tl.where(beta == 1, 1.0, 1.0 - beta) * q
-    of_p = tl.where(beta == 0, 1.0, beta) * p
-    end = tl.where(beta == 0, 1.0, 0.0) - tl.where(beta == 1, 1.0, 0.0)
-    apart = end * (q - p) - of_q * far_above(part, other, delta, tail) - of_p * far_beyond(part, other, delta, tail)
+    above, below, log = larger_weight(part, other, (1.0 - last) * far)
+    excess = far_above(below, above, delta, tail)  # log(M/q) − log
+    with_q = (first - last - of_q * log) - of_q * excess
+    # w_p log(M/p) likewise, its numbers of the row multiplied beforehand.
+    with_p = tl.maximum(of_p * other + (first - last), (of_p * part + (first - last)) - of_p * delta) + of_p * tail
     near = q * (delta * delta) * horner(_value_series(beta), delta)
-    return tl.where(tl.abs(delta) < 0.5, near, apart), -_slope(q, p, delta, theta, 8, log1p_exp)
+    slope = _slope(q, p, delta, theta, of_q * excess + (of_q * (log - shift) - first), 8, 0.5)
+    return tl.where(tl.abs(delta) < 0.5, near, q * with_q - p * with_p), negative(slope)
 
 
 @formula(torch=_by_logs)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    return 0.0 * q, -_slope(q, p, delta, theta, 6, half_log1p_exp)
+    of_q, _, shift, first, _ = _weights(theta)
+    part, other = log_weights(theta[0])
+    tail = half_log1p_exp(delta + (other - part))
+    least, more = of_q * (part - shift) - first, of_q * (other - shift) - first
+    with_q = tl.maximum(of_q * delta + more, least) + of_q * tail
+    return 0.0 * q, negative(_slope(q, p, delta, theta, with_q, 4, 0.25))
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Tensor:

@@ -12,8 +12,24 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, expm1_ratio, half_expm1_ratio, horner, log1p_exp, rem2_product
-from ..maths.mixture import SATURATING, cumulants, exp_times_cumulants, factor, far_beyond, log_mixture, log_weights
+from ..maths.elementary import (
+    expm1_product,
+    expm1_ratio,
+    half_expm1_ratio,
+    horner,
+    log1p_exp,
+    rem2_product,
+)
+from ..maths.mixture import (
+    SATURATING,
+    cumulants,
+    exp_times_cumulants,
+    factor,
+    far_beyond,
+    log_mixture,
+    log_weights,
+    mixture,
+)
 
 
 @formula
@@ -42,8 +58,10 @@ def _slope(q, p, delta, theta, near, ratio):
     """phi, given (e^δ − 1)/δ where δ is near 0."""
     lam, far = theta
     keep = 1.0 - lam
-    gap = tl.where(near, -q * delta * ratio, q - p)
-    return keep * q / (lam * p + keep * q + 1e-37) * tl.where(far == 0, keep * gap, -p)
+    _, inverse_root = mixture(lam, p, q)
+    gap = tl.where(near, q * delta * ratio, p - q)
+    slope = (keep * keep * (far - 1.0)) * gap - (keep * far) * p
+    return (q * inverse_root) * (slope * inverse_root)
 
 
 @formula(torch=_by_logs)
@@ -54,14 +72,15 @@ def term(q, p, logq, logp, delta, theta):
     near = tl.abs(delta) < 0.5
     beyond = far_beyond(part, other, delta, log1p_exp(delta + (other - part)))
     close = q * (delta * delta) * horner(_series(lam), delta)
-    f = tl.where(near, close, lam * p + (1.0 - lam) * q - p - p * beyond)
+    m, _ = mixture(lam, p, q)
+    f = tl.where(near, close, (m - p) - p * beyond)
     return f, _slope(q, p, delta, theta, near, expm1_ratio(delta))
 
 
 @formula(torch=_by_logs)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    return 0.0 * q, _slope(q, p, delta, theta, tl.abs(delta) < 0.125, half_expm1_ratio(delta))
+    return 0.0 * q, _slope(q, p, delta, theta, tl.abs(delta) < 0.024, half_expm1_ratio(delta))
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float) -> torch.Tensor:

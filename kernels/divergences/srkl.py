@@ -12,8 +12,8 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import exp, expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
-from ..maths.mixture import SATURATING, cumulants, factor, far_above, log_mixture, log_weights
+from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
+from ..maths.mixture import SATURATING, cumulants, factor, far_above, larger_weight, log_mixture, log_weights, mixture
 from .skl import LAM
 
 
@@ -39,40 +39,50 @@ def _value_series(lam):
 
 
 @formula
-def _slope(q, p, delta, theta, TERMS: tl.constexpr, LOG1P_EXP):
-    """phi, by TERMS terms of its series near 0: phi/q = −K + attached·(dK/dδ − 1 + λ)."""
+def _slope(q, p, delta, theta, excess, TERMS: tl.constexpr, EDGE: tl.constexpr):
+    """phi: by TERMS terms of its series where |δ| < EDGE, phi/q = −K + attached·(dK/dδ − 1 + λ), else from excess = K.
+
+    The student's part in the mixture is q·expm1(−K) = (1 − λ)(q − p) q/M, and on far rows −(1 − λ) p q/M.
+    """
     lam, detach_mixture, far = theta
     far = tl.where(lam > 0, far, 0.0)
     attached = 1.0 - detach_mixture
-    part, other = log_weights(1.0 - lam)
+    part, _ = log_weights(1.0 - lam)
     kappa = cumulants(1.0 - lam)
     series = ()
     for n in tl.static_range(1, TERMS + 1):
         series = series + (attached * (n + 1) * kappa[n] - kappa[n - 1],)
-    shift = far * part
-    excess = far_above(part - shift, other - shift, delta, LOG1P_EXP(delta + (other - part)))
-    inverse = q * exp(tl.where(excess < -80.0, 80.0, -excess))  # q²/M; a ≥ log λ, so the bound only meets λ = 0
-    inside = tl.where(far == 0, lam, 1.0) * attached
-    apart = -q * excess - inside * expm1_product(q, inverse, -excess)
+    _, inverse_root = mixture(1.0 - lam, p, q)
+    of_q = attached * (1.0 - lam) * lam * (1.0 - far)
+    of_p = attached * (1.0 - lam) * tl.where(far == 0, lam, 1.0)
+    inside = (of_p * p - of_q * q) * inverse_root
+    apart = q * (inside * inverse_root - excess)
     near = q * (delta * horner(series, delta) + far * (part + attached * (1.0 - lam)))
-    return tl.where(tl.abs(delta) < 0.5, near, apart)
+    return tl.where(tl.abs(delta) < EDGE, near, apart)
 
 
 @formula(torch=_by_logs)
 def term(q, p, logq, logp, delta, theta):
     """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
     lam, detach_mixture, far = theta
+    far = tl.where(lam > 0, far, 0.0)
     part, other = log_weights(1.0 - lam)
-    above = far_above(part, other, delta, log1p_exp(delta + (other - part)))
+    above, below, log = larger_weight(part, other, far)
+    excess = far_above(below, above, delta, log1p_exp(delta + (other - part)))  # log(M/q) − log
+    m, _ = mixture(1.0 - lam, p, q)
     near = q * (delta * delta) * horner(_value_series(lam), delta)
-    f = tl.where(tl.abs(delta) < 0.5, near, lam * q + (1.0 - lam) * p - q - q * above)
-    return f, _slope(q, p, delta, theta, 8, log1p_exp)
+    f = tl.where(tl.abs(delta) < 0.5, near, (m - q * (1.0 + log)) - q * excess)
+    return f, _slope(q, p, delta, theta, excess + (log - far * part), 8, 0.5)
 
 
 @formula(torch=_by_logs)
 def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
-    return 0.0 * q, _slope(q, p, delta, theta, 7, half_log1p_exp)
+    lam, detach_mixture, far = theta
+    part, other = log_weights(1.0 - lam)
+    shift = tl.where(lam > 0, far, 0.0) * part
+    excess = far_above(part - shift, other - shift, delta, half_log1p_exp(delta + (other - part)))
+    return 0.0 * q, _slope(q, p, delta, theta, excess, 4, 0.25)
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float, detach_mixture: float) -> torch.Tensor:

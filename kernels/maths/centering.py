@@ -22,6 +22,11 @@ def _on_grid(x):
 
 
 @formula
+def _on_fine_grid(x):
+    return tl.floor(x * 16384.0 + 0.5) * (1.0 / 16384.0)
+
+
+@formula
 def no_maxima():
     """Maxima of no columns."""
     return Maxima(-1e20, -1e20, -1e20)
@@ -65,10 +70,14 @@ def _excess(maxima):
 @formula
 def centre_of(maxima, inv_tau, mix):
     """Centre of Maxima: these on a coarse grid, so that s − c_s and t − c_t are exact where it matters, and the k that
-    d lacks to be 0 where both maxima stand."""
+    d lacks to be 0 where both maxima stand.
+
+    A finer grid of c_t leaves nothing of it where the maxima have the digits of half precision (`at_offsets`).
+    """
     top_s, top_t, _ = maxima
     c_s = _on_grid(top_s)
     c_t = _on_grid(top_t)
+    c_t += _on_fine_grid((top_t - c_t) - (top_s - c_s))
     m = 0.0
     if len(mix) == 1:
         m = _excess(maxima) * inv_tau
@@ -82,17 +91,21 @@ def _centred(s, t, centre, inv_tau, mix):
     return (z, mixed.torch(z, u, d, mix).sub_(centre[3]), d.mul(mix[0]).sub_(centre[3])) if mix else (z, u, d)
 
 
+@formula
+def _unmixed(s, t, centre, inv_tau, l_s, l_t, r):
+    """z − l_s, u − l_t and d − r, each one operation behind a difference that is exact."""
+    c_s, c_t, k, _ = centre
+    x, y = s - c_s, t - c_t
+    return x * inv_tau - l_s, y * inv_tau - (k * inv_tau + l_t), (y - x) * inv_tau - (k * inv_tau + r)
+
+
 @formula(torch=_centred)
 def centred(s, t, centre, inv_tau, mix):
     """z, u and d = u − z, three tiles."""
-    c_s, c_t, k, m = centre
-    x, y, gap = above_centre(s, t, centre)
-    z = x * inv_tau
-    u = y * inv_tau
-    d = gap * inv_tau
+    z, u, d = _unmixed(s, t, centre, inv_tau, 0.0, 0.0, 0.0)
     if len(mix) == 1:
-        u = mixed(z, u, d, mix) - m
-        d = mix[0] * d - m
+        u = mixed(z, u, d, mix) - centre[3]
+        d = mix[0] * d - centre[3]
     return z, u, d
 
 
@@ -134,9 +147,9 @@ def target_terms(s_y, t_y, in_support, centre, inv_tau, mix, r):
 
 
 @formula
-def _move(maxima, top_s, top_t):
+def _move(centre, top_s, top_t):
     """The unmixed Centre of new maxima, and τ times the Move to it from that of the old ones."""
-    old_s, old_t, old_k, _ = centre_of(maxima, 1.0, ())
+    old_s, old_t, old_k, _ = centre
     c_s, c_t, k, _ = centre_of(Maxima(top_s, top_t, 0.0), 1.0, ())
     more = old_k - k  # added last: beside a large move its digits would be lost
     x = ((old_s - c_s) - (old_t - c_t)) - more
@@ -159,12 +172,12 @@ def _moves(maxima, whole, centre, by, inv_tau, mix):
 
 
 @formula
-def raise_maxima(maxima, s, t, live, inv_tau, mix):
-    """Raised: Maxima with a tile, of each thread where the tile has threads."""
+def raise_maxima(maxima, centre, s, t, live, inv_tau, mix):
+    """Raised: Maxima, whose unmixed Centre is at hand, with a tile; of each thread where the tile has threads."""
     old_s, old_t, top_mixed = maxima
     top_s = tl.maximum(old_s, thread_max(tl.where(live, s, -1e20)))
     top_t = tl.maximum(old_t, thread_max(tl.where(live, t, -1e20)))
-    centre, by = _move(maxima, top_s, top_t)
+    centre, by = _move(centre, top_s, top_t)
     if len(mix) == 1:
         x, u, d = above_centre(s, t, beside_columns(centre, ()))
         raised = top_mixed + by.log_s - mix[0] * by.d
@@ -179,16 +192,24 @@ def merge_maxima(maxima, inv_tau, mix):
     top_s = tl.max(split_s)
     top_t = tl.max(split_t)
     top_mixed = tl.max(split_mixed)
-    centre, by = _move(maxima, top_s, top_t)
+    centre, by = _move(centre_of(maxima, 1.0, ()), top_s, top_t)
     if len(mix) == 1:
         top_mixed = tl.max(split_mixed + by.log_s - mix[0] * by.d)
     return _moves(maxima, Maxima(top_s, top_t, top_mixed), centre, by, inv_tau, mix)
 
 
 @formula
-def at_offsets(s, t, centre, log_norms, inv_tau, mix):
-    """NormalizedTile of logits at a row's LogNorms."""
+def at_offsets(s, t, centre, log_norms, inv_tau, mix, SHORT: tl.constexpr):
+    """NormalizedTile of logits at a row's LogNorms.
+
+    SHORT: logits have no more digits than half precision. k is then 0 and d − r one operation; elsewhere the r of a row
+    whose sides are all but equal would lose its digits beside k.
+    """
     l_s, l_t, r = log_norms
-    z, u, d = centred(s, t, centre, inv_tau, mix)
     q, p = exponentials(s, t, centre, inv_tau, mix, l_s, l_t)
-    return NormalizedTile(q, p, z - l_s, u - l_t, d - r, d)
+    if len(mix) == 1:
+        z, u, d = centred(s, t, centre, inv_tau, mix)
+        return NormalizedTile(q, p, z - l_s, u - l_t, d - r)
+    else:
+        logq, logp, delta = _unmixed(s, t, centre, inv_tau, l_s, l_t, r if SHORT else 0.0)
+        return NormalizedTile(q, p, logq, logp, delta if SHORT else delta - r)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .moments import moments_advance, moments_init, moments_ratio
+from .moments import moments_advance, moments_init, moments_ratio, ratio_advance
 from .reductions import reduction_over_threads
 
 
@@ -24,7 +24,7 @@ class OnlineForm(NamedTuple):
     half_term: Any = None  # the same for a gradient that is rounded to half precision
 
 
-TWO_SWEEPS = OnlineForm(tile="two")
+TWO_SWEEPS = OnlineForm(advance=ratio_advance, tile="two")
 
 
 class RowParameters(NamedTuple):

@@ -81,6 +81,12 @@ def exp(x):
 
 
 @formula
+def negative(x):
+    """−x, a sign of what uses it: Triton makes −x itself a subtraction from 0."""
+    return x * -1.0
+
+
+@formula
 def horner(coefficients, x):
     """Σ c_n x^n."""
     total = coefficients[len(coefficients) - 1]
@@ -98,8 +104,8 @@ def expm1_ratio(x):
 
 @formula
 def half_expm1_ratio(x):
-    """(e^x − 1)/x for |x| < 1/8 to 1e-4: for what is rounded to half precision."""
-    return 1.0 + x * (0.5 + x * 0.16666667163372)
+    """(e^x − 1)/x for |x| < 0.024 to 1e-4: for what is rounded to half precision."""
+    return 1.0 + x * 0.5
 
 
 @formula(torch=_expm1_product)
@@ -108,10 +114,17 @@ def expm1_product(w, v, x):
     return tl.where(tl.abs(x) < 0.5, w * x * expm1_ratio(x), v - w)
 
 
+@formula(torch=expm1_product)
+def close_expm1_product(w, v, x):
+    """The same to 4e-7, or to 1e-6 of w where |x| > 1/8: for sums of what may as well be above 0 as below."""
+    ratio = 1.0 + x * (0.49999985098838806 + x * (0.16677457094192505 + x * 0.041697368025779724))
+    return tl.where(tl.abs(x) < 0.125, w * x * ratio, v - w)
+
+
 @formula
 def half_expm1_product(w, v, x):
     """The same to 1e-4, for what is rounded to half precision."""
-    return tl.where(tl.abs(x) < 0.125, w * x * half_expm1_ratio(x), v - w)
+    return tl.where(tl.abs(x) < 0.024, w * x * half_expm1_ratio(x), v - w)
 
 
 @formula
@@ -144,7 +157,7 @@ def log1p(x):
 @formula(torch=_log1p_exp)
 def log1p_exp(x):
     """log(1 + e^−|x|): a polynomial in e^−|x| ∈ [0, 1], minimax of the relative error, 3e-8."""
-    e = exp(-tl.abs(x))
+    e = exp(negative(tl.abs(x)))
     series = 0.0782254934310913 + e * (-0.029504956677556038 + e * 0.005232624243944883)
     series = -0.2484297752380371 + e * (0.1910598874092102 + e * (-0.1366320699453354 + e * series))
     return e * (0.9999999403953552 + e * (-0.4999949336051941 + e * (0.3331909477710724 + e * series)))
@@ -153,7 +166,7 @@ def log1p_exp(x):
 @formula(torch=_log1p_exp)
 def half_log1p_exp(x):
     """The same to 9e-6, for what is rounded to half precision."""
-    e = exp(-tl.abs(x))
+    e = exp(negative(tl.abs(x)))
     series = 0.325206458568573 + e * (-0.21004803478717804 + e * (0.10122154653072357 - e * 0.023868856951594353))
     return e * (0.9999915957450867 + e * (-0.4993613362312317 + e * series))
 

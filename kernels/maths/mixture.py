@@ -99,6 +99,24 @@ def far_beyond(part, other, delta, tail):
     return tl.maximum(other, part - delta) + tail
 
 
+@formula
+def mixture(of_p, p, q):
+    """m = of_p·p + (1 − of_p)·q, and 1/√m: dividing by m takes it twice, and a quarter of the instructions. m > 0."""
+    m = of_p * p + ((1.0 - of_p) * q + 1e-37)
+    return m, tl.rsqrt(m)
+
+
+@formula
+def larger_weight(part, other, far):
+    """(above, part, log): far_above(part, other, ...) is log more than far_above(part, above, ...).
+
+    The log is the larger weight's, so that the other one, which may be 0, does not swallow δ; log(1 − weight) on far
+    rows, whose terms leave it out.
+    """
+    by_part = (part >= other) | (far > 0)
+    return tl.where(by_part, other - part, 0.0), tl.where(by_part, 0.0, part - other), tl.where(by_part, part, other)
+
+
 @formula(torch=_log_mixture)
 def log_mixture(weight, delta, far):
     """(log(m/q), log(m/p), log(m/q) − far·log(1 − weight)) of m = weight·p + (1 − weight)·q.

@@ -25,7 +25,7 @@ A column that does not count has e^z = e^u = 0 and may be called live: what is s
 """
 
 from ..language import formula, tl
-from .elementary import expm1_product, log1p, loses_nothing, rem2_product
+from .elementary import close_expm1_product, exp, expm1_product, log1p, loses_nothing, negative, rem2_product
 from .quantities import EntropySums, LogSumExp
 from .reductions import broadcast_per_thread, thread_max, thread_sum
 
@@ -69,8 +69,6 @@ def moments_init():
 @formula
 def _shift(zeroth, first, second, to_s, to_t, x):
     """Move weights by to_s and differences by −x, where to_t = to_s·e^{−x}."""
-    first = tl.where(to_s == 0, 0.0, first)
-    zeroth = tl.where(to_s == 0, 0.0, zeroth)
     second = to_t * second + expm1_product(to_s, to_t, -x) * first + rem2_product(to_s, to_t, -x) * zeroth
     return to_s * zeroth, to_s * (first - x * zeroth), second
 
@@ -87,17 +85,23 @@ def remainders(ez, eu, d, live, zeroth, other, first):
 
 
 @formula
-def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
+def differences(ez, eu, d, live, zeroth, other, first):
+    """The same where A + B is all that is asked for: only the sum of both has its digits."""
+    return thread_sum(tl.where(live, close_expm1_product(ez, eu, d), 0.0)) - first
+
+
+@formula
+def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, REMAINDERS):
     z_s, z_t, first, second = state
-    to_t = tl.exp(log_t)
-    z_s, first, second = _shift(z_s, first, second, tl.exp(log_s), to_t, x)
+    to_t = exp(log_t)
+    z_s, first, second = _shift(z_s, first, second, exp(log_s), to_t, x)
     more_s = thread_sum(tl.where(live, ez, 0.0))
     z_s += more_s
     more_t = thread_sum(tl.where(live, eu, 0.0))
     z_t = to_t * z_t + more_t
     more = thread_sum(tl.where(live, ez * d, 0.0))
     first += more
-    second += remainders(ez, eu, d, live, more_s, more_t, more)
+    second += REMAINDERS(ez, eu, d, live, more_s, more_t, more)
     return z_s, z_t, first, second
 
 
@@ -105,7 +109,7 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live):
 def moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """Student-weighted moments: what RKL needs, and what every r comes from."""
     log_s, log_t, x = move
-    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live)
+    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, remainders)
 
 
 @formula
@@ -113,8 +117,17 @@ def teacher_moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """The same with the roles of student and teacher exchanged, kept in the order (Z_s, Z_t, A', B')."""
     log_s, log_t, x = move
     z_s, z_t, first, second = state
-    z_t, z_s, first, second = _weighted_moments((z_t, z_s, first, second), log_t, log_s, -x, -d, eu, ez, live)
+    z_t, z_s, first, second = _weighted_moments(
+        (z_t, z_s, first, second), log_t, log_s, -x, negative(d), eu, ez, live, remainders
+    )
     return z_s, z_t, first, second
+
+
+@formula(torch=moments_advance)
+def ratio_advance(state, move, z, u, d, ez, eu, live, theta):
+    """What r comes from, and a B that tells rows which are close from others, but is no sum of a value."""
+    log_s, log_t, x = move
+    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, differences)
 
 
 @formula

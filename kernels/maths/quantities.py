@@ -16,7 +16,6 @@ class NormalizedTile(NamedTuple):
     logq: Any
     logp: Any
     delta: Any  # log p − log q
-    d: Any  # u − z, not normalised
 
 
 class Maxima(NamedTuple):
