@@ -18,7 +18,7 @@ CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install demo test test-emulated mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
+.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-triton  compile every kernel with another Triton (3.9.0, or TRITON=...), in an environment of its own"
 	@echo "make clib         the C library, for a few divergences and float32 unless told otherwise, and its tests"
 	@echo "make lint types   ruff and basedpyright"
+	@echo "make wheel        a wheel and an sdist in build/dist"
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
@@ -58,6 +59,12 @@ EMULATE ?= 80 90
 EMULATE_OPTIONS ?= --order lockstep
 EMULATED = $(addprefix tests/test_,$(addsuffix .py,logits heads options split_rows streaming token_logprobs hard_rows \
 	identities properties autograd uncounted surroundings pitfalls weight_grad custom_divergence definition recipes))
+
+# Of the sdist, which must be complete.
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('build/dist')"
+	@ls build/dist
 
 test-emulated: install
 	TRITON_INTERPRET=0 $(BIN)/python tests/compiled_cases.py "many rows"

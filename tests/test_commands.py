@@ -105,6 +105,15 @@ def test_info_as_json(interpret: bool) -> None:
     assert cpu["threads"] >= 1
 
 
+def test_info_says_where_kernels_ran() -> None:
+    """Nowhere, or on kinds of GPU that are named; of each GPU of this machine whether it is one of them."""
+    found = json.loads(fusedkd_command("info", "--json").stdout)
+    text = fusedkd_command("info").stdout
+    assert f"the project has run its kernels on {', '.join(found['ran_on']) or 'no GPU yet'}" in text
+    for device in found["devices"]:
+        assert (device["ran_by_the_project"] is None) == (device["device"] == "cpu")
+
+
 def test_info_says_whether_rows_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What backend="compiled" does, or why it cannot."""
     assert 'backend="compiled" makes loops of them' in fusedkd_command("info").stdout

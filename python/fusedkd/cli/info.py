@@ -15,6 +15,7 @@ from .. import __version__
 from ..backends import TRITON_DEVICES, choose_backend, torch_compiled
 from ..kernels.language import interpreted
 
+RAN_ON: tuple[str, ...] = ()  # kinds of GPU, as drivers name them, on which the project has run its tests
 NO_TRITON = "not installed (pip install triton; on Windows triton-windows; for XPU it comes with PyTorch)"
 
 
@@ -41,7 +42,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
     }
-    return {"versions": versions, "triton_interpret": interpreted(), "devices": list(_devices())}
+    return {"versions": versions, "triton_interpret": interpreted(), "devices": list(_devices()), "ran_on": RAN_ON}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -53,6 +54,10 @@ def describe(found: dict[str, Any]) -> str:
         size = f"{device['threads']} threads" if "threads" in device else f"{device['memory_bytes'] / 2**30:.1f} GiB"
         lines += ["", f"{device['device']:<8} {device['name']}, {size}"]
         lines.append(f'{"":<8} backend="auto" is {device["backend"] or "refused"}: {device["reason"]}')
+        if device["ran_by_the_project"] is False:
+            lines.append(f"{'':<8} the project has never run its kernels on this kind of GPU: make gpu, and tell us")
+    where = ", ".join(found["ran_on"]) or "no GPU yet: they are interpreted, compiled, and executed by an emulator"
+    lines += ["", f"the project has run its kernels on {where}"]
     return "\n".join(lines)
 
 
@@ -65,14 +70,17 @@ def _version(module: str) -> str | None:
 
 def _devices() -> Iterator[dict[str, Any]]:
     name = platform.processor() or platform.machine()
-    yield {"device": "cpu", "name": name, "threads": torch.get_num_threads(), **_backend(torch.device("cpu"))}
+    cpu = _backend(torch.device("cpu"))
+    yield {"device": "cpu", "name": name, "threads": torch.get_num_threads(), **cpu, "ran_by_the_project": None}
     for kind in TRITON_DEVICES:
         module = torch.get_device_module(kind)
         for index in range(module.device_count() if module.is_available() else 0):
             properties = module.get_device_properties(index)
             device = torch.device(kind, index)
             memory = properties.total_memory
-            yield {"device": str(device), "name": properties.name, "memory_bytes": memory, **_backend(device)}
+            ran = any(name in properties.name for name in RAN_ON)
+            about = {"device": str(device), "name": properties.name, "memory_bytes": memory}
+            yield {**about, **_backend(device), "ran_by_the_project": ran}
 
 
 def _loops() -> str:
