@@ -1,10 +1,8 @@
 """The losses of KDFlow (songmzhang/KDFlow): seven of `kdflow/loss`, and `chunked_loss` on hidden states.
 
-    import kdflow.algorithms.vanilla_kd as vanilla_kd
-    import kdflow.loss
-    from fusedkd.compat import kdflow as fused
-    kdflow.loss.LOSS_DICT.update(fused.LOSS_DICT)       # before a trainer is made: kl, rkl, jsd, skl, srkl, akl, tvd
-    vanilla_kd.chunked_loss = fused.chunked_loss        # likewise in sft and simple_ctkd, which import it too
+    from fusedkd.compat.kdflow import LOSS_DICT, chunked_loss
+    kdflow.loss.LOSS_DICT.update(LOSS_DICT)                     # kl, rkl, jsd, skl, srkl, akl, tvd
+    kdflow.algorithms.vanilla_kd.chunked_loss = chunked_loss    # likewise in sft and simple_ctkd
 
 Each loss takes (student_logits, teacher_logits, temperature, its parameter, reduction) as there: (..., V) logits, or a
 `fusedkd.Head` on either side. p is the teacher and q the student at the temperature T, without a factor T². The result
