@@ -450,6 +450,8 @@ def test_arguments() -> None:
     wrong(ValueError, "must have the leading shape", call, one, **beside, label=label[:5])
     adapted = SimpleNamespace(weight=ours.head.weight, base_layer=ours.head)
     wrong(NotImplementedError, "student_head has an adapter", kdflow.chunked_loss, ours.hidden, adapted, one, **beside)
+    sharded = SimpleNamespace(weight=ours.head.weight.detach().as_subclass(type("DTensor", (Tensor,), {})))
+    wrong(TypeError, "student_head.weight is a DTensor", kdflow.chunked_loss, ours.hidden, sharded, one, **beside)
     wrong(TypeError, "student_hidden must be", kdflow.chunked_loss, None, ours.head, one, **beside)
     given = {"teacher_logits_fn": lambda start, end: None}
     wrong(TypeError, "the result of teacher_logits_fn", call, one, **given)
@@ -486,9 +488,8 @@ def test_the_memory_of_chunks(chunk_size: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kdflow, "_SORTED", 2**20)
     there = measure(theirs).peak
     assert there >= 2 * matrix
-    for loss_fn in (kdflow.compute_kl_div, kdflow.compute_adaptive_kl_div):
+    # What a chunk is plays no part here, so that the slow sort is seen once.
+    for loss_fn in (kdflow.compute_kl_div, kdflow.compute_adaptive_kl_div)[: 2 if chunk_size == n else 1]:
         here = measure(functools.partial(ours, loss_fn))
         assert max(here.sizes) < matrix / 4
         assert here.peak < matrix
-    for found, wanted in zip(ours(kdflow.compute_kl_div), theirs(), strict=True):
-        assert_close(found, wanted.double(), VALUE)
