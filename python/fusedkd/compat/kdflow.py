@@ -16,7 +16,9 @@ Differences:
 - float32 inside for bfloat16 logits, where KDFlow divides by the temperature and rounds first;
 - vocabularies of different size are compared on the common columns; there a shape error outside `chunked_loss`;
 - a teacher logit of −inf: jsd and skl have the limit, there NaN; rkl and akl leave the column out on both sides, there
-  +inf and NaN. The other losses agree;
+  +inf and NaN. The other losses agree. For that kl, jsd, skl, srkl and tvd raise teacher log-probabilities below −50 to
+  −50 (support="floor"), of which no digit of theirs shows anything;
+- `chunked_loss` reads where its label is −100 beside a teacher, and takes it as ignored beside none;
 - akl of a token with p = q is 0, there 0/0; an empty batch is 0 with a graph, there NaN or an error;
 - a parameter outside its domain raises ValueError, there an AssertionError or, in akl, nothing.
 
