@@ -19,6 +19,7 @@ from fusedkd.compat import (
     distillkit,
     distillm,
     distillm2,
+    kdflow,
     liger,
     megatron,
     minillm,
@@ -249,6 +250,23 @@ def calls() -> dict[str, Call]:
     table["abkd.alphanet"] = lambda x: abkd.alphanet(x.student, x.teacher, {"label": x.labels}, 0.2, 0.9)
     arguments = SimpleNamespace(amid_alpha=0.5, amid_lam=0.5, amid_div_name="fkl", amid_div_order="pr")
     table["amid.amid"] = lambda x: amid.amid(x.student, x.teacher, {"label": x.labels}, arguments)
+
+    for reduction in ("none", "mean", "sum"):
+        for name, loss in kdflow.LOSS_DICT.items():
+            table[f"kdflow.{name}-{reduction}"] = lambda x, f=loss, r=reduction: f(
+                x.student, x.teacher, 2.0, reduction=r, labels=x.labels
+            )
+        for loss in (kdflow.compute_kl_div, kdflow.compute_adaptive_kl_div):
+            table[f"kdflow.chunked_loss-{loss.__name__}-{reduction}"] = lambda x, f=loss, r=reduction: (
+                kdflow.chunked_loss(
+                    x.student, SimpleNamespace(weight=x.weight, bias=x.bias), f, None, x.teacher,
+                    SimpleNamespace(weight=x.teacher_weight, bias=x.teacher_bias), None, x.labels, 1, r,
+                    lambda chunk_loss, **given: {"loss": (chunk_loss.sum(), 1)},
+                )
+            )  # fmt: skip
+        table[f"kdflow.compute_cross_entropy-{reduction}"] = lambda x, r=reduction: kdflow.compute_cross_entropy(
+            x.student, x.labels, r
+        )
 
     for kind in ("distillm_v2", "gkd", "kd"):
         table[f"distillm2-{kind}"] = lambda x, kind=kind: torch.stack(
