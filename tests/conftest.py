@@ -61,6 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "smoke: a look at every path in a minute on two cores (pytest -m smoke -n 2)")
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty alone in this test")
     config.addinivalue_line("markers", "xdist_group: tests that one process runs (pytest-xdist)")
+    save_repeated_work()
+
+
+def save_repeated_work() -> None:
+    """Let Triton's interpreter, where kernels run in it, do what it does at each operation once."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         with contextlib.suppress(ImportError):
             interpreter = importlib.import_module("triton.runtime.interpreter")

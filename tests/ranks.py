@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
+# Imported once, by a process without threads that ranks are forked from: torch alone takes seconds.
+PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.profiler", "pytest", "fusedkd"]
 COLLECTIVE = timedelta(seconds=30)  # longest wait of a collective; for groups that a function makes itself, too
 GRACE = 2.0  # seconds that the other ranks have to report once one has failed: most wait for it in a collective
 
@@ -33,7 +35,8 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
     AssertionError has the traceback of every rank that raised, and where a rank was that hung.
     """
     deadline = time.monotonic() + timeout
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="fusedkd-ranks-", ignore_cleanup_errors=True) as folder:
         processes, pipes = [], []
         for rank in range(world):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.distributed as dist
@@ -143,6 +144,7 @@ def poisoned() -> Iterator[None]:
 def checked(rank: int, how: Sharded, checks: list[Check]) -> dict[str, str]:
     """Runs every check on this rank, and returns the traceback of each that failed, by its name."""
     failed: dict[str, str] = {}
+    conftest.save_repeated_work()
     with poisoned(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fusedkd, "kd_loss", how.loss)
         patch.setattr(fusedkd, "kd_value_and_grad", how.both)
