@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 IGNORED = -100
 VOCAB, LENGTH, BATCH = 4096, 64, 16  # BATCH rows of LENGTH tokens
@@ -49,6 +49,18 @@ def numbered(some: Iterable[str]) -> Tensor:
     """Ids of words."""
     known = vocabulary()
     return torch.tensor([known.get(word, 0) for word in some])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The same ids for programs that want a tokenizer; its chats are the messages one after the other."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokens = Tokenizer(models.WordLevel({"<other>": 0, **vocabulary()}, unk_token="<other>"))
+    tokens.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
+    other = dict(unk_token="<other>", pad_token="<other>", eos_token="<other>", bos_token="<other>")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokens, padding_side="left", **other)
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return made
 
 
 def text() -> tuple[Tensor, Tensor]:
