@@ -60,6 +60,7 @@ def main() -> None:
     after = tiny.held_out_loss(loss, held_out)
 
     print(f"{sum(map(torch.numel, adapters)):,} of {student.num_parameters():,} parameters trained")
+    ids, labels = next(tiny.batches(held_out, 1))
     for learns in (False, True):
         student.lm_head.requires_grad_(learns)
         with FlopCounterMode(display=False) as counter:
