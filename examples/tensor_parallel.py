@@ -3,13 +3,14 @@
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
 gloo on CPUs, nccl where every rank has a GPU. Every rank has the same tokens, the same bodies of both models, and its
-own rows of both output layers, so that no rank has logits of the whole vocabulary. Text and teacher are those of
-fsdp.py.
+own rows of both output layers, so that no rank has logits of the whole vocabulary. The start and
+the teacher's training are those of fsdp.py.
 """
 
+import tiny
 import torch
 import torch.distributed as dist
-from fsdp import VOCAB, batches, model, read_text, shown, start, train_teacher
+from fsdp import start, train_teacher
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
@@ -21,7 +22,7 @@ class Distillation:
 
     def __init__(self, student: Qwen2ForCausalLM, teacher: Qwen2ForCausalLM) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
-        start, stop = rank * VOCAB // world, (rank + 1) * VOCAB // world
+        start, stop = rank * tiny.VOCAB // world, (rank + 1) * tiny.VOCAB // world
         self.shard = fusedkd.VocabShard(start=start, stop=stop)
         self.student, self.teacher = student.model, teacher.model
         self.weight = nn.Parameter(student.lm_head.weight[start:stop].detach().clone())
@@ -52,12 +53,12 @@ class Distillation:
 @torch.no_grad()
 def held_out_loss(run: Distillation, rows: Tensor, device: torch.device) -> float:
     """The mean over a few batches."""
-    return torch.stack([run.loss(*batch) for batch in batches(rows, 8, device, split=False)]).mean().item()
+    return torch.stack([run.loss(*batch) for batch in tiny.batches(rows, 8, device)]).mean().item()
 
 
 def memory(ids: Tensor, columns: int) -> str:
     """What the logits of a batch would take, and at most take on a rank."""
-    whole, part = (2 * 4 * ids.numel() * width / 1e6 for width in (VOCAB, columns))
+    whole, part = (2 * 4 * ids.numel() * width / 1e6 for width in (tiny.VOCAB, columns))
     return (
         f"float32 logits of a batch, both sides: {whole:.1f} MB whole; a rank makes those of its {columns:,} columns, "
         f"{part:.1f} MB, and never more than a chunk of tokens at a time"
@@ -68,15 +69,14 @@ def main() -> None:
     """Train the teacher, distil the student, say what that did."""
     steps, device = start(__doc__)
     with device:
-        student, teacher = model(64, 2, tied=False), model(128, 3, tied=False)
-    text = read_text()
-    rows, held_out = text[: -len(text) // 10], text[-len(text) // 10 :]
+        student, teacher = tiny.model(64, 2, tied=False), tiny.model(128, 3, tied=False)
+    rows, held_out = tiny.text()
     train_teacher(teacher, rows, steps, device)
 
     run = Distillation(student, teacher)
     optimizer = torch.optim.AdamW(run.parameters, 4e-3)
     before = held_out_loss(run, held_out, device)
-    for ids, labels in shown(batches(rows, steps, device, split=False), "student", steps):
+    for ids, labels in tiny.shown(tiny.batches(rows, steps, device), "student", steps):
         run.loss(ids, labels).backward()
         run.same_gradients()
         optimizer.step()
