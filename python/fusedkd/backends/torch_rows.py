@@ -619,7 +619,7 @@ class Whole(NamedTuple):
     dtype: torch.dtype
     teacher: Callable[[], Tensor]  # (n, V) logits
     columns: Callable[[], tuple[Tensor, ...]]  # q, p, log q, log p, δ, (n, V) each
-    reach: Reach
+    reach: Reach = HERE
 
 
 def row_parameters(
