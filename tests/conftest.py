@@ -204,7 +204,18 @@ def seed() -> None:
 def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill what torch.empty and its relatives return with NaN, so that an output nobody wrote is seen."""
     emulated = request.config.getoption("--emulate") is not None
-    fill = importlib.import_module("emulator").unwritten if emulated else lambda x: x.fill_(torch.nan)
+    if request.node.get_closest_marker("unpoisoned") is None:
+        fill_unwritten(monkeypatch, importlib.import_module("emulator").unwritten if emulated else nan_everywhere)
+    yield
+
+
+def nan_everywhere(x: torch.Tensor) -> torch.Tensor:
+    """What nobody wrote, as a number that shows."""
+    return x.fill_(torch.nan)
+
+
+def fill_unwritten(patch: pytest.MonkeyPatch, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Have `fill` write what torch.empty and its relatives return."""
 
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -214,9 +225,7 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
         return filled
 
-    if request.node.get_closest_marker("unpoisoned") is None:
-        for name in ("empty", "empty_like", "empty_strided"):
-            monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-        for name in ("new_empty", "new_empty_strided"):
-            monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
-    yield
+    for name in ("empty", "empty_like", "empty_strided"):
+        patch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        patch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import conftest
@@ -121,31 +120,12 @@ def same_on_every_rank(x: Tensor) -> None:
     assert all(torch.equal(told[0], other) for other in told), "ranks have other bits"
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """NaN in memory that nobody wrote, as conftest.poison has it."""
-
-    def filled(make: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            made = make(*args, **kwargs)
-            with torch.no_grad():
-                return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        return run
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "empty_like", "empty_strided"):
-            patch.setattr(torch, name, filled(getattr(torch, name)))
-        for name in ("new_empty", "new_empty_strided"):
-            patch.setattr(torch.Tensor, name, filled(getattr(torch.Tensor, name)))
-        yield
-
-
 def checked(rank: int, how: Sharded, checks: list[Check]) -> dict[str, str]:
     """Runs every check on this rank, and returns the traceback of each that failed, by its name."""
     failed: dict[str, str] = {}
     conftest.save_repeated_work()
-    with poisoned(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        conftest.fill_unwritten(patch, conftest.nan_everywhere)
         patch.setattr(fusedkd, "kd_loss", how.loss)
         patch.setattr(fusedkd, "kd_value_and_grad", how.both)
         patch.setattr(planner, "choose", lambda shape, budget: planner.Chunks(4, 2, 0))  # several chunks of each kind

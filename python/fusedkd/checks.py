@@ -455,18 +455,18 @@ def weight_grad(value: Any, student: Side, teachers: Mapping[str, Teacher]) -> N
     if not has_data(value):
         return
     for name, given in {"student": student, **teachers}.items():
-        for part, operand in _parts(given).items():
+        for part, operand in parts(given).items():
             if isinstance(operand, torch.Tensor) and _overlap(value, operand):
                 raise ValueError(f"weight_grad shares memory with {part} of {name}: pass a buffer of its own")
 
 
-def _parts(side_value: Teacher) -> dict[str, Any]:
+def parts(side_value: Any) -> dict[str, Any]:
     """What a side is made of, by name."""
     if isinstance(side_value, Head | TopK):
         return side_value._asdict()
     if isinstance(side_value, torch.Tensor):
         return {"logits": side_value}
-    return {f"tensors[{i}]": x for i, x in enumerate(side_value.tensors)}
+    return {f"tensors[{i}]": x for i, x in enumerate(side_value.tensors)} if is_operand(side_value) else {}
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

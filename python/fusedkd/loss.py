@@ -58,8 +58,7 @@ class _Checked(NamedTuple):
     targeted: bool  # whether there is a token that statistics can be about
     reduction: str
     num_items: float | torch.Tensor | None
-    widest: int = 0  # most columns that a rank of a shard has
-    ranks: int = 1
+    ranks: int = 1  # that share the vocabulary
 
 
 def kd_loss(
@@ -355,11 +354,11 @@ def _check(
     else:
         shard.fit("student", checks.width(student))
         options = {
-            "divergence": repr(chosen), "temperature": temperature, "reduction": reduction, "ce_weight": ce_weight,
-            "support": support, "hidden_grad": hidden_grad, "return_stats": return_stats, "vocab_size": vocab_size,
+            "temperature": temperature, "reduction": reduction, "ce_weight": ce_weight, "support": support,
+            "hidden_grad": hidden_grad, "return_stats": return_stats, "vocab_size": vocab_size,
             "ignore_index": ignore_index, "backend": backend, "logits_dtype": logits_dtype, **(about or {}),
         }  # fmt: skip
-        agree(shard, lambda: _facts(student, teachers, labels, token_weights, options))
+        agree(shard, lambda: {**_facts(student, teachers, labels, token_weights, chosen), **options})
         columns, teachers = _shared_columns(vocab_size, teachers, shard)
     here = columns if shard is None else shard.here(columns)
     shape, where = checks.leading(student), checks.device(student)
@@ -441,14 +440,14 @@ def _check(
         reduce_hidden=shard is not None and hidden_grad == "reduce",
     )
     targeted = labels is not None or chosen.target_token != "label"
-    widest, ranks = (0, 1) if shard is None else (shard.widest, shard.size)
-    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, widest, ranks)
+    ranks = 1 if shard is None else shard.size
+    return _Checked(call, operands, numbers, form, shape, counted, targeted, reduction, num_items, ranks)
 
 
 def _facts(
-    student: Side, teachers: dict[str, Any], labels: Any, token_weights: Any, options: dict[str, Any]
+    student: Side, teachers: dict[str, Any], labels: Any, token_weights: Any, chosen: Divergence
 ) -> dict[str, Any]:
-    """What every rank of a shard has to call with, by the names that errors give it."""
+    """What every rank of a shard has to call with, by the names that errors give it: for some of it a GPU waits."""
     parts = student[:3] if isinstance(student, Head) else (student,)
     seen = isinstance(labels, torch.Tensor) and checks.has_data(labels)
     return {
@@ -460,7 +459,8 @@ def _facts(
         "the sum of labels": int(labels.sum()) if seen else None,
         "token_weights (None or not)": token_weights is None,
         "what of student requires grad": [x is not None and x.requires_grad for x in parts],
-    } | options
+        "divergence": repr(chosen),
+    }
 
 
 def _shared_columns(vocab_size: int | None, teachers: dict[str, Any], shard: VocabShard) -> tuple[int, dict[str, Any]]:
@@ -584,7 +584,7 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
     x, theirs = call.student, teacher.tensors[0]
     made = theirs if student.stored else x
     # Ranks of a shard plan for the one that has most columns: all have to take as many rows at a time.
-    width, compared = (checked.widest, checked.widest) if checked.widest else (student.width, call.vocab_size)
+    width, compared = (call.shard_widest,) * 2 if call.shard_group else (student.width, call.vocab_size)
     columns = width if checked.numbers.ce_weight else compared
     return Shape(
         rows=student.rows,

@@ -10,7 +10,6 @@ from torch import Tensor, distributed
 from . import checks
 from .checks import is_dtensor
 from .head import Head, Side
-from .schedules.operands import is_operand
 from .schedules.ranks import Ranks
 from .sparse import TopK
 
@@ -62,9 +61,9 @@ class VocabShard:
         self.widest = 0  # columns of the rank that has most of them
         if start is not None and stop is not None:
             if self.size == 1:
-                self._fit([(int(start), int(stop))])
+                self.fit_ranges([(int(start), int(stop))])
             else:
-                self._fit(self.told((int(start), int(stop))))
+                self.fit_ranges(self.told((int(start), int(stop))))
 
     def __deepcopy__(self, memo: Any) -> "VocabShard":
         return self  # a process group cannot be copied, and nothing of a shard changes once it is known
@@ -88,8 +87,8 @@ class VocabShard:
         distributed.all_gather_object(told, value, group=self.group)
         return told
 
-    def _fit(self, ranges: list[tuple[int, int]]) -> None:
-        """Raises where the ranges of all ranks are not those of one vocabulary."""
+    def fit_ranges(self, ranges: list[tuple[int, int]]) -> None:
+        """Take [start, stop) of all ranks; raises where they are not those of one vocabulary."""
         stop = 0
         for rank, (first, last) in sorted(enumerate(ranges), key=lambda x: x[1]):
             if first != stop or last < first:
@@ -126,15 +125,13 @@ class VocabShard:
         """Columns [start, stop) for a side that has `width` of them here, or an error that says what does not fit."""
         if self.start is None:
             widths = [width] if self.size == 1 else self.told(width)
-            total, most = sum(widths), widths[0]
-            equal = [max(0, min(most, total - i * most)) for i in range(self.size)]
-            if widths != equal:
+            ranges = _equal_parts(sum(widths), widths[0], self.size)
+            if widths != [stop - start for start, stop in ranges]:
                 raise ValueError(
                     f"shard: the ranks have {widths} columns of {name}, which are no equal parts (the last may be "
                     "shorter): give start and stop in VocabShard"
                 )
-            starts = [sum(widths[:i]) for i in range(self.size)]
-            self._fit([(first, first + own) for first, own in zip(starts, widths, strict=True)])
+            self.fit_ranges(ranges)
         elif width != self.width:
             raise ValueError(
                 f"shard has the columns [{self.start}, {self.stop}), {self.width} of them, and {name} has {width} on "
@@ -155,13 +152,6 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _tensors(value: Any) -> list[Any]:
-    """The tensors of a side."""
-    if isinstance(value, Head | TopK):
-        return list(value)
-    return list(value.tensors) if is_operand(value) else [value]
-
-
 def local_sides(
     student: Any, teachers: Mapping[str, Any], labels: Any, shard: VocabShard | None, hidden_grad: str
 ) -> Sides:
@@ -175,7 +165,7 @@ def local_sides(
             without a `shard`: FSDP2 stores weights in the same way, and there hidden states differ from rank to rank.
     """
     every = {"student": student, **teachers}
-    if not any(is_dtensor(x) for side in (*every.values(), labels) for x in _tensors(side)):
+    if not any(is_dtensor(x) for side in (*every.values(), labels) for x in checks.parts(side).values()):
         return Sides(student, dict(teachers), labels, shard)
     if torch.compiler.is_compiling():
         raise ValueError(
@@ -189,21 +179,21 @@ def local_sides(
     if not sharded:
         return Sides(plain.pop("student"), plain, labels, shard)
     first, like = next(iter(sharded.items()))
-    columns = _columns_of(like)
+    ranges = _ranges_of(like)
     for name, x in sharded.items():
         if x.device_mesh != like.device_mesh:
             raise ValueError(f"{name} is sharded over another device mesh than {first}: use one mesh")
-        if _columns_of(x) != columns:
+        if (own := _ranges_of(x)) != ranges:
             raise ValueError(
-                f"{name} is a DTensor of {_columns_of(x)[2]} columns and {first} one of {columns[2]}, which are not "
+                f"{name} is a DTensor of {own[-1][1]} columns and {first} one of {ranges[-1][1]}, which are not "
                 "cut alike: pad one of them to the other's width and compare the first vocab_size columns"
             )
     group = like.device_mesh.get_group()
     if shard is None:
-        shard = _shard_of(group, *columns)
-    elif shard.group != group or (shard.start is not None and (shard.start, shard.stop) != columns[:2]):
+        shard = _shard_of(group, ranges)
+    elif shard.group != group or (shard.start is not None and (shard.start, shard.stop) != ranges[shard.rank]):
         raise ValueError(
-            f"shard is {shard!r}, and {first} a DTensor whose columns [{columns[0]}, {columns[1]}) this rank has, "
+            f"shard is {shard!r}, and {first} a DTensor whose columns the ranks of its mesh have as {ranges}, "
             "maybe in another group: leave `shard` out where a DTensor says it"
         )
     return Sides(plain.pop("student"), plain, labels, shard)
@@ -239,13 +229,13 @@ def _vocabulary(name: str, value: Any, axis: int, sharded: dict[str, Any]) -> An
     """What this rank has of a tensor whose vocabulary, on an axis, may be sharded."""
     if not is_dtensor(value):
         return value
-    _, placements = _one_dimensional(name, value)
-    if placements[0].is_replicate():
+    placement = _placement(name, value)
+    if placement.is_replicate():
         return value.to_local()
-    if not placements[0].is_shard(axis % value.dim()):
+    if not placement.is_shard(axis % value.dim()):
         where = "the last axis" if axis == -1 else "axis 0"
         raise ValueError(
-            f"{name} is a DTensor with placement {placements[0]}: its vocabulary may be sharded ({where}) or not, and "
+            f"{name} is a DTensor with placement {placement}: its vocabulary may be sharded ({where}) or not, and "
             f"no other axis: {name}.redistribute(placements=[Shard({axis % value.dim()})]) would work"
         )
     sharded[name] = value
@@ -258,38 +248,40 @@ def _replicated(name: str, value: Any, partial: bool) -> Any:
         return value
     from torch.distributed.tensor import Partial
 
-    _, placements = _one_dimensional(name, value)
-    if not placements[0].is_replicate():
+    placement = _placement(name, value)
+    if not placement.is_replicate():
         raise ValueError(
-            f"{name} is a DTensor with placement {placements[0]}, and every rank of a vocabulary shard needs all of "
+            f"{name} is a DTensor with placement {placement}, and every rank of a vocabulary shard needs all of "
             f"it: {name}.redistribute(placements=[Replicate()]) would work"
         )
     return value.to_local(grad_placements=[Partial()]) if partial else value.to_local()
 
 
-def _one_dimensional(name: str, value: Any) -> tuple[Any, Any]:
+def _placement(name: str, value: Any) -> Any:
+    """How a DTensor lies on the one dimension of its mesh."""
     if value.device_mesh.ndim != 1:
         raise ValueError(
             f"{name} is a DTensor on a mesh of {value.device_mesh.ndim} dimensions, and the vocabulary is sharded over "
             f'one: pass {name}.to_local() with shard=fusedkd.VocabShard(mesh["tp"].get_group(), start, stop)'
         )
-    return value.device_mesh, value.placements
+    return value.placements[0]
 
 
-def _columns_of(x: Any) -> tuple[int, int, int, int]:
-    """Of a DTensor sharded over the vocabulary: this rank's columns [first, last), all, and the first rank's."""
-    total, mesh = x.shape[x.placements[0].dim], x.device_mesh
-    widest = -(-total // mesh.size())  # as torch.chunk cuts
-    first = min(total, mesh.get_local_rank() * widest)
-    return first, min(total, first + widest), total, widest
+def _equal_parts(total: int, most: int, size: int) -> list[tuple[int, int]]:
+    """[start, stop) of every rank: each has `most` columns, the last ones what is left, as torch.chunk cuts."""
+    return [(min(total, i * most), min(total, (i + 1) * most)) for i in range(size)]
 
 
-def _shard_of(group: Any, first: int, last: int, total: int, widest: int) -> VocabShard:
+def _ranges_of(x: Any) -> list[tuple[int, int]]:
+    """Those of a DTensor sharded over the vocabulary."""
+    total, size = x.shape[x.placements[0].dim], x.device_mesh.size()
+    return _equal_parts(total, -(-total // size), size)
+
+
+def _shard_of(group: Any, ranges: list[tuple[int, int]]) -> VocabShard:
     """A shard whose columns need not be told: DTensors of one shape are cut alike on every rank."""
     shard = VocabShard(group)
-    ranges = [(min(total, i * widest), min(total, (i + 1) * widest)) for i in range(shard.size)]
-    shard.start, shard.stop, shard.width, shard.vocab_size, shard.widest = first, last, last - first, total, widest
-    shard.ranges = ranges
+    shard.fit_ranges(ranges)
     return shard
 
 
@@ -297,7 +289,7 @@ def cut(name: str, side: Any, shard: VocabShard, vocab_size: int | None) -> Any:
     """This rank's columns of a teacher that is its part already, or whole: a TopK stays as it is."""
     if isinstance(side, TopK):
         return side
-    width, compared = _width(side), shard.vocab_size if vocab_size is None else min(vocab_size, shard.vocab_size)
+    width, compared = checks.width(side), shard.vocab_size if vocab_size is None else min(vocab_size, shard.vocab_size)
     part = width == shard.width
     if any(0 < start < compared <= stop - start for start, stop in shard.ranges):
         # A whole teacher of so few columns may be as wide as a rank's part of it, and the others have to know.
@@ -323,12 +315,6 @@ def cut(name: str, side: Any, shard: VocabShard, vocab_size: int | None) -> Any:
     if isinstance(side, Tensor):
         return side[..., columns]
     raise ValueError(f"{name} is a {_kind(side)}, which cannot be cut: pass logits, a Head or a TopK beside a shard")
-
-
-def _width(side: Any) -> int:
-    if isinstance(side, Head):
-        return side.weight.shape[0]
-    return side.shape[-1] if isinstance(side, Tensor) else side.width
 
 
 def agree(shard: VocabShard, facts: Callable[[], Mapping[str, Any]]) -> None:

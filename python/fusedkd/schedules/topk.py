@@ -143,7 +143,11 @@ def is_topk(kind: str) -> bool:
 
 def saved_width(kind: str, teacher: Sequence[Tensor]) -> int:
     """How many floats the value of a row leaves to its gradient, beside a teacher of this kind and these tensors."""
-    return SAVED + MASSES + TopKOutcomes(*teacher).ids.shape[1] if is_topk(kind) else SAVED
+    return _saved_width(TopKOutcomes(*teacher).ids) if is_topk(kind) else SAVED
+
+
+def _saved_width(ids: Tensor) -> int:
+    return SAVED + MASSES + ids.shape[1]
 
 
 def _topk_rows(kind: str, backend: Backend) -> "TopKRows":
@@ -508,7 +512,7 @@ class ShardedTopKRows:
 
     def _room(self, teacher: Logits, loss: Tensor) -> Tensor:
         """For what the value of rows leaves to their gradient."""
-        return loss.new_empty((len(loss), SAVED + MASSES + _outcomes(teacher).ids.shape[1]))
+        return loss.new_empty((len(loss), _saved_width(_outcomes(teacher).ids)))
 
     def _write(self, parts: TopKParts, here: list[Part], out: Tensor) -> None:
         for part in here:
