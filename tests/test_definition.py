@@ -410,10 +410,14 @@ FORMULAS: dict[str, Formula] = {
     "negative": (lambda: (torch.cat((X, FAR)),), torch.neg, EXACT),
     "rem2_ratio": (lambda: (X[(X.abs() < 0.5) & (X != 0)],), lambda x: remainder(x) / x**2, EXACT),
     "rem2_product": (weighted, exact_rem2_product, {"torch": 1.5e-5, "triton": 2e-6}),
-    "log1p_exp": (lambda: (torch.cat((X, FAR)),), lambda x: torch.log1p(torch.exp(-x.abs())), EXACT | {"triton": EXP}),
-    "half_log1p_exp": (
+    "log1p_exp2": (
         lambda: (torch.cat((X, FAR)),),
-        lambda x: torch.log1p(torch.exp(-x.abs())),
+        lambda x: torch.log1p(torch.exp2(-x.abs())),
+        EXACT | {"triton": EXP},
+    ),
+    "half_log1p_exp2": (
+        lambda: (torch.cat((X, FAR)),),
+        lambda x: torch.log1p(torch.exp2(-x.abs())),
         EXACT | {"triton": 1.5e-5},
     ),
     "half_expm1_ratio": (lambda: (X[X.abs() < 0.024],), exact_expm1_ratio, dict.fromkeys(EXACT, HALF)),

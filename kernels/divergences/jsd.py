@@ -15,7 +15,7 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, negative, rem2_product
+from ..maths.elementary import expm1_product, half_log1p_exp2, horner, log1p_exp2, negative, rem2_product
 from ..maths.mixture import (
     SATURATING,
     cumulants,
@@ -23,6 +23,7 @@ from ..maths.mixture import (
     factor,
     far_above,
     larger_weight,
+    log2_odds,
     log_mixture,
     log_weights,
 )
@@ -78,7 +79,7 @@ def term(q, p, logq, logp, delta, theta):
     beta, far = theta
     of_q, of_p, shift, first, last = _weights(theta)
     part, other = log_weights(beta)
-    tail = log1p_exp(delta + (other - part))
+    tail = log1p_exp2(log2_odds(part, other, delta))
     above, below, log = larger_weight(part, other, (1.0 - last) * far)
     excess = far_above(below, above, delta, tail)  # log(M/q) − log
     with_q = (first - last - of_q * log) - of_q * excess
@@ -94,7 +95,7 @@ def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
     of_q, _, shift, first, _ = _weights(theta)
     part, other = log_weights(theta[0])
-    tail = half_log1p_exp(delta + (other - part))
+    tail = half_log1p_exp2(log2_odds(part, other, delta))
     least, more = of_q * (part - shift) - first, of_q * (other - shift) - first
     with_q = tl.maximum(of_q * delta + more, least) + of_q * tail
     return 0.0 * q, negative(_slope(q, p, delta, theta, with_q, 4, 0.25))

@@ -17,7 +17,7 @@ from ..maths.elementary import (
     expm1_ratio,
     half_expm1_ratio,
     horner,
-    log1p_exp,
+    log1p_exp2,
     rem2_product,
 )
 from ..maths.mixture import (
@@ -26,6 +26,7 @@ from ..maths.mixture import (
     exp_times_cumulants,
     factor,
     far_beyond,
+    log2_odds,
     log_mixture,
     log_weights,
     mixture,
@@ -70,7 +71,7 @@ def term(q, p, logq, logp, delta, theta):
     lam, far = theta
     part, other = log_weights(lam)
     near = tl.abs(delta) < 0.5
-    beyond = far_beyond(part, other, delta, log1p_exp(delta + (other - part)))
+    beyond = far_beyond(part, other, delta, log1p_exp2(log2_odds(part, other, delta)))
     close = q * (delta * delta) * horner(_series(lam), delta)
     m, _ = mixture(lam, p, q)
     f = tl.where(near, close, (m - p) - p * beyond)

@@ -12,8 +12,18 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, Parameter
-from ..maths.elementary import expm1_product, half_log1p_exp, horner, log1p_exp, rem2_product
-from ..maths.mixture import SATURATING, cumulants, factor, far_above, larger_weight, log_mixture, log_weights, mixture
+from ..maths.elementary import expm1_product, half_log1p_exp2, horner, log1p_exp2, negative, rem2_product
+from ..maths.mixture import (
+    SATURATING,
+    cumulants,
+    factor,
+    far_above,
+    larger_weight,
+    log2_odds,
+    log_mixture,
+    log_weights,
+    mixture,
+)
 from .skl import LAM
 
 
@@ -39,40 +49,43 @@ def _value_series(lam):
 
 
 @formula
-def _slope(q, p, delta, theta, excess, TERMS: tl.constexpr, EDGE: tl.constexpr):
-    """phi: by TERMS terms of its series where |δ| < EDGE, phi/q = −K + attached·(dK/dδ − 1 + λ), else from excess = K.
+def _left_out(theta):
+    """The constant of phi/q that a far row leaves out: −log λ − attached·(1 − λ), less."""
+    lam, detach_mixture, far = theta
+    part, _ = log_weights(1.0 - lam)
+    return tl.where(lam > 0, far, 0.0) * (part + (1.0 - detach_mixture) * (1.0 - lam))
 
-    The student's part in the mixture is q·expm1(−K) = (1 − λ)(q − p) q/M, and on far rows −(1 − λ) p q/M.
+
+@formula
+def _slope(q, delta, theta, share, excess, TERMS: tl.constexpr, EDGE: tl.constexpr):
+    """phi: by TERMS terms of its series where |δ| < EDGE, phi/q = −K + attached·(dK/dδ − 1 + λ), else from the share
+    dK/dδ that the teacher has of M, and from excess = K + attached·(1 − λ); on far rows without the constants.
+
+    The student's part in the mixture is −λ q·expm1(−K) = q·(share − 1 + λ).
     """
     lam, detach_mixture, far = theta
-    far = tl.where(lam > 0, far, 0.0)
     attached = 1.0 - detach_mixture
-    part, _ = log_weights(1.0 - lam)
     kappa = cumulants(1.0 - lam)
     series = ()
     for n in tl.static_range(1, TERMS + 1):
         series = series + (attached * (n + 1) * kappa[n] - kappa[n - 1],)
-    _, inverse_root = mixture(1.0 - lam, p, q)
-    of_q = attached * (1.0 - lam) * lam * (1.0 - far)
-    of_p = attached * (1.0 - lam) * tl.where(far == 0, lam, 1.0)
-    inside = (of_p * p - of_q * q) * inverse_root
-    apart = q * (inside * inverse_root - excess)
-    near = q * (delta * horner(series, delta) + far * (part + attached * (1.0 - lam)))
-    return tl.where(tl.abs(delta) < EDGE, near, apart)
+    near = delta * horner(series, delta) + _left_out(theta)
+    return q * tl.where(tl.abs(delta) < EDGE, near, attached * share - excess)
 
 
 @formula(torch=_by_logs)
 def term(q, p, logq, logp, delta, theta):
     """f = q·rem2(a), phi = −q a − λ q·expm1(−a), the last term only while the mixture is not detached."""
     lam, detach_mixture, far = theta
-    far = tl.where(lam > 0, far, 0.0)
     part, other = log_weights(1.0 - lam)
-    above, below, log = larger_weight(part, other, far)
-    excess = far_above(below, above, delta, log1p_exp(delta + (other - part)))  # log(M/q) − log
-    m, _ = mixture(1.0 - lam, p, q)
+    above, below, log = larger_weight(part, other, tl.where(lam > 0, far, 0.0))
+    excess = far_above(below, above, delta, log1p_exp2(log2_odds(part, other, delta)))  # log(M/q) − log
+    m, inverse_root = mixture(1.0 - lam, p, q)
     near = q * (delta * delta) * horner(_value_series(lam), delta)
     f = tl.where(tl.abs(delta) < 0.5, near, (m - q * (1.0 + log)) - q * excess)
-    return f, _slope(q, p, delta, theta, excess + (log - far * part), 8, 0.5)
+    share = (1.0 - lam) * p * inverse_root * inverse_root
+    whole = log + (1.0 - detach_mixture) * (1.0 - lam) - _left_out(theta)
+    return f, _slope(q, delta, theta, share, excess + whole, 8, 0.5)
 
 
 @formula(torch=_by_logs)
@@ -80,9 +93,11 @@ def half_term(q, p, logq, logp, delta, theta):
     """`term` for a gradient in half precision."""
     lam, detach_mixture, far = theta
     part, other = log_weights(1.0 - lam)
-    shift = tl.where(lam > 0, far, 0.0) * part
-    excess = far_above(part - shift, other - shift, delta, half_log1p_exp(delta + (other - part)))
-    return 0.0 * q, _slope(q, p, delta, theta, excess, 4, 0.25)
+    gap = log2_odds(part, other, delta)
+    inverse_root = tl.rsqrt(1.0 + tl.exp2(negative(gap)))
+    whole = (1.0 - detach_mixture) * (1.0 - lam) - _left_out(theta)
+    excess = far_above(part + whole, other + whole, delta, half_log1p_exp2(gap))
+    return 0.0 * q, _slope(q, delta, theta, inverse_root * inverse_root, excess, 4, 0.25)
 
 
 def reference(logp: torch.Tensor, logq: torch.Tensor, lam: float, detach_mixture: float) -> torch.Tensor:

@@ -66,8 +66,8 @@ def _rem2_product(w, v, x):
     return plain.mul_(far).addcmul_(series.mul_(near).mul_(near), w)
 
 
-def _log1p_exp(x):
-    return x.abs().neg_().exp_().log1p_()
+def _log1p_exp2(x):
+    return x.abs().neg_().exp2_().log1p_()
 
 
 def _softplus(x):
@@ -154,19 +154,19 @@ def log1p(x):
     return tl.where(lost, x, tl.log(u) * (x / tl.where(lost, 1.0, u - 1.0)))
 
 
-@formula(torch=_log1p_exp)
-def log1p_exp(x):
-    """log(1 + e^−|x|): a polynomial in e^−|x| ∈ [0, 1], minimax of the relative error, 3e-8."""
-    e = exp(negative(tl.abs(x)))
+@formula(torch=_log1p_exp2)
+def log1p_exp2(x):
+    """log(1 + 2^−|x|): a polynomial in 2^−|x| ∈ [0, 1], minimax of the relative error, 3e-8."""
+    e = tl.exp2(negative(tl.abs(x)))
     series = 0.0782254934310913 + e * (-0.029504956677556038 + e * 0.005232624243944883)
     series = -0.2484297752380371 + e * (0.1910598874092102 + e * (-0.1366320699453354 + e * series))
     return e * (0.9999999403953552 + e * (-0.4999949336051941 + e * (0.3331909477710724 + e * series)))
 
 
-@formula(torch=_log1p_exp)
-def half_log1p_exp(x):
-    """The same to 9e-6, for what is rounded to half precision."""
-    e = exp(negative(tl.abs(x)))
+@formula(torch=_log1p_exp2)
+def half_log1p_exp2(x):
+    """log(1 + 2^−|x|) to 9e-6, for what is rounded to half precision."""
+    e = tl.exp2(negative(tl.abs(x)))
     series = 0.325206458568573 + e * (-0.21004803478717804 + e * (0.10122154653072357 - e * 0.023868856951594353))
     return e * (0.9999915957450867 + e * (-0.4993613362312317 + e * series))
 

@@ -2,7 +2,7 @@
 
 K(δ) = log(m/q) = log(1 − λ + λe^δ) is the cumulant function of a Bernoulli variable: a power series with coefficients
 that depend on λ alone near δ = 0, max(δ + log λ, log(1 − λ)) + log(1 + e^−|δ + log λ − log(1 − λ)|) elsewhere. Kernels
-write summands and slopes in K (`cumulants`, `log1p_exp`); torch, which has log1p and expm1, by `log_mixture`.
+write summands and slopes in K (`cumulants`, `log1p_exp2`); torch, which has log1p and expm1, by `log_mixture`.
 
 Divergences from a mixture saturate: where p and q hardly overlap, log(m/q) is log(1 − λ) at almost every token that the
 student likes, and the gradient q_k (h_k − Σ q h) is what is left of a difference of equal numbers. Adding a multiple of
@@ -16,7 +16,7 @@ import torch
 
 from ..language import formula, jit, rowwise, tl
 from .definition import RowParameters
-from .elementary import horner, is_tile, log1p_exp, loses_nothing
+from .elementary import LOG2E, horner, is_tile, log1p_exp2, loses_nothing
 
 
 def _logs(part, other, delta):
@@ -85,8 +85,14 @@ def exp_times_cumulants(kappa, n: tl.constexpr):
 
 
 @formula
+def log2_odds(part, other, delta):
+    """log₂ of weight·p over (1 − weight)·q, given `log_weights`: one operation, ready for a power of 2."""
+    return delta * LOG2E + (other - part) * LOG2E
+
+
+@formula
 def far_above(part, other, delta, tail):
-    """log(m/q) where |δ| > 1/2, given `log_weights` and tail = log1p_exp(δ + other − part).
+    """log(m/q) where |δ| > 1/2, given `log_weights` and tail = log1p_exp2(log2_odds(...)).
 
     Both weights' logs less some number give it less that number.
     """
@@ -127,7 +133,7 @@ def log_mixture(weight, delta, far):
     near = tl.abs(delta) < 0.5
     x = tl.where(near, delta, 0.0)
     close = x * horner(cumulants(weight), x)
-    tail = log1p_exp(delta + (other - part))
+    tail = log1p_exp2(log2_odds(part, other, delta))
     above = tl.where(near, close, far_above(part, other, delta, tail))
     beyond = tl.where(near, close - x, far_beyond(part, other, delta, tail))
     shift = far * part
