@@ -21,7 +21,7 @@ CLIB_DIVERGENCES ?= drkl;jsd;taid
 .PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
 
 help:
-	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
+	@echo "make demo         set up, distil a small model on real text, draw what the loss saves: build/demo.png (CPU: under five minutes)"
 	@echo "make test         set up and run all tests (no GPU needed)"
 	@echo "make mutants      which tests notice a wrong formula: MUTANTS='fkl.term jsd' for some of them"
 	@echo "make test-emulated  the Triton half of the tests as compiled for GPUs, emulated (long)"
@@ -45,7 +45,8 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m fusedkd demo
+	@mkdir -p build
+	$(BIN)/python -m fusedkd demo --json build/demo.json
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

@@ -149,6 +149,20 @@ def test_demo_distils(prose: Path, tmp_path: Path) -> None:
         assert fused["loss"] == pytest.approx(eager["loss"], rel=1e-3)
         assert fused["peak_bytes"] > 0
 
+    sizes, at = report["against"]["sizes"], report["against"]["vocabularies"]
+    assert [int(v) for v in at] == sizes["vocabularies"]
+    for row in at.values():
+        assert row["fused"]["loss"] == pytest.approx(row["eager"]["loss"], rel=1e-3)
+    last = at[str(sizes["vocabularies"][-1])]
+    assert last["eager"]["peak_bytes"] > 4 * 4 * sizes["rows"] * sizes["vocabularies"][-1]  # four matrices of logits
+    megabytes = [f"{last[side]['peak_bytes'] / 1e6:,.0f} MB" for side in ("fused", "eager")]
+    *_, headline = done.stdout.splitlines()
+    start = f"At V={sizes['vocabularies'][-1]:,} a step of the loss needs {' instead of '.join(megabytes)}, in "
+    assert headline.startswith(start)
+    if find_spec("matplotlib"):
+        assert str(file.with_suffix(".png")) in done.stdout
+        assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
     cache, dense = report["cache"], report["divergences"]["fkl"]
     assert "distil fkl from the cache" in done.stderr
     assert "fkl top-32" in done.stdout
@@ -159,6 +173,35 @@ def test_demo_distils(prose: Path, tmp_path: Path) -> None:
     assert cache["training"]["loss"] < dense["training"]["loss"]
     for kl in ("kl", "reverse_kl"):
         assert 0 < dense["held_out"][kl] < cache["held_out"][kl] < 0.5 * report["student"]["held_out"][kl]
+
+
+@needs_extra
+def test_the_demo_measures_memory_beyond_inputs_and_gradients() -> None:
+    """A loss that holds so many logits more than another is seen to; time and peak are of steps of the same loss."""
+    one_step = importlib.import_module("fusedkd.cli.one_step")
+    progress = importlib.import_module("fusedkd.cli.commands").Progress(quiet=True)
+    sizes = one_step.Sizes(200, 64, 8, (20_000, 40_000))
+    with progress.stage("steps", one_step.count(sizes)) as bar:
+        found = one_step.against_vocabulary("rkl", sizes, "cpu", 0, bar)
+    few, many = found["vocabularies"].values()
+    logits = 4 * sizes.rows * 20_000  # bytes of a side, and by how much those of the larger V are more
+    assert few["eager"]["peak_bytes"] > 4 * logits
+    assert many["eager"]["peak_bytes"] - few["eager"]["peak_bytes"] > 4 * logits
+    # Logits of both sides at half of the tokens.
+    assert many["fused"]["peak_bytes"] - few["fused"]["peak_bytes"] < 1.5 * logits
+    for row in (few, many):
+        assert row["fused"]["loss"] == pytest.approx(row["eager"]["loss"], rel=1e-5)
+        assert 0 < row["fused"]["seconds"] < math.inf
+    made = one_step.peak_bytes(lambda: torch.empty(1 << 20), torch.device("cpu"))
+    assert made == 4 << 20
+
+
+def test_the_demo_says_when_it_cannot_draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without matplotlib all numbers are printed, and how to get the picture."""
+    demo = pytest.importorskip("fusedkd.cli.demo")
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert "pip install 'fusedkd[demo]'" in demo._picture({}, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
 
 
 @needs_extra

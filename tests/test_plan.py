@@ -126,11 +126,20 @@ def test_bad_arguments(mistake: str) -> None:
 @each("rows", [1, 128, 129, 256, 257, 512, 1000])
 def test_chunks_on_a_cpu(rows: int) -> None:
     """At most 256 tokens a product, of equal chunks, and never all of more than 128."""
-    made = fusedkd.plan(rows, 1000, 8, dtype=torch.float32)
+    made = fusedkd.plan(rows, 32_000, 8, dtype=torch.float32)
     height = made.rows_per_product
     assert made.rows_per_chunk == height <= 256
     assert height <= max(128, -(-rows // 2))
     assert -(-rows // height) * height - rows < -(-rows // height), "the last chunk is shorter than it need be"
+
+
+@each("vocabulary", [16, 1000, 4096, 8192, 16_384])
+def test_few_columns_make_long_chunks_on_a_cpu(vocabulary: int) -> None:
+    """Up to 2²¹ logits a side at once, however many tokens that is: what a chunk costs beside them is spread thin."""
+    most = (1 << 21) // vocabulary
+    for rows in (most, most + 1):
+        height = fusedkd.plan(rows, vocabulary, 8, dtype=torch.float32).rows_per_product
+        assert height == (rows if rows == most or rows <= 128 else -(-rows // 2))
 
 
 def test_ranks_take_more_rows_of_fewer_columns() -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-import statistics
 import sysconfig
 import tempfile
 import time
@@ -21,19 +19,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from .. import Head, TopK, __version__, kd_loss
 from ..topk import topk
+from . import one_step
 from .commands import Progress, check_file, known_divergence, positive, require, usable_device
 from .eager import EAGER
+from .one_step import IGNORED, REPEATS, Operands, Sizes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,11 +41,9 @@ if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
 EXTRAS = ("transformers", "tokenizers", "tqdm")
-IGNORED = -100
 LEAST_TEXT = 20_000
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"}
 ROWS = 1024
-REPEATS = 5
 QUALITY_COLUMNS = (
     "",
     "steps",
@@ -57,6 +55,9 @@ QUALITY_COLUMNS = (
     "same top-1",
 )
 STEP_COLUMNS = ("", "loss", "dH error", "dW error", "ms", "peak MB")
+AGAINST_COLUMNS = ("V", "eager ms", "fusedkd ms", "of it", "eager MB", "fusedkd MB", "of it")
+PICTURE = "fusedkd-demo.png"
+LAPTOP = Sizes(512, 64, 128, (4096, 32_768, 131_072))
 
 T = TypeVar("T")
 
@@ -93,6 +94,7 @@ class Plan:
     """All that decides a run; without `head_vocab` the heads are as long as the tokenizer's vocabulary.
 
     likeliest: tokens of a position in the cache that the first divergence is distilled from once more.
+    against: sizes of the steps that are set against V, of operands that nothing is trained for.
     """
 
     divergences: tuple[str, ...] = ("fkl", "rkl", "ab", "drkl")
@@ -108,6 +110,7 @@ class Plan:
     held_out: int = 64
     likeliest: int = 32
     threads: int = torch.get_num_threads()
+    against: Sizes = LAPTOP
 
 
 CPU = Plan()
@@ -121,6 +124,7 @@ GPU = Plan(
     batch=16,
     held_out=128,
     threads=1,
+    against=Sizes(2048, 256, 512, (8192, 32_768, 131_072)),
 )
 QUICK = Plan(
     text_bytes=300_000,
@@ -130,6 +134,7 @@ QUICK = Plan(
     length=64,
     held_out=16,
     threads=1,
+    against=Sizes(64, 32, 64, (512, 8192)),
 )
 
 
@@ -164,14 +169,6 @@ class Quality(NamedTuple):
     agreement: float
 
 
-class Step(NamedTuple):
-    """A loss and its gradients on one batch: the value, median seconds, peak bytes beyond the inputs."""
-
-    loss: float
-    seconds: float
-    peak_bytes: int
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the demo."""
     parser.add_argument(
@@ -192,6 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models for a few seconds, to see that all runs")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers to FILE")
+    picture = f"draw memory and time against V (default: beside the numbers, as PNG, else {PICTURE})"
+    parser.add_argument("--picture", metavar="FILE", type=Path, help=picture)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,13 +198,24 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     require("demo", "demo", EXTRAS)
     check_file("--json", args.json)
+    check_file("--picture", args.picture)
     plan = _plan(args)
     report = distil(read_documents(args.text, plan), plan, Progress(args.quiet))
     report["seconds"] = time.perf_counter() - started
     print_report(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(_picture(report["against"], args.picture or (args.json or Path(PICTURE)).with_suffix(".png")))
+    print(f"\n{one_step.headline(report['against'])}")
     return 0
+
+
+def _picture(against: dict[str, Any], file: Path) -> str:
+    """Draw it, if that can be, and say what became of it."""
+    if find_spec("matplotlib") is None:
+        return "no picture: matplotlib is missing (pip install 'fusedkd[demo]')"
+    one_step.draw(against, file)
+    return f"memory and time against V are drawn in {file}"
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -461,15 +471,6 @@ def _top1(side: Head) -> Tensor:
     return torch.cat([F.linear(part, side.weight).argmax(-1) for part in rows]).view(side.hidden.shape[:-1])
 
 
-class Operands(NamedTuple):
-    """Hidden states (N, D) and output layers (V, D) of a student and a teacher."""
-
-    hidden: Tensor
-    weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-
-
 def compare_step(
     divergence: str, student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, batch: Windows, plan: Plan
 ) -> dict[str, Any]:
@@ -479,65 +480,17 @@ def compare_step(
     dtype = torch.float32 if torch.device(plan.device).type == "cpu" else torch.bfloat16
     operands = Operands(*(x.detach().to(dtype) for x in (own.hidden, own.weight, guide.hidden, guide.weight)))
 
-    def fused(x: Operands) -> Tensor:
-        sides = Head(x.hidden, x.weight), Head(x.teacher_hidden, x.teacher_weight)
-        return kd_loss(*sides, batch.labels, divergence=divergence)
-
-    def plain(x: Operands) -> Tensor:
-        kept = batch.labels != IGNORED
-        logits = F.linear(x.hidden[kept], x.weight), F.linear(x.teacher_hidden[kept], x.teacher_weight)
-        s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits)
-        return EAGER[divergence](s, t, batch.labels[kept]).mean()
-
+    fused, plain = (partial(loss, divergence, batch.labels) for loss in (one_step.fused_loss, one_step.eager_loss))
     if divergence not in EAGER:
-        return {"fused": _measure(fused, operands)[0]._asdict()}
+        return {"fused": one_step.measure(fused, operands)[0]._asdict()}
     higher = Operands(*(x.to(torch.float64 if dtype is torch.float32 else torch.float32) for x in operands))
-    truth = _step(plain, higher)
+    truth = one_step.step(plain, higher)
     result: dict[str, Any] = {}
     for name, loss_of in (("fused", fused), ("eager", plain)):
-        step, gradients = _measure(loss_of, operands)
-        errors = [float((g - best).norm() / best.norm()) for g, best in zip(gradients, truth[1:], strict=True)]
+        step, gradients = one_step.measure(loss_of, operands)
+        errors = [float((g - best).norm() / best.norm()) for g, best in zip(gradients[1:], truth[1:], strict=True)]
         result[name] = {**step._asdict(), "gradient_error": dict(zip(("hidden", "weight"), errors, strict=True))}
     return result
-
-
-def _step(loss_of: Callable[[Operands], Tensor], operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = (x.detach().requires_grad_() for x in (operands.hidden, operands.weight))
-    loss = loss_of(operands._replace(hidden=hidden, weight=weight))
-    hidden_grad, weight_grad = torch.autograd.grad(loss, (hidden, weight))
-    return loss.detach(), hidden_grad, weight_grad
-
-
-def _measure(loss_of: Callable[[Operands], Tensor], operands: Operands) -> tuple[Step, Sequence[Tensor]]:
-    device = torch.get_device_module(operands.hidden.device)
-    loss, *gradients = _step(loss_of, operands)
-    seconds: list[float] = []
-    for _ in range(REPEATS):
-        device.synchronize()
-        started = time.perf_counter()
-        _step(loss_of, operands)
-        device.synchronize()
-        seconds.append(time.perf_counter() - started)
-    peak = _peak_bytes(lambda: _step(loss_of, operands), operands.hidden.device)
-    return Step(loss.item(), statistics.median(seconds), peak), gradients
-
-
-def _peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes alive at once beyond those alive before."""
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        before = module.memory_allocated()
-        module.reset_peak_memory_stats()
-        action()
-        return module.max_memory_allocated() - before
-    # Keeps the profiler from logging its start and stop on standard error.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        action()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events: list[Any] = recorded.profiler.kineto_results.events()
-    memory = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in memory), default=0)
 
 
 def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -608,6 +561,10 @@ def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str
         "training": training._asdict(),
         "held_out": quality(f"{first} {shown}", student),
     }
+    choose_threads(plan.threads)
+    bar = progress.stage("steps against V", one_step.count(plan.against))
+    compared = next((name for name in plan.divergences if name in EAGER), "fkl")
+    report["against"] = one_step.against_vocabulary(compared, plan.against, plan.device, plan.seed, bar)
     return report
 
 
@@ -641,7 +598,16 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"\nOne step on {report['one_step']['tokens']} tokens, loss and gradients of the distilled student:")
     _print_table(STEP_COLUMNS, _step_rows(report["divergences"]))
     print(report["one_step"]["how"])
+    _print_against(report["against"])
     print(f"\n{report['seconds']:.0f} s in all on {plan['device']}")
+
+
+def _print_against(against: dict[str, Any]) -> None:
+    sizes = against["sizes"]
+    widths = f"hidden states {sizes['dim']} wide from {sizes['teacher_dim']}"
+    print(f"\nOne step of {against['divergence']} against V, {sizes['rows']} tokens, {widths}:")
+    _print_table(AGAINST_COLUMNS, one_step.rows_against(against))
+    print(f"ms: least of {one_step.ROUNDS}, in turns; MB: most held at once beyond inputs and gradients")
 
 
 def _print_cache(cache: dict[str, Any], divergences: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ name.register_autograd(keep, backward)
 results = name(call, more)
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -138,7 +139,13 @@ def _nested(kinds: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
 
 def no_gradients(kind: type[C]) -> C:
     """A NamedTuple of None, in which a backward pass replaces what has a gradient."""
-    return _nested([kind], [None] * len(get_type_hints(kind)))[0]
+    return _nested([kind], [None] * _leaves(kind))[0]
+
+
+@functools.cache
+def _leaves(kind: type[tuple[Any, ...]]) -> int:
+    """How many fields a NamedTuple has; to resolve its annotations takes a millisecond."""
+    return len(get_type_hints(kind))
 
 
 def save(ctx: Any, names: Sequence[str], values: Sequence[Any]) -> None:

@@ -4,7 +4,8 @@ On a GPU half-precision operands go to cuBLAS with a float32 result (`out_dtype`
 product, so there the weight is upcast a block of vocabulary rows at a time.
 
 float32 products of a CPU come from oneDNN, which torch has beside the BLAS that `torch.mm` calls: with a chunk's few
-tokens a BLAS spends much of its time on rearranging the weight (the ceilings section of the benchmark times both).
+tokens a BLAS spends much of its time on rearranging a large weight (the ceilings section of the benchmark times both).
+A small one is in the cache, and a BLAS writes its product where it belongs.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out (n, V) = hidden (n, D) @ weight (V, D)ᵀ."""
-    if _of_a_cpu(out):
+    if _of_a_cpu(out) and not _is_small(weight, out):
         wide = hidden.float()
         for rows, block in _upcast(weight):
             for tokens, to in zip(torch.split(wide, BLOCK_TOKENS), torch.split(out, BLOCK_TOKENS), strict=True):
@@ -36,7 +37,7 @@ def hidden_gradient(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, a
     if not len(weight):  # a rank of a shard without a column
         if not accumulate:
             out.zero_()
-    elif _of_a_cpu(out):
+    elif _of_a_cpu(out) and not _is_small(weight, out):
         # oneDNN copies rows that have gaps between them: those of a block, never all of dZ.
         whole = weight.dtype == out.dtype and dz.is_contiguous()
         for rows, block in ((slice(None), weight),) if whole else _upcast(weight):
@@ -58,6 +59,11 @@ def _of_a_cpu(out: torch.Tensor) -> bool:
     return out.is_cpu and out.dtype == torch.float32
 
 
+def _is_small(weight: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether a weight (V, D), or its gradient, is one that a BLAS multiplies sooner than oneDNN."""
+    return weight.dtype == out.dtype and weight.shape[0] <= BLOCK_ROWS
+
+
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (n, k) @ b (m, k)ᵀ of a CPU in float32."""
     nothing = 0 in a.shape or 0 in b.shape  # of which oneDNN has no product
@@ -68,7 +74,7 @@ def weight_gradient(dz: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, a
     """out (V, D) = dz (n, V)ᵀ @ hidden (n, D), added to what is there if `accumulate`."""
     if dz.dtype != hidden.dtype:
         hidden = hidden.to(dz.dtype)  # a CPU's float32 dz; a few rows of hidden
-    if _of_a_cpu(out):
+    if _of_a_cpu(out) and not _is_small(out, out):
         step = max(1, BLOCK_GRADIENT // max(out.shape[1], 1))
         for columns, to in zip(torch.split(dz, step, 1), torch.split(out, step), strict=True):
             product = _product(columns.t(), hidden.t())

@@ -27,6 +27,7 @@ _BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and tor
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
 _CPU_INNER, _GPU_INNER = 192, 512  # with fewer tokens a product waits for the weight, with more a CPU for new memory
 _CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
+_CPU_LOGITS = 1 << 21  # up to so many logits a chunk is cheap in memory, and costs more in calls than in logits
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
 _STREAM_LEAST = 512  # columns of a chunk: fewer, and a product re-reads all hidden states too often
@@ -197,7 +198,8 @@ def _candidates(outer: int, inner: int) -> Iterator[tuple[int, int]]:
 def _default(shape: Shape) -> tuple[int, int]:
     rows = max(1, shape.rows)
     if shape.on_cpu:  # the cache holds enough of dW that a second level would save nothing
-        pieces = max(-(-rows // _CPU_INNER), 1 if rows <= _CPU_LEAST else 2)
+        cheap = _CPU_LOGITS // max(shape.student_width, shape.teacher_width, 1)
+        pieces = max(-(-rows // max(_CPU_INNER, cheap)), 1 if rows <= max(_CPU_LEAST, cheap) else 2)
         inner = -(-rows // pieces)
         return inner, inner
     # Ranks wait for each other once or twice a chunk: they take as many more rows as they have fewer columns.
