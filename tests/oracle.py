@@ -109,8 +109,11 @@ def hellinger(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def triangular(logp: Tensor, logq: Tensor) -> Tensor:
-    """Σ (p − q)²/(p + q): (p − q)/(p + q) is tanh(½ log(p/q))."""
-    return ((logp.exp() - logq.exp()) * ((logp - logq) / 2).tanh()).sum()
+    """Σ (p − q)²/(p + q): by tanh where p and q are close, else by 4/(1/p + 1/q), whose slope does not cancel."""
+    p, q, ratio = logp.exp(), logq.exp(), logp - logq
+    mean = 4 * (-torch.logaddexp(-logp, -logq)).exp()
+    value = torch.where(ratio.abs() < 1, (p - q) * (ratio / 2).tanh(), p + q - mean).sum()
+    return value if value < 0.5 else 2 - mean.sum()  # far apart p + q = 2 is a constant that autograd must not see
 
 
 def todi(logp: Tensor, logq: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ SETTINGS = settings()
 FAR_FORM = [(d, values) for d, values in SETTINGS if d.row_parameters is SATURATING]
 ONE_SWEEP = [(d, values) for d, values in SETTINGS if d.sweep(values).sums is not None]
 # A mixture or a weight that is taken for a constant: phi is not the derivative of f then.
-WITH_DERIVATIVE = [(d, values) for d, values in SETTINGS if not (d.name == "todi" or d.name == "srkl" and values[1])]
+WITH_DERIVATIVE = [(d, values) for d, values in SETTINGS if not (d.name == "todi" or (d.name == "srkl" and values[1]))]
 every_definition = over(SETTINGS)
 
 

@@ -2,13 +2,13 @@
 
 Every token of the vocabulary weighs the two KLs by which side gives it more: forward where the teacher does, reverse
 where the student does.
-Summand: f = (p − q)·δ, since w p − (1−w) q = p − q: the value is Jeffreys' divergence (jeffreys.py), the gradient is not.
+Summand: f = (p − q)·δ, since w p − (1−w) q = p − q: the value is Jeffreys' divergence (jeffreys.py), not the gradient.
 Gradient: w is detached, so phi is the derivative of the sum at that w and not of f: phi = −w p + (1−w) q (1 − δ)
 = (q − p) − q δ·q/(p + q). Where q meets p it is three quarters of Jeffreys' gradient.
-Edge cases: q = 0 < p gives inf in value, and a finite gradient elsewhere; p = 0 < q would be +inf, which the support rule
-prevents. The terms of a split have detached weights of their own, those of (p_y, q_y) and of the rest.
-Source: Jung et al., ToDi, EMNLP 2025 (arXiv 2505.16297), and the authors' code (compute_ToDi), which detaches w and drops
-columns with an infinite logit on either side.
+Edge cases: q = 0 < p gives inf in value, and a finite gradient elsewhere; p = 0 < q would be +inf, which the support
+rule prevents. The terms of a split have detached weights of their own, those of (p_y, q_y) and of the rest.
+Source: Jung et al., ToDi, EMNLP 2025 (arXiv 2505.16297), and the authors' code (compute_ToDi), which detaches w and
+drops columns with an infinite logit on either side.
 """
 
 import torch

@@ -54,6 +54,4 @@ def reference(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     return torch.where(both > 0, (p - q).square() / torch.where(both > 0, both, 1.0), 0.0).sum(-1)
 
 
-TRIANGULAR = Definition(
-    "triangular", term, reference, half_term=half_term, reads_logs=False, row_parameters=SATURATING
-)
+TRIANGULAR = Definition("triangular", term, reference, half_term=half_term, reads_logs=False, row_parameters=SATURATING)
