@@ -2,8 +2,8 @@
 
 Gradient: phi = (q − p) − q δ, so dL/dz_k = (q_k − p_k) − q_k (δ_k + KL(q‖p)).
 Edge cases: those of frkl.py; q = 0 < p gives inf. target and nontarget multiply the weights of 2, and KDStats has the
-terms before these. Having weights it is no base of `decoupled`: take frkl there, and twice the weights. Half of it is the
-symmetric KL of DistiLLM at lam = ½; todi.py has its value and another gradient.
+terms before these. Having weights it is no base of `decoupled`: take frkl there, and twice the weights. Half of it is
+DistiLLM's symmetric KL at lam = ½; todi.py has its value and another gradient.
 Source: Jeffreys 1946, and Kullback and Leibler 1951, who call it the divergence; for distillation orda-kernel 0.1.0
 (`jeffreys`), whose code adds the same two.
 """
