@@ -108,6 +108,21 @@ def hellinger(logp: Tensor, logq: Tensor) -> Tensor:
     return ((logp / 2).exp() - (logq / 2).exp()).square().sum() / 2
 
 
+def triangular(logp: Tensor, logq: Tensor) -> Tensor:
+    """Σ (p − q)²/(p + q): by tanh where p and q are close, else by 4/(1/p + 1/q), whose slope does not cancel."""
+    p, q, ratio = logp.exp(), logq.exp(), logp - logq
+    mean = 4 * (-torch.logaddexp(-logp, -logq)).exp()
+    value = torch.where(ratio.abs() < 1, (p - q) * (ratio / 2).tanh(), p + q - mean).sum()
+    return value if value < 0.5 else 2 - mean.sum()  # far apart p + q = 2 is a constant that autograd must not see
+
+
+def todi(logp: Tensor, logq: Tensor) -> Tensor:
+    """Σ [w p log(p/q) + (1−w) q log(q/p)], w = sigmoid(log p/q) without a gradient."""
+    ratio = logp - logq
+    forward, reverse = ratio.detach().sigmoid(), (-ratio.detach()).sigmoid()
+    return (forward * logp.exp() * ratio - reverse * logq.exp() * ratio).sum()
+
+
 def frkl(logp: Tensor, logq: Tensor, w: float) -> Tensor:
     """(1−w) KL(p‖q) + w KL(q‖p)."""
     return (0.0 if w == 1 else (1 - w) * fkl(logp, logq)) + w * rkl(logp, logq)
@@ -164,6 +179,8 @@ NAIVE: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "srkl": (srkl, {"lam": 0.1, "detach_mixture": False}),
     "tvd": (tvd, {}),
     "hellinger": (hellinger, {}),
+    "triangular": (triangular, {}),
+    "todi": (todi, {}),
     "frkl": (frkl, {"w": 0.5}),
     "alpha": (lambda logp, logq, alpha: ab(logp, logq, alpha, 1 - alpha), {"alpha": 0.5}),
 }
@@ -178,6 +195,11 @@ def meaning(name: str, *, target_token: str = "label", **params: Any) -> Meaning
     if name == "dkd":
         weights = {"target": params.get("alpha", 1.0), "nontarget": params.get("beta", 8.0)}
         return dataclasses.replace(meaning("fkl"), decoupled=True, **weights)
+    if name in ("jeffreys", "tsallis"):  # the statistics hold the terms before these weights
+        base = meaning("frkl") if name == "jeffreys" else meaning("alpha", alpha=params.get("alpha", 0.5))
+        factor = 2.0 if name == "jeffreys" else params.get("alpha", 0.5)
+        weights = {key: factor * params.get(key, 1.0) for key in ("target", "nontarget")}
+        return dataclasses.replace(base, **weights)
     if name == "decoupled":
         base = {key: value for key, value in params.items() if key != "base"}
         return dataclasses.replace(meaning(params.get("base", "rkl"), **base), decoupled=True)

@@ -65,8 +65,8 @@ def over(members: list[tuple[Definition, tuple[float, ...]]]) -> pytest.MarkDeco
 SETTINGS = settings()
 FAR_FORM = [(d, values) for d, values in SETTINGS if d.row_parameters is SATURATING]
 ONE_SWEEP = [(d, values) for d, values in SETTINGS if d.sweep(values).sums is not None]
-# A mixture that is taken for a constant: phi is not the derivative of f then.
-WITH_DERIVATIVE = [(d, values) for d, values in SETTINGS if not (d.name == "srkl" and values[1])]
+# A mixture or a weight that is taken for a constant: phi is not the derivative of f then.
+WITH_DERIVATIVE = [(d, values) for d, values in SETTINGS if not (d.name == "todi" or (d.name == "srkl" and values[1]))]
 every_definition = over(SETTINGS)
 
 
@@ -184,6 +184,7 @@ LEFT_OUT: dict[str, Callable[..., float]] = {
     "srkl": lambda lam, detached: -math.log(lam) - (1 - detached) * (1 - lam) if lam else 0.0,
     "tvd": lambda: 0.5,
     "hellinger": lambda: 0.5,
+    "triangular": lambda: 1.0,
 }
 
 
@@ -293,6 +294,8 @@ PUBLISHED: dict[str, Callable[..., Tensor]] = {
     "srkl": lambda logp, logq, lam, *_: skew(logq, logp, lam),
     "tvd": lambda logp, logq: 0.5 * (logp.exp() - logq.exp()).abs().sum(-1),
     "hellinger": lambda logp, logq: 1 - (logp.exp() * logq.exp()).sqrt().sum(-1),
+    "triangular": lambda logp, logq: 2 - 4 * (1 / ((-logp).exp() + (-logq).exp())).sum(-1),
+    "todi": lambda logp, logq: kl(logp.exp(), logq.exp()) + kl(logq.exp(), logp.exp()),
     "frkl": lambda logp, logq, w: (1 - w) * kl(logp.exp(), logq.exp()) + w * kl(logq.exp(), logp.exp()),
     "akl_rows": adaptive,
     "amid_teacher": lambda p, q, alpha, lam, a, b: alpha_beta(p, alpha_mixture(p, q, alpha, lam), a, b),

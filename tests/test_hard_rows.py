@@ -165,7 +165,7 @@ def test_saturated_beside_cross_entropy(case: Case, backend: str) -> None:
     check_logits(rows, case, backend, per_row=ROW, ce_weight=0.5)
 
 
-SATURATING = [("jsd", {}), ("jsd", {"beta": 0.9}), ("skl", {}), ("srkl", {}), ("tvd", {})]
+SATURATING = [("jsd", {}), ("jsd", {"beta": 0.9}), ("skl", {}), ("srkl", {}), ("tvd", {}), ("triangular", {})]
 
 
 # √(pq) is what hellinger has left where the others have p or q: it loses its digits at twice the distance.

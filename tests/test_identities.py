@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -31,6 +32,15 @@ TWINS: dict[str, tuple[Case, Case, float]] = {  # one = factor · other, in valu
     "srkl(0) = rkl": (("srkl", {"lam": 0.0}), ("rkl", {}), 1.0),
     "frkl(0) = fkl": (("frkl", {"w": 0.0}), ("fkl", {}), 1.0),
     "frkl(1) = rkl": (("frkl", {"w": 1.0}), ("rkl", {}), 1.0),
+    "jeffreys = 2 frkl(1/2)": (("jeffreys", {}), ("frkl", {"w": 0.5}), 2.0),
+    "tsallis(a) = a alpha(a)": (("tsallis", {"alpha": 0.3}), ("alpha", {"alpha": 0.3}), 0.3),
+    "tsallis(1) = fkl": (("tsallis", {"alpha": 1.0}), ("fkl", {}), 1.0),
+    "tsallis(1/2) = 2 hellinger": (("tsallis", {}), ("hellinger", {}), 2.0),
+    "triangular = 4 alpha(2) to (p+q)/2": (
+        ("triangular", {}),
+        ("amid", {"alpha": -1.0, "base": fusedkd.divergence("alpha", alpha=2.0)}),
+        4.0,
+    ),
     "akl(1) = fkl": (("akl", {"mu": 1.0}), ("fkl", {}), 1.0),
     "taid(1) = base": (("taid", {"t": 1.0, "base": "jsd"}), ("jsd", {}), 1.0),
     "dkd = decoupled fkl": (("dkd", {}), ("decoupled", {"base": "fkl", "nontarget": 8.0}), 1.0),
@@ -114,14 +124,62 @@ def test_mixture_detached_or_not(backend: str) -> None:
     assert (grad - other).norm() > 0.05 * grad.norm()
 
 
-@pytest.mark.parametrize("name", ["jsd", "skl", "srkl", "tvd", "hellinger"])
+def test_jeffreys_adds_both_kls(backend: str) -> None:
+    """In value and gradient; the weights of the split multiply both."""
+    rows = unrelated(5, 300, std=2.0)
+    weights = {"target": 0.5, "nontarget": 1.5}
+    forward, reverse, whole = (run(rows, (name, weights), backend) for name in ("fkl", "rkl", "jeffreys"))
+    for one, other, both in zip(forward, reverse, whole, strict=True):
+        assert_close(both.float(), one + other, VALUE)
+
+
+def test_todi_is_jeffreys_but_for_the_gradient(backend: str) -> None:
+    """Its weights do not learn: −(1 + ½) q δ where q meets p, and Jeffreys' is −2 q δ."""
+    for distance, bound in ((1.4e-2, 2e-2), (1.4e-3, 2e-3)):
+        rows = near(distance, 5, 300)
+        (loss, grad), (same, other) = (run(rows, (name, {}), backend) for name in ("todi", "jeffreys"))
+        assert_close(loss.float(), same, 2 * VALUE)
+        assert (grad - 0.75 * other).norm() < bound * other.norm()
+
+
+def test_csd_is_reverse_kl(backend: str) -> None:
+    """The gradient of concrete score distillation weighed by the student: q (d − Σ q d), d the logits' difference."""
+    rows = unrelated(5, 300, std=2.0, ignored=False)
+    q, d = rows.student.softmax(-1), rows.student - rows.teacher
+    _, grad = run(rows, ("rkl", {}), backend)
+    assert_close(grad.float(), q * (d - (q * d).sum(-1, keepdim=True)), VALUE)
+
+
+def test_triangular_is_symmetric_and_between_its_neighbours() -> None:
+    """2·hellinger ≤ triangular ≤ 4·hellinger, at most 2·tvd, 4·jsd·[1/(2 log 2), 1]; the sides may change places."""
+    for rows in (unrelated(8, 200, std=2.0, ignored=False), unrelated(8, 3, std=1.0, ignored=False)):
+        back = Rows.of(rows.teacher, rows.student, rows.labels)
+        loss, grad = run(rows, ("triangular", {}), "torch")
+        turned, other = run(back, ("triangular", {}), "torch")
+        assert_close(turned.float(), loss, VALUE)
+        assert (grad - other).norm() > 0.1 * grad.norm()
+        hellinger, tvd, jsd = (run(rows, (name, {}), "torch")[0] for name in ("hellinger", "tvd", "jsd"))
+        bounds = [(2 * hellinger, 4 * hellinger), (0 * tvd, 2 * tvd), (2 / math.log(2) * jsd, 4 * jsd)]
+        for low, high in bounds:
+            assert (low <= loss).all() and (loss <= high).all()
+
+
+def test_tsallis_at_0(backend: str) -> None:
+    """Reverse KL with weight 0: nothing, and nothing of an infinite forward KL either."""
+    rows = unrelated(3, 50, std=2.0)
+    rows.student[:, 7] = -torch.inf
+    loss, grad = run(rows, ("tsallis", {"alpha": 0.0}), backend)
+    assert not loss.any() and not grad.any()
+
+
+@pytest.mark.parametrize("name", ["jsd", "skl", "srkl", "tvd", "hellinger", "triangular"])
 def test_bounded(name: str, backend: str) -> None:
     """Disjoint rows: the value is the bound, finite, and the gradient is finite."""
     rows = unrelated(4, 100, std=1.0, ignored=False)
     student, teacher = rows.student.clone(), rows.teacher.clone()
     student[:, :50] -= 300
     teacher[:, 50:] -= 300
-    bound = {"jsd": 0.6931472, "skl": 2.3025851, "srkl": 2.3025851, "tvd": 1.0, "hellinger": 1.0}[name]
+    bounds = {"jsd": math.log(2), "skl": math.log(10), "srkl": math.log(10), "triangular": 2.0}
     loss, grad = run(Rows.of(student, teacher, None), (name, {}), backend)
-    assert torch.allclose(loss, torch.full_like(loss, bound), rtol=1e-6)
+    assert torch.allclose(loss, torch.full_like(loss, bounds.get(name, 1.0)), rtol=1e-6)
     assert grad.isfinite().all()

@@ -155,6 +155,8 @@ PER_TOKEN = {
     "skl": ["lam"],
     "srkl": ["lam"],
     "taid": ["t"],
+    "tsallis": ["alpha"],
+    "jeffreys": ["target"],
     "drkl": ["gamma"],
     "ab": ["alpha", "beta", "target", "nontarget"],
     "decoupled": ["target", "nontarget"],

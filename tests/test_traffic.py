@@ -29,8 +29,10 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 N, V, IGNORED = 5, 700, 2
 COUNTED = N - IGNORED
-ONE_SWEEP = {"fkl", "rkl", "drkl", "dkd", "ab", "alpha", "decoupled", "frkl", "taid"}  # docs/mathematics.md#one-sweep
-TWO = {"jsd", "skl", "srkl", "tvd", "hellinger"}
+ONE_SWEEP = {  # docs/mathematics.md#one-sweep
+    "fkl", "rkl", "drkl", "dkd", "ab", "alpha", "tsallis", "decoupled", "frkl", "jeffreys", "taid",
+}  # fmt: skip
+TWO = {"jsd", "skl", "srkl", "tvd", "hellinger", "triangular", "todi"}
 FURTHER_READS = {"amid_teacher": 3, "amid_student": 3, "akl_rows": 2}  # normalisers, mixture, sums; sums, gaps
 
 

@@ -11,11 +11,15 @@ from .drkl import DRKL
 from .fkl import FKL
 from .frkl import FRKL
 from .hellinger import HELLINGER
+from .jeffreys import JEFFREYS
 from .jsd import JSD
 from .rkl import RKL
 from .skl import SKL
 from .srkl import SRKL
 from .taid import TAID
+from .todi import TODI
+from .triangular import TRIANGULAR
+from .tsallis import TSALLIS
 from .tvd import TVD
 
 ALL: tuple[Definition | Derived, ...] = (
@@ -25,12 +29,16 @@ ALL: tuple[Definition | Derived, ...] = (
     AB,
     DECOUPLED,
     ALPHA,
+    TSALLIS,
     FRKL,
+    JEFFREYS,
     JSD,
     SKL,
     SRKL,
     TVD,
     HELLINGER,
+    TRIANGULAR,
+    TODI,
     DKD,
     TAID,
     AMID,

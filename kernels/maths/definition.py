@@ -93,8 +93,10 @@ class Definition:
     term(q, p, logq, logp, delta, theta) -> (f, phi): the non-negative summand f and phi = ∂f/∂log q at fixed p, with
         delta = log p − log q known far better than the two logs apart. A `formula`. An absent column has q = p = 0 and
         logs of about −1e30, a column with p > 0 = q has delta of about 1e30; nothing is infinite.
+        Detached weights: where the definition takes a part of its summand for a constant, a weight of each token (todi)
+        or a mixture (srkl, detach_mixture), phi is the derivative at that constant, so not that of f.
     reference(logp, logq, *parameters) -> (...): the published definition on (..., V) log-probabilities, written in
-        another way than `term`; tests differentiate it in float64.
+        another way than `term`; tests differentiate it in float64, so it detaches what the definition detaches.
     parameters: theta, in its order.
     reads_logs: whether `term` uses logq and logp, or `online.advance` z and u; torch makes them only then (else they
         are None).

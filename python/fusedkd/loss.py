@@ -29,8 +29,9 @@ class KDStats(NamedTuple):
     target·target_loss + nontarget·nontarget_loss; `target_grad`, `nontarget_grad` are dL_T/dz_y and dL_N/dz_y of the
     raw terms (z = s/τ). These four and the two log-probabilities are about the target: the label, or the teacher's
     likeliest token with `target_token="teacher_argmax"`; NaN without either, the four also for `amid`, which has no
-    such terms. Log-probabilities are −inf for a label outside the teacher's support. `teacher_*` are of the teacher
-    itself, also where `taid` mixes it.
+    such terms; for `jeffreys` and `tsallis` they are those of `frkl` and `alpha`, whose weights hold the 2 and the α.
+    Log-probabilities are −inf for a label outside the teacher's support. `teacher_*` are of the teacher itself, also
+    where `taid` mixes it.
     """
 
     loss: torch.Tensor

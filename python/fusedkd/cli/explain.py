@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import divergences, kd_value_and_grad
+from .. import divergence, divergences, kd_value_and_grad
 from ..kernels.divergences import REGISTRY
 from .commands import known_divergence, make_folder, require
 
@@ -132,7 +132,8 @@ def effect(name: str, target_probabilities: Iterable[float]) -> Effect:
     )
     logit, tail = gradient[:, 0], gradient[:, 1:]
     reshaping = tail + shape * logit.unsqueeze(-1)
-    terms = (stats.target_grad.double(), stats.nontarget_grad.double())
+    weights = divergence(name).form
+    terms = (weights.target * stats.target_grad.double(), weights.nontarget * stats.nontarget_grad.double())
     return Effect(logit, *terms, tail.abs().sum(-1), reshaping.abs().sum(-1))
 
 
