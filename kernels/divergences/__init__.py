@@ -8,10 +8,12 @@ from .amid import AMID
 from .decoupled import DECOUPLED
 from .dkd import DKD
 from .drkl import DRKL
+from .eopd import EOPD
 from .fkl import FKL
 from .frkl import FRKL
 from .hellinger import HELLINGER
 from .jsd import JSD
+from .renyi import RENYI
 from .rkl import RKL
 from .skl import SKL
 from .srkl import SRKL
@@ -25,6 +27,7 @@ ALL: tuple[Definition | Derived, ...] = (
     AB,
     DECOUPLED,
     ALPHA,
+    RENYI,
     FRKL,
     JSD,
     SKL,
@@ -35,6 +38,7 @@ ALL: tuple[Definition | Derived, ...] = (
     TAID,
     AMID,
     AKL,
+    EOPD,
 )
 
 REGISTRY: dict[str, Definition | Derived] = {member.name: member for member in ALL}
