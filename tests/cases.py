@@ -85,8 +85,8 @@ ARGMAX = {"target_token": "teacher_argmax"}
 REGISTERED = tuple(fusedkd.divergences())
 DEFAULTS = [(name, {}) for name in REGISTERED]
 ALL = [*DEFAULTS, *((name, params) for name, settings in SETTINGS.items() for params in settings)]
-# One of each way through the kernels: one sweep and two, both structures, a function of the sum, mixed teacher, gathered
-# parameters, argmax.
+# One of each way through the kernels: one sweep and two, both structures, a function of the sum, mixed teacher,
+# gathered parameters, argmax.
 DISTINCT = [
     ("fkl", {}),
     ("rkl", {}),

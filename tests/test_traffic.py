@@ -29,7 +29,8 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 N, V, IGNORED = 5, 700, 2
 COUNTED = N - IGNORED
-ONE_SWEEP = {"fkl", "rkl", "drkl", "dkd", "ab", "alpha", "decoupled", "frkl", "taid"}  # docs/mathematics.md#one-sweep
+# docs/mathematics.md#one-sweep
+ONE_SWEEP = {"fkl", "rkl", "drkl", "dkd", "ab", "alpha", "renyi", "decoupled", "frkl", "eopd", "taid"}
 TWO = {"jsd", "skl", "srkl", "tvd", "hellinger"}
 FURTHER_READS = {"amid_teacher": 3, "amid_student": 3, "akl_rows": 2}  # normalisers, mixture, sums; sums, gaps
 

@@ -4,16 +4,17 @@
 
 The head is what the teacher holds likeliest: its argmax, always, and, with F(u) = Σ_{u_j ≥ u} p_j,
 
-    head="exclusive"    every token with F(u_k) ≤ μ, as the author's code has it: the token that crosses μ is in the tail
-    head="inclusive"    every token whose likelier tokens hold less than μ: the one that crosses it is in the head, as in
-                        the copies of DSKD, KDFlow and ToDi, which sum p upwards to α = 1 − μ
+    head="exclusive"    every token with F(u_k) ≤ μ, the author's code: the token that crosses μ is in the tail
+    head="inclusive"    every token whose likelier tokens hold less than μ: the one that crosses it is in the head, as
+                        in the copies of DSKD, KDFlow and ToDi, which sum p upwards to α = 1 − μ
 
 Equal logits have equal F: they are in the head together or not at all (a sort splits them by chance); of several that
 are largest the first is in, if no rule has more of them.
 Gradient: that of frkl.py at w = s₂/(s₁+s₂); the weights are constants, as the author detaches them.
 The cut is found without sorting: F falls as the logit rises, so bisection on the logit's order-preserving integer image
 finds it exactly, two bits a sweep: 16 sweeps over the teacher's row alone, which stays in cache. The image below the
-cut is that of the token that crosses it. One sweep of both then adds s₁ and s₂; F and Φ come from frkl's one-sweep form.
+cut is that of the token that crosses it. One sweep of both then adds s₁ and s₂; F and Φ come from frkl's one-sweep
+form.
 Edge cases: p = q has no disagreement to weigh: w = ½. μ = 0 leaves the argmax in the head, μ = 1 is forward KL.
 A sum over tokens only at given weights, so no target/non-target weights of its own; the statistics split frkl(w).
 Source: Wu et al., Rethinking KL divergence in knowledge distillation for LLMs, COLING 2025 (arXiv 2404.02657), eq. 11

@@ -6,12 +6,13 @@ H is the entropy of the teacher's row at the temperature of the loss, in nats; a
 frkl.py's at w = ½, below it is rkl.py's.
 Gradient: that of the two parts at these weights, which depend on the teacher alone.
 One sweep: frkl's moments and, beside them, Σ p log p.
-Edge cases: those of the parts; at H = threshold the forward KL is out. A threshold of log V or more is reverse KL. Within
-float32's rounding of H, about 1e-6, the gate may fall either way.
+Edge cases: those of the parts; at H = threshold the forward KL is out. A threshold of log V or more is reverse KL.
+Within float32's rounding of H, about 1e-6, the gate may fall either way.
 A sum over tokens only at given weights, so no target/non-target weights of its own; the statistics split this sum.
-Source: Jin et al., Entropy-Aware On-Policy Distillation of Language Models, 2026 (arXiv 2603.07079; code WLS04/EOPD). The
-paper's own threshold and a weight of its forward KL are not known to us: 1 nat is a choice made here. There both KLs
-come from sampled or top-k tokens; here from the whole vocabulary, or from what a top-k teacher lists.
+Source: Jin et al., Entropy-Aware On-Policy Distillation of Language Models, ICML 2026 (arXiv 2603.07079; code
+WLS04/EOPD). Only the paper's abstract and accounts of it by others could be read: reverse KL is there estimated at the
+sampled token, and forward KL has a weight; here both are sums over the vocabulary, and w = 1. The authors' threshold is
+not known; 1 nat is a choice made here.
 """
 
 from typing import Any

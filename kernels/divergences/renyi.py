@@ -1,17 +1,16 @@
 """Rényi divergence, log(Σ p^α q^(1−α)) / (α − 1).
 
-α → 1 is KL(p‖q), without a jump; α = ½ is −2 log(1 − H), H the squared Hellinger distance (hellinger.py). It grows with α.
-
-A function of one sum: with S = Σ p^α q^(1−α) it is log1p((α − 1) T)/(α − 1), where T = (S − 1)/(α − 1) is α times the
-α-divergence (ab.py), of the size of the divergence where that is tiny. Summand: f = α·f_ab(α, 1 − α), so Σ f = T.
-Gradient: phi = q − p^α q^(1−α) counts with the slope dD/dT = 1/S, so that dL/dz_k = q_k − w_k: the forward KL's, with the
-geometric mixture w ∝ p^α q^(1−α) as teacher. Where p and q hardly overlap and S is small, q_k would be what is left of
-q_k/S; such rows (`far`, mixture.py) leave the multiple of q out, phi = −p^α q^(1−α), and have S = −Φ.
-Split: the target's term L_T is the Rényi divergence of the binary pair, L_N = D − L_T the rest; their gradients are those
-of these two. One sweep: the sums of ab.py, which have Σ p^α q^(1−α) beside T.
-Edge cases: 0 < α < 1 is finite everywhere, α ≥ 1 is inf where q = 0 < p; a large α can overflow float32 in the sum, as in
-ab.py, and is then inf. In float32 S counts as at least 1e-37: beyond, D stands still at 85/(1 − α). α = 0, which is 0 for
-every student that likes what the teacher can say, is refused. α → ∞ is not offered.
+α → 1 is KL(p‖q), without a jump; α = ½ is −2 log(1 − H), H the squared Hellinger distance (hellinger.py); D grows with
+α. A function of one sum: with S = Σ p^α q^(1−α) it is log1p((α − 1) T)/(α − 1), where T = (S − 1)/(α − 1) is α times
+the α-divergence (ab.py), of the size of D where that is tiny. Summand: f = α·f_ab(α, 1 − α), so Σ f = T.
+Gradient: phi = q − p^α q^(1−α) counts with the slope dD/dT = 1/S, so that dL/dz_k = q_k − w_k: the forward KL's, with
+the geometric mixture w ∝ p^α q^(1−α) as teacher. Where p and q hardly overlap and S is small, q_k would be what is left
+of q_k/S; such rows (`far`, mixture.py) leave the multiple of q out, phi = −p^α q^(1−α), and have S = −Φ.
+Split: the target's term L_T is the Rényi divergence of the binary pair, L_N = D − L_T.
+One sweep: the sums of ab.py, which have Σ p^α q^(1−α) beside T.
+Edge cases: 0 < α < 1 is finite everywhere, α ≥ 1 is inf where q = 0 < p; a large α can overflow float32 in the sum, as
+in ab.py, and is then inf. S counts as at least 1e-37: beyond, D stands still at 85/(1 − α) and its gradient fades.
+α = 0, which is 0 whatever the student says, is refused. α → ∞ is not offered.
 Source: Rényi, On measures of entropy and information, 1961; van Erven and Harremoës, Rényi divergence and
 Kullback-Leibler divergence, IEEE Trans. Inf. Theory 2014 (arXiv 1206.2459). As a loss for distillation: orda-kernel
 (`renyi`).
