@@ -11,8 +11,8 @@ Within float32's rounding of H, about 1e-6, the gate may fall either way.
 A sum over tokens only at given weights, so no target/non-target weights of its own; the statistics split this sum.
 Source: Jin et al., Entropy-Aware On-Policy Distillation of Language Models, ICML 2026 (arXiv 2603.07079; code
 WLS04/EOPD). Only the paper's abstract and accounts of it by others could be read: reverse KL is there estimated at the
-sampled token, and forward KL has a weight; here both are sums over the vocabulary, and w = 1. The authors' threshold is
-not known; 1 nat is a choice made here.
+sampled token, and forward KL has a weight; here both are sums over the vocabulary, of weight 1. The authors' threshold
+is not known; 1 nat is a choice made here.
 """
 
 from typing import Any
