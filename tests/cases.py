@@ -79,7 +79,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"order": "rq", "base": "alpha"},
     ],
     "akl": [{"mu": 0.0}, {"mu": 0.9}, {"mu": 1.0}, {"head": "inclusive"}, {"mu": 0.9, "head": "inclusive"}],
-    "eopd": [{"threshold": 0.0}, {"threshold": 2.5}],
+    "eopd": [{"threshold": 0.2}, {"threshold": 2.5}],
 }
 ARGMAX = {"target_token": "teacher_argmax"}
 REGISTERED = tuple(fusedkd.divergences())

@@ -79,8 +79,17 @@ def finalize_normalizers(maxima, state, s_y, t_y, in_support, inv_tau, mix, RATI
 
 
 @formula
+def _or_unknown(x, loss):
+    """x, NaN where the loss is."""
+    return tl.where(loss == loss, x, loss)
+
+
+@formula
 def combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
-    """Decomposition: loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient's a, b, T, from F = total and Φ = mass."""
+    """Decomposition: loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient's a, b, T, from F = total and Φ = mass.
+
+    A loss of NaN makes b and T NaN, and with them the whole row of the gradient: a phi may compare and see no NaN.
+    """
     q_y = tl.exp(logq_y)
     rest = tl.exp(log_rest_q)
     target_loss = f_y + f_rest
@@ -99,6 +108,8 @@ def combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targe
         grad_y = target * target_grad + nontarget * nontarget_grad
         per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
         slope = skew * per_q * q_y - (target * phi_y + nontarget * mass)  # phi_PQ/Q − phi_PQ = phi_PQ q_y/Q
+    slope = _or_unknown(slope, loss)
+    grad_y = _or_unknown(grad_y, loss)
     a = nontarget + 0.0 * q_y
     return Decomposition(loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, slope, grad_y)
 
@@ -129,34 +140,26 @@ def combine_outer(
         grad_y = nontarget * whole_grad + skew * target_grad
         per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
         slope = skew * of_pair * (per_q * q_y - phi_y) - nontarget * of_sum * (phi_y + mass)
+    slope = _or_unknown(slope, loss)
+    grad_y = _or_unknown(grad_y, loss)
     a = nontarget * of_sum
     return Decomposition(loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, slope, grad_y)
 
 
 @formula
 def decompose(total, mass, pair, in_support, theta, target, nontarget, TERM, OUTER, DECOUPLED: tl.constexpr):
-    """Decomposition from F, Φ and Binary: `combine` with the terms of the target and of the rest evaluated.
-
-    A loss of NaN makes b and T NaN, and with them the whole row of the gradient: a phi may compare and see no NaN.
-    """
+    """Decomposition from F, Φ and Binary: `combine` with the terms of the target and of the rest evaluated."""
     logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     f_y, phi_y = TERM(tl.exp(logq_y), tl.exp(logp_y), logq_y, logp_y, delta_y, theta)
     f_y = tl.where(in_support, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
     phi_y = tl.where(in_support, phi_y, 0.0)
     f_rest, phi_rest = TERM(tl.exp(log_rest_q), tl.exp(log_rest_p), log_rest_q, log_rest_p, delta_rest, theta)
     if OUTER is None:
-        found = combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
+        return combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
     else:
-        found = combine_outer(
+        return combine_outer(
             total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, theta, target, nontarget, OUTER, DECOUPLED
-        )  # fmt: skip
-    loss = found.loss
-    known = loss == loss
-    b = tl.where(known, found.b, loss)
-    grad_y = tl.where(known, found.grad_y, loss)
-    return Decomposition(
-        loss, found.target_loss, found.nontarget_loss, found.target_grad, found.nontarget_grad, found.a, b, grad_y
-    )
+        )
 
 
 @formula
