@@ -32,6 +32,7 @@ KERNELS = ("value", "gradient", "value_and_gradient")
 DIVERGENCES = (  # names of aot.variants: every divergence at its defaults, and `ab` where one sweep does not do
     "fkl", "rkl", "decoupled_fkl", "decoupled_rkl", "ab", "ab_two", "frkl", "jsd_two", "skl_two", "srkl_two", "tvd_two",
     "hellinger_two", "triangular_two", "todi_two", "mixed_fkl", "amid_teacher_two", "amid_student_two", "akl_rows",
+    "renyi_rows", "eopd_rows",
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def launches_of(name: str, given: Operands) -> Iterator[Launch]:
     yield Launch("rows.gradient", key, (out,), partial(rows.gradient, *sides, saved, upstream, out))
     both = partial(rows.value_and_gradient, *sides, upstream, out, loss, None)
     yield Launch("rows.value_and_gradient", key, (loss, out), both)
-    if form.definition.separable:
+    if not form.definition.whole_rows:
         online = vocab_chunks.online_of(problem)
         carry = upstream.new_tensor(vocab_chunks.EMPTY).repeat(n, 1)
         carry = torch.cat((carry, carry.new_zeros(n, len(online.init.torch()))), 1)

@@ -57,9 +57,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"base": "skl", "target": 0.5},
         {"base": "srkl", "detach_mixture": True},
         {"base": "tvd", "nontarget": 0.5},
+        {"base": "renyi", "alpha": 0.4, "nontarget": 2.0},
     ],
     "alpha": [{"alpha": 0.0}, {"alpha": 1.0}, {"alpha": 0.8, "nontarget": 2.0}],
     "tsallis": [{"alpha": 1.0}, {"alpha": 0.8, "nontarget": 2.0}],
+    "renyi": [{"alpha": 1.0}, {"alpha": 1.5, "target": 0.5}, {"alpha": 0.02}],
     "frkl": [{"w": 0.0}, {"w": 1.0}, {"w": 0.2, "target": 2.0}],
     "jeffreys": [{"target": 2.0, "nontarget": 0.5}],
     "jsd": [{"beta": 0.0}, {"beta": 1.0}, {"beta": 0.1}, {"beta": 0.9, "target": 0.5, "nontarget": 2.0}],
@@ -80,13 +82,15 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"order": "rp", "lam": 0.0},
         {"order": "rq", "base": "alpha"},
     ],
-    "akl": [{"mu": 0.0}, {"mu": 0.9}, {"mu": 1.0}],
+    "akl": [{"mu": 0.0}, {"mu": 0.9}, {"mu": 1.0}, {"head": "inclusive"}, {"mu": 0.9, "head": "inclusive"}],
+    "eopd": [{"threshold": 0.2}, {"threshold": 2.5}],
 }
 ARGMAX = {"target_token": "teacher_argmax"}
 REGISTERED = tuple(fusedkd.divergences())
 DEFAULTS = [(name, {}) for name in REGISTERED]
 ALL = [*DEFAULTS, *((name, params) for name, settings in SETTINGS.items() for params in settings)]
-# One of each way through the kernels: one sweep and two, both structures, mixed teacher, gathered parameters, argmax.
+# One of each way through the kernels: one sweep and two, both structures, a function of the sum, mixed teacher,
+# gathered parameters, argmax.
 DISTINCT = [
     ("fkl", {}),
     ("rkl", {}),
@@ -95,14 +99,15 @@ DISTINCT = [
     ("ab", {"alpha": 0.2, "beta": 0.7, "target": 0.5}),
     ("jsd", {}),
     ("srkl", {"target": 0.5}),
+    ("renyi", {}),
     ("decoupled", {"base": "skl"}),
     ("taid", {"base": "rkl"}),
     ("amid", {"base": "ab", "order": "qr"}),
     ("akl", {}),
     ("drkl", ARGMAX),
 ]
-FEW = [DISTINCT[i] for i in (0, 2, 4, 5, 8)]  # where the path matters more than the formula
-SWEEPS = [DISTINCT[i] for i in (0, 1, 2, 3, 5, 8, 11)]  # long rows: one of each kind of sweep
+FEW = [DISTINCT[i] for i in (0, 2, 4, 5, 9)]  # where the path matters more than the formula
+SWEEPS = [DISTINCT[i] for i in (0, 1, 2, 3, 5, 9, 12)]  # long rows: one of each kind of sweep
 
 
 def named(case: Any) -> str | None:

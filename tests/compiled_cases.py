@@ -38,7 +38,9 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
         ("rkl", {}, WIDE + APART),  # one sweep, few sums
         ("ab", {}, CROSSED),  # one sweep, many sums
         ("jsd", {}, CROSSED),  # two sweeps
+        ("renyi", {}, [("fp32", STRIDED)]),  # a function of the sum
         ("akl", {}, CROSSED),  # a search over the row
+        ("akl", {"head": "inclusive"}, [("bf16", ALIGNED)]),
         ("amid", {}, CROSSED),  # gathered parameters
         ("taid", {}, CROSSED),  # a mixed teacher
         ("drkl", {"target_token": "teacher_argmax"}, CROSSED + APART),
@@ -46,8 +48,8 @@ WAYS: dict[str, list[tuple[str, dict[str, Any], list[tuple[str, str]]]]] = {
     "defaults": [(name, {}, [("bf16", ALIGNED)]) for name in fusedkd.divergences()],
     "fused": [("rkl", {}, WIDE), ("jsd", {}, CROSSED), ("drkl", {}, CROSSED)],
     "over logits": [("rkl", {}, CROSSED + APART), ("jsd", {}, CROSSED + APART)],  # the gradient takes their place
-    "split rows": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED)],
-    "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED)],
+    "split rows": [("rkl", {}, WIDE + APART), ("jsd", {}, CROSSED), ("renyi", {}, [("bf16", ALIGNED)])],
+    "streaming": [("rkl", {}, CROSSED), ("jsd", {}, CROSSED), ("eopd", {}, [("fp32", STRIDED)])],
     "sharded": [  # parts of rows, of what streaming refuses, too
         ("rkl", {}, CROSSED),
         ("jsd", {}, [("fp32", STRIDED)]),

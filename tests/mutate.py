@@ -252,6 +252,9 @@ def in_definition(definition: Definition) -> Iterator[Mutant]:
         yield from in_function(f"{name}.ratio", form.ratio, {None: "r"}, ("1 % off", "zeroed"), stages)
     if definition.row_parameters is not None:
         yield from in_row_parameters(name, definition, stages)
+    if definition.outer is not None:
+        outputs: dict[int | None, str] = {0: "D", 1: "slope"}
+        yield from in_function(f"{name}.outer", definition.outer, outputs, ("1 % off", "zeroed"), stages)
 
     def reference(counter: Counter) -> None:
         wrong_function(definition.reference, "torch", None, one_per_cent, counter)
@@ -357,6 +360,10 @@ def in_shared_maths() -> Iterator[Mutant]:
         "decomposition.binary": (decomposition.binary, ("log q_y", "log p_y", "δ_y", "log Q", "log P", "δ_Q")),
         "decomposition.offsets": (decomposition.offsets, ("l_s", "l_t", "r")),
         "decomposition.combine": (decomposition.combine, ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T")),
+        "decomposition.combine_outer": (
+            decomposition.combine_outer,
+            ("loss", "L_T", "L_N", "L_T'", "L_N'", "a", "b", "T"),
+        ),
         "decomposition.side_stats": (decomposition.side_stats, ("entropy", "logprob", "lse")),
         "centering.centred": (centering.centred, ("z", "u", "d")),
         "centering.target_terms": (centering.target_terms, ("z_y", "u_y", "d_y", "own u_y")),

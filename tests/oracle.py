@@ -7,6 +7,7 @@ Nothing is shared with the package except the definition of a divergence whose f
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -128,16 +129,39 @@ def frkl(logp: Tensor, logq: Tensor, w: float) -> Tensor:
     return (0.0 if w == 1 else (1 - w) * fkl(logp, logq)) + w * rkl(logp, logq)
 
 
-def head_and_tail(logp: Tensor, logq: Tensor, mu: float) -> tuple[float]:
-    """AKL's weight of the reverse KL by the author's sort; equal logits stay together."""
+def head_and_tail(logp: Tensor, logq: Tensor, mu: float, head: str) -> tuple[float]:
+    """AKL's weight of the reverse KL by the author's sort or that of the copies; equal logits stay together."""
     p, q = logp.detach().exp(), logq.detach().exp()
     values, which = p.unique(return_inverse=True)
     mass = torch.zeros_like(values).index_add(0, which, p)
     reached = mass.flip(0).cumsum(0).flip(0)  # F at each distinct probability
-    inside = (reached <= mu)[which] if mu < 1 else torch.ones_like(p, dtype=torch.bool)
+    beyond = torch.cat((reached[1:], reached.new_zeros(1)))  # what likelier tokens hold
+    inside = reached <= mu if head == "exclusive" else beyond < mu
+    inside = inside[which] if mu < 1 else torch.ones_like(p, dtype=torch.bool)
     inside[p.argmax()] = True
     gap = torch.maximum(p, q) * (logq.detach() - logp.detach()).abs().neg().expm1().neg()
     return (float(gap[~inside].sum() / gap.sum()) if gap.any() else 0.5,)
+
+
+def renyi(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    """log(Σ p^α q^(1−α))/(α − 1); near 1 the logarithm of a sum of what is left of it."""
+    if alpha == 1:
+        return fkl(logp, logq)
+    tsallis = alpha * ab(logp, logq, alpha, 1 - alpha)
+    if abs((alpha - 1) * float(tsallis.detach())) < 0.5:
+        return ((alpha - 1) * tsallis).log1p() / (alpha - 1)
+    return (alpha * logp + (1 - alpha) * logq).logsumexp(0) / (alpha - 1)
+
+
+def gated(logp: Tensor, logq: Tensor, on: float) -> Tensor:
+    """KL(q‖p), and KL(p‖q) where it is on."""
+    return rkl(logp, logq) + (fkl(logp, logq) if on else 0.0)
+
+
+def gate(logp: Tensor, logq: Tensor, threshold: float) -> tuple[float]:
+    """Whether EOPD adds the forward KL."""
+    seen = logp.detach()[logp > -torch.inf]
+    return (float(torch.special.entr(seen.exp()).sum() > threshold),)
 
 
 def amid(logp: Tensor, logq: Tensor, alpha: float, lam: float, base: str, order: str) -> Tensor:
@@ -182,6 +206,7 @@ NAIVE: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "triangular": (triangular, {}),
     "todi": (todi, {}),
     "frkl": (frkl, {"w": 0.5}),
+    "renyi": (renyi, {"alpha": 0.5}),
     "alpha": (lambda logp, logq, alpha: ab(logp, logq, alpha, 1 - alpha), {"alpha": 0.5}),
 }
 
@@ -211,7 +236,10 @@ def meaning(name: str, *, target_token: str = "label", **params: Any) -> Meaning
         numbers = (params.get("alpha", 0.5), params.get("lam", 0.5))
         return Meaning(lambda logp, logq, alpha, lam: amid(logp, logq, alpha, lam, *words), numbers, splits=False)
     if name == "akl":
-        return Meaning(frkl, (params.get("mu", 0.5),), by_row=head_and_tail)
+        split = functools.partial(head_and_tail, head=params.get("head", "exclusive"))
+        return Meaning(frkl, (params.get("mu", 0.5),), by_row=split)
+    if name == "eopd":
+        return Meaning(gated, (params.get("threshold", 1.0),), by_row=gate)
     if name in NAIVE:
         value, defaults = NAIVE[name]
         weights = {key: params[key] for key in ("target", "nontarget") if key in params}

@@ -170,7 +170,11 @@ DIVERGENCES: dict[str, tuple[tuple[str, dict[str, Any]], Any, tuple[str, ...]]] 
     "lam of amid": (("amid", {"lam": 1.01}), ValueError, ("lam", "[0, 1]", "1.01")),
     "mu of akl": (("akl", {"mu": -0.5}), ValueError, ("mu", "[0, 1]", "-0.5")),
     "weights of akl": (("akl", {"target": 2.0}), ValueError, ("akl", "target", "mu")),
+    "head of akl": (("akl", {"head": "both"}), ValueError, ("head", "exclusive", "inclusive", "'both'")),
     "decoupled akl": (("decoupled", {"base": "akl"}), ValueError, ("base", "akl", "sum over tokens")),
+    "order 0 of renyi": (("renyi", {"alpha": 0.0}), ValueError, ("alpha", "(0, 16]", "0")),
+    "threshold of eopd": (("eopd", {"threshold": -1.0}), ValueError, ("threshold", ">= 0", "-1")),
+    "taid of eopd": (("taid", {"base": "eopd"}), ValueError, ("base", "eopd", "fkl")),
     "target_token": (("drkl", {"target_token": "argmax"}), ValueError, ("target_token", "teacher_argmax", "'argmax'")),
     "gamma negative": (("drkl", {"gamma": -0.5}), ValueError, ("gamma", "-0.5", "> 0")),
 }

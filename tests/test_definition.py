@@ -9,6 +9,7 @@ import ast
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fusedkd.kernels.maths.centering import centre_of, centred, no_maxima, raise
 from fusedkd.kernels.maths.definition import Definition, Derived
 from fusedkd.kernels.maths.mixture import SATURATING
 from fusedkd.kernels.maths.moments import log_sum
+from fusedkd.kernels.maths.quantities import LogNorms
 
 FILES = sorted((Path(__file__).parent.parent / "kernels/divergences").glob("[!_]*.py"))
 AB_LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, -0.3), (0.0, 0.0), (0.0, 0.6), (0.6, 0.0), (0.01, 0.8), (1, 1)]
@@ -33,6 +35,8 @@ FURTHER: dict[str, list[tuple[float, ...]]] = {
     "skl": [(0.0,), (0.5,), (0.9,)],
     "srkl": [(0.0, 0.0), (0.5, 0.0), (0.9, 0.0)],
     "frkl": [(0.0,), (1.0,), (0.2,)],
+    "renyi_rows": [(1.0, 0.0), (0.9, 0.1), (1.4, -0.4)],
+    "eopd_rows": [(0.0,), (9.0,)],
 }
 SPREADS = (1e-3, 0.3, 3.0)  # how far the student is from the teacher: in the series, around its edge, beyond it
 SERIES = 2**-22  # what the series leave out at their edge: made for float32
@@ -84,11 +88,35 @@ def extras(
         return ()
     if definition.row_parameters is SATURATING:
         return (torch.full_like(logp[:, :1], far),)
-    near = torch.ones_like(logp[:, :1], dtype=torch.bool)
-    whole = Whole(near, logp.dtype, lambda: logp, lambda: (logq.exp(), logp.exp(), logq, logp, logp - logq))
+    whole = Whole(*statistics(definition, logp, logq), lambda: logp, lambda: columns(logp, logq))
     found = definition.row_parameters.torch(whole, numbers_of(theta))
     assert len(found) == definition.extras
     return found
+
+
+def columns(logp: Tensor, logq: Tensor) -> tuple[Tensor, ...]:
+    """What `term` takes of rows."""
+    return logq.exp(), logp.exp(), logq, logp, logp - logq
+
+
+def statistics(definition: Definition, logp: Tensor, logq: Tensor) -> tuple[tuple[Any, ...], LogNorms]:
+    """The online state of normalised rows (n, V), one tile measured from 0, and their offsets."""
+    q, p, z, u, d = columns(logp, logq)
+    zero = torch.zeros_like(logp[:, :1])
+    online, still = definition.online, (zero, zero, zero)
+    state = online.advance.torch(online.init.torch(), still, z, u, d, q, p, True, definition_defaults(definition))
+    return state, LogNorms(zero, zero, zero)
+
+
+def definition_defaults(definition: Definition) -> tuple[Tensor, ...]:
+    """Its parameters' defaults."""
+    return numbers_of(tuple(p.default for p in definition.parameters))
+
+
+def of_sums(definition: Definition, theta: tuple[Any, ...], f: Tensor, phi: Tensor) -> tuple[Tensor, Any]:
+    """D and its slope by Σ f, (n, 1) each or a number, from what `term` makes of rows; theta with extras."""
+    total, mass = f.sum(-1, keepdim=True), phi.sum(-1, keepdim=True)
+    return (total, 1.0) if definition.outer is None else definition.outer.torch(total, mass, theta)
 
 
 def numbers_of(theta: tuple[float, ...]) -> tuple[Tensor, ...]:
@@ -168,13 +196,15 @@ def test_gradient_is_that_of_the_reference(definition: Definition, theta: tuple[
     teacher, student = pair(spread)
     student.requires_grad_()
     logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
-    f, phi = evaluate(definition, theta, logp, logq.detach())
+    more = extras(definition, theta, logp, logq.detach())
+    f, phi = evaluate(definition, theta, logp, logq.detach(), more=more)
+    ours, weight = of_sums(definition, (*numbers_of(theta), *more), f, phi)
     value = definition.reference(logp, logq, *theta)
     (wanted,) = torch.autograd.grad(value.sum(), student)
-    gradient = phi - logq.detach().exp() * phi.sum(-1, keepdim=True)
+    gradient = weight * (phi - logq.detach().exp() * phi.sum(-1, keepdim=True))
     assert error(gradient, wanted) < SERIES
     assert (gradient.sum(-1).abs() <= 1e-12 * gradient.abs().sum(-1)).all()
-    assert error(f.sum(-1), value.detach()) < SERIES
+    assert error(ours[:, 0], value.detach()) < SERIES
 
 
 # κ: what phi of a far row leaves out, as a multiple of q. 0 at an end that is a plain KL and has no such part.
@@ -185,6 +215,7 @@ LEFT_OUT: dict[str, Callable[..., float]] = {
     "tvd": lambda: 0.5,
     "hellinger": lambda: 0.5,
     "triangular": lambda: 1.0,
+    "renyi_rows": lambda *_: 1.0,
 }
 
 
@@ -263,17 +294,34 @@ def skew(one: Tensor, other: Tensor, weight: float) -> Tensor:
     return kl(one.exp(), weight * one.exp() + (1 - weight) * other.exp())
 
 
-def adaptive(logp: Tensor, logq: Tensor, mu: float) -> Tensor:
-    """AKL, one row after the other: tokens from the likeliest on are in the head while their masses sum to μ."""
+def adaptive(logp: Tensor, logq: Tensor, mu: float, inclusive: float) -> Tensor:
+    """AKL, one row after the other: tokens from the likeliest on are in the head while their masses sum to μ.
+
+    Inclusive: while those before them sum to less.
+    """
     p, q, values = logp.exp(), logq.exp(), []
     for row in range(len(p)):
         head, tail, mass = 0.0, 0.0, 0.0
         for place, k in enumerate(p[row].argsort(descending=True)):
-            mass += float(p[row, k])
+            before, mass = mass, mass + float(p[row, k])
             gap = float((p[row, k] - q[row, k]).abs())
-            head, tail = (head + gap, tail) if place == 0 or min(mass, 1.0) <= mu else (head, tail + gap)
+            inside = before < mu if inclusive else min(mass, 1.0) <= mu
+            head, tail = (head + gap, tail) if place == 0 or inside else (head, tail + gap)
         values.append((head * kl(p[row], q[row]) + tail * kl(q[row], p[row])) / (head + tail))
     return torch.stack(values)
+
+
+def entropy_gated(logp: Tensor, logq: Tensor, threshold: float) -> Tensor:
+    """KL(q‖p), and KL(p‖q) where the teacher's entropy is above the threshold."""
+    p, q = logp.exp(), logq.exp()
+    return kl(q, p) + (-(p * logp).sum(-1) > threshold) * kl(p, q)
+
+
+def renyi(logp: Tensor, logq: Tensor, alpha: float, beta: float) -> Tensor:
+    """log(Σ p^α q^(1−α))/(α − 1), its limit as the mean of the two sides of it."""
+    if beta == 0:
+        return (renyi(logp, logq, 1 + 1e-4, -1e-4) + renyi(logp, logq, 1 - 1e-4, 1e-4)) / 2
+    return (logp.exp() ** alpha * logq.exp() ** beta).sum(-1).log() / (alpha - 1)
 
 
 def alpha_mixture(logp: Tensor, logq: Tensor, alpha: float, lam: float) -> Tensor:
@@ -298,6 +346,8 @@ PUBLISHED: dict[str, Callable[..., Tensor]] = {
     "todi": lambda logp, logq: kl(logp.exp(), logq.exp()) + kl(logq.exp(), logp.exp()),
     "frkl": lambda logp, logq, w: (1 - w) * kl(logp.exp(), logq.exp()) + w * kl(logq.exp(), logp.exp()),
     "akl_rows": adaptive,
+    "eopd_rows": entropy_gated,
+    "renyi_rows": renyi,
     "amid_teacher": lambda p, q, alpha, lam, a, b: alpha_beta(p, alpha_mixture(p, q, alpha, lam), a, b),
     "amid_student": lambda p, q, alpha, lam, a, b: alpha_beta(q, alpha_mixture(p, q, alpha, lam), a, b),
 }
@@ -313,7 +363,8 @@ def test_reference_is_the_published_formula(definition: Definition, theta: tuple
         assert error(definition.reference(logp, logq, *theta), published) < 1e-9
         return
     published = PUBLISHED[definition.name](logp, logq, *theta)
-    alpha, beta = theta[-2:] if definition.name in ("ab", "amid_teacher", "amid_student") else (1.0, 1.0)
+    by_exponents = ("ab", "renyi_rows", "amid_teacher", "amid_student")
+    alpha, beta = theta[-2:] if definition.name in by_exponents else (1.0, 1.0)
     limit = alpha * beta * (alpha + beta) == 0
     assert error(definition.reference(logp, logq, *theta), published) < (1e-5 if limit else 1e-9)
 

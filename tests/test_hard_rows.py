@@ -168,9 +168,11 @@ def test_saturated_beside_cross_entropy(case: Case, backend: str) -> None:
 SATURATING = [("jsd", {}), ("jsd", {"beta": 0.9}), ("skl", {}), ("srkl", {}), ("tvd", {}), ("triangular", {})]
 
 
-# √(pq) is what hellinger has left where the others have p or q: it loses its digits at twice the distance.
+# √(pq) is what hellinger and renyi have left where the others have p or q: they lose digits at twice the distance.
 @pytest.mark.parametrize(
-    ("case", "apart"), [*((case, 9.0) for case in SATURATING), (("hellinger", {}), 18.0)], ids=named
+    ("case", "apart"),
+    [*((case, 9.0) for case in SATURATING), (("hellinger", {}), 18.0), (("renyi", {}), 18.0)],
+    ids=named,
 )
 def test_near_and_far(case: Case, apart: float, backend: str) -> None:
     """Both kinds in one call: where student and teacher hardly overlap, the gradient is what is left of equal numbers

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import VALUE, Case, Rows, device, each, near, unrelated
-from compare import assert_close
+from compare import assert_close, relative
 from torch import Tensor
 
 import fusedkd
@@ -42,6 +42,9 @@ TWINS: dict[str, tuple[Case, Case, float]] = {  # one = factor · other, in valu
         4.0,
     ),
     "akl(1) = fkl": (("akl", {"mu": 1.0}), ("fkl", {}), 1.0),
+    "renyi(1) = fkl": (("renyi", {"alpha": 1.0}), ("fkl", {}), 1.0),
+    "eopd(99) = rkl": (("eopd", {"threshold": 99.0}), ("rkl", {}), 1.0),
+    "eopd(0) = 2 frkl(1/2)": (("eopd", {"threshold": 0.0}), ("frkl", {}), 2.0),
     "taid(1) = base": (("taid", {"t": 1.0, "base": "jsd"}), ("jsd", {}), 1.0),
     "dkd = decoupled fkl": (("dkd", {}), ("decoupled", {"base": "fkl", "nontarget": 8.0}), 1.0),
     "drkl = decoupled rkl": (("drkl", {}), ("decoupled", {"nontarget": 0.5}), 1.0),
@@ -84,34 +87,84 @@ def test_decomposition_of_both_kls(backend: str) -> None:
         assert_close(parts.float(), whole, VALUE)
 
 
-def test_akl_is_the_authors_sort(backend: str) -> None:
-    """The head by the author's sort where no two logits are equal; weights detached."""
+@pytest.mark.parametrize("distance", [None, 1.4e-2])
+def test_renyi_of_order_one_half(distance: float | None, backend: str) -> None:
+    """−2 log(1 − H), H the squared Hellinger distance, and its slope 2/(1 − H)."""
+    rows = unrelated(5, 300, std=1.5) if distance is None else near(distance, 5, 300)
+    (loss, grad), (half, slope) = (run(rows, (name, {}), backend) for name in ("renyi", "hellinger"))
+    assert_close(loss.float(), -2 * torch.log1p(-half), 2 * VALUE)
+    assert_close(grad.float(), slope * (2 / (1 - half))[:, None], 2 * VALUE)
+
+
+def test_renyi_grows_with_its_order(backend: str) -> None:
+    """Through α = 1 as elsewhere, and α·D of order 1 − α reversed is (1 − α)·D of order α."""
+    rows = unrelated(6, 200, std=1.0, ignored=False)
+    orders = (0.03, 0.2, 0.5, 0.9, 0.999, 1.0, 1.001, 1.5, 4.0)
+    found = torch.stack([run(rows, ("renyi", {"alpha": alpha}), backend)[0] for alpha in orders])
+    assert (found.diff(dim=0) > 0).all()
+    assert_close(found[4].float(), found[6], 5e-3)
+    turned, _ = run(Rows.of(rows.teacher, rows.student, rows.labels), ("renyi", {"alpha": 0.8}), backend)
+    assert_close(turned.float(), 4 * found[1], 2 * VALUE)
+
+
+def test_eopd_is_a_choice_of_each_row(backend: str) -> None:
+    """By the teacher's entropy: rows between whose entropies the threshold lies go different ways."""
+    rows = unrelated(6, 200, std=1.0, ignored=False)
+    teacher = rows.teacher * torch.linspace(0.5, 6.0, 6, dtype=torch.float64)[:, None]
+    rows = Rows.of(rows.student, teacher, rows.labels)
+    entropy = torch.special.entr(rows.teacher.softmax(-1)).sum(-1)
+    below, above = entropy.sort().values[2:4]
+    assert above - below > 0.1
+    threshold = float(below + above) / 2
+    loss, grad = run(rows, ("eopd", {"threshold": threshold}), backend)
+    (reverse, of_reverse), (forward, of_forward) = (run(rows, (name, {}), backend) for name in ("rkl", "fkl"))
+    unsure = entropy > threshold
+    assert_close(loss.float(), reverse + unsure * forward, VALUE)
+    assert_close(grad.float(), of_reverse + unsure[:, None] * of_forward, VALUE)
+
+
+@each("rule", ["exclusive", "inclusive"])
+def test_akl_is_a_sort(rule: str, backend: str) -> None:
+    """The head by the author's sort, or by that of the copies, where no two logits are equal; weights detached."""
     rows = unrelated(8, 400, std=2.0, ignored=False)
     p, q = rows.teacher.softmax(-1), rows.student.softmax(-1)
     for mu in (0.0, 0.3, 0.5, 0.9):
         order = p.argsort(-1, descending=True)
         mask = p.gather(-1, order).cumsum(-1) > mu
         mask[:, 0] = False
+        if rule == "inclusive":  # in the copies' words: not in the tail
+            order = p.argsort(-1)
+            mask = p.gather(-1, order).cumsum(-1) <= 1 - mu
+            mask[:, -1] = False
         gap = (p - q).abs().gather(-1, order)
         head, tail = gap.masked_fill(mask, 0).sum(-1), gap.masked_fill(~mask, 0).sum(-1)
         forward, reverse = (run(rows, (name, {}), backend) for name in ("fkl", "rkl"))
         w = tail / (head + tail)
-        loss, grad = run(rows, ("akl", {"mu": mu}), backend)
+        loss, grad = run(rows, ("akl", {"mu": mu, "head": rule}), backend)
         assert_close(loss.float(), (1 - w) * forward[0] + w * reverse[0], VALUE)
         assert_close(grad.float(), (1 - w)[:, None] * forward[1] + w[:, None] * reverse[1], VALUE)
 
 
-def test_akl_with_equal_logits(backend: str) -> None:
+def test_akl_heads_differ_by_the_token_that_crosses(backend: str) -> None:
+    """The same where that token has no gap to weigh; elsewhere not."""
+    p, q = torch.tensor([[[0.45, 0.3, 0.15, 0.1]], [[0.15, 0.3, 0.25, 0.3]]], dtype=torch.float64).log()
+    rows = Rows.of(q, p, None)
+    for mu, alike in ((0.5, True), (0.7, True), (0.8, False), (0.2, True)):
+        one, other = (run(rows, ("akl", {"mu": mu, "head": head}), backend)[0] for head in ("exclusive", "inclusive"))
+        assert (relative(one, other) < VALUE) is alike, mu
+
+
+@each("head", ["exclusive", "inclusive"])
+def test_akl_with_equal_logits(head: str, backend: str) -> None:
     """Equal logits are in the head together or not at all, whatever their order; a teacher of bfloat16 has many."""
     rows = unrelated(6, 500, std=2.0, ignored=False)
     teacher = rows.teacher.bfloat16().double()
     order = torch.randperm(500)
     labels = rows.labels
     assert labels is not None
-    loss, grad = run(Rows.of(rows.student, teacher, labels), ("akl", {}), backend)
-    again, moved = run(
-        Rows.of(rows.student[:, order], teacher[:, order], order.argsort()[labels]), ("akl", {}), backend
-    )
+    case = ("akl", {"head": head})
+    loss, grad = run(Rows.of(rows.student, teacher, labels), case, backend)
+    again, moved = run(Rows.of(rows.student[:, order], teacher[:, order], order.argsort()[labels]), case, backend)
     assert_close(again.float(), loss, VALUE)
     assert_close(moved.float(), grad[:, order], VALUE)
 

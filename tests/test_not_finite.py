@@ -222,6 +222,8 @@ def test_ignored_rows(count: int, value: float) -> None:
         ("taid", ("t",)),
         ("amid", ("alpha", "lam")),
         ("akl", ("mu",)),
+        ("renyi", ("alpha",)),
+        ("eopd", ("threshold",)),
     ]
     for name, keys in cases:
         for schedule in ("chunked", "streaming") if name not in ("amid", "akl") else ("chunked",):

@@ -30,7 +30,7 @@ LAYERS = (
     "compat",
     "cli",
 )
-MOST_PARAMETERS = 20  # value and gradient: a tile is two of them, its columns and the threads that share them
+MOST_PARAMETERS = 21  # value and gradient: a tile is two of them, its columns and the threads that share them
 
 
 def relative_name(path: Path) -> str:

@@ -30,7 +30,7 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 N, V, IGNORED = 5, 700, 2
 COUNTED = N - IGNORED
 ONE_SWEEP = {  # docs/mathematics.md#one-sweep
-    "fkl", "rkl", "drkl", "dkd", "ab", "alpha", "tsallis", "decoupled", "frkl", "jeffreys", "taid",
+    "fkl", "rkl", "drkl", "dkd", "ab", "alpha", "tsallis", "renyi", "decoupled", "frkl", "jeffreys", "eopd", "taid",
 }  # fmt: skip
 TWO = {"jsd", "skl", "srkl", "tvd", "hellinger", "triangular", "todi"}
 FURTHER_READS = {"amid_teacher": 3, "amid_student": 3, "akl_rows": 2}  # normalisers, mixture, sums; sums, gaps

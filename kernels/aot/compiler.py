@@ -95,7 +95,7 @@ def variants(width: int, architecture: str) -> Iterator[tuple[str, Variant]]:
                 tile = table_tile(TileKey(architecture, online.tile, width))
                 kernels = dict(ROW_KERNELS)
                 if not decoupled:  # the kernels of parts of rows do not know the structure
-                    kernels |= _CHUNK_KERNELS | (_SPLIT_KERNELS if definition.separable else {})
+                    kernels |= _CHUNK_KERNELS | ({} if definition.whole_rows else _SPLIT_KERNELS)
                     if online.sums is not None:
                         kernels = {key: kernel for key, kernel in kernels.items() if not key.endswith("_sums")}
                 for key, kernel in kernels.items():
@@ -150,6 +150,7 @@ def specialization(
         "saved_ptr": None,
         "ce": None,
         "TERM": None if definition is None else definition.summand(online),
+        "OUTER": None if definition is None else definition.outer,
         "GRADIENT_TERM": None if definition is None else definition.gradient_summand(online, written != "float32"),
         "INIT": online.init,
         "ADVANCE": online.advance,

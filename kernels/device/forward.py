@@ -233,13 +233,13 @@ def term_sweep(student, teacher, ctx, log_norms, theta, sums, TERM, BLOCK: tl.co
 
 @jit
 def finish_row(
-    row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM,
+    row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM, OUTER,
     DECOUPLED: tl.constexpr,
 ):  # fmt: skip
     """Store loss and statistics of a row whose sums are complete. Returns its RowScalars."""
     terms = decompose(
         totals.total, totals.mass, norms.binary, target.in_support, theta, weights.target, weights.nontarget, TERM,
-        DECOUPLED,
+        OUTER, DECOUPLED,
     )  # fmt: skip
     no_columns = acc.state[1] == 0  # no column but the target is compared: every term is 0
     out = tl.where(no_columns, 0.0, terms.loss * scales.factor)
@@ -272,7 +272,7 @@ def finish_row(
 @jit
 def row_value(
     student, teacher, row, label, V, scales, loss_ptr, stats_ptr, numbers,
-    TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
+    TERM, OUTER, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """All sweeps of a row's value: store loss and statistics. Returns RowValue."""
@@ -311,7 +311,7 @@ def row_value(
         label_s, label_slope = load_logits(student, ptrs.student, 0, label, label >= 0)
     totals = Totals(total, mass, cross, label_s)
     scalars = finish_row(
-        row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM, DECOUPLED
+        row, scales, loss_ptr, stats_ptr, acc, totals, target, norms, top_col, theta, weights, TERM, OUTER, DECOUPLED
     )
     return RowValue(y, mix, theta, extras, scalars)
 

@@ -92,16 +92,16 @@ class Problem(NamedTuple):
 @jit
 def _value(
     student, teacher, label_ptr, out, saved_ptr, V, scales, numbers,
-    TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
-    ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
+    TERM: tl.constexpr, OUTER: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr,
+    SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         of_row = row_value(
             student, teacher, row, label, V, scales, out.loss_ptr, out.stats_ptr, numbers,
-            TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
+            TERM, OUTER, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         if saved_ptr is not None:
             store_saved(saved_ptr, row, of_row.scalars, of_row.y, of_row.extras)
@@ -139,16 +139,16 @@ def _gradient(
 @jit
 def _value_and_gradient(
     student, teacher, label_ptr, out, upstream_ptr, grad, V, scales, numbers,
-    TERM: tl.constexpr, GRADIENT_TERM: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr,
-    SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, ARGMAX: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    TERM: tl.constexpr, GRADIENT_TERM: tl.constexpr, OUTER: tl.constexpr, INIT: tl.constexpr, ADVANCE: tl.constexpr,
+    RATIO: tl.constexpr, SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr,
+    ARGMAX: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
     if counted:
         of_row = row_value(
             student, teacher, row, label, V, scales, out.loss_ptr, out.stats_ptr, numbers,
-            TERM, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
+            TERM, OUTER, INIT, ADVANCE, RATIO, SUMS, ROW_PARAMETERS, DECOUPLED, ARGMAX, BLOCK, THREADS,
         )  # fmt: skip
         # The gradient may lie over the logits: no warp writes before every warp has read the label's.
         tl.debug_barrier()
@@ -231,6 +231,7 @@ def sweep_of(problem: Problem) -> dict[str, Any]:
     row_parameters = problem.definition.row_parameters
     return {
         "TERM": problem.definition.summand(online),
+        "OUTER": problem.definition.outer,
         "INIT": online.init,
         "ADVANCE": online.advance,
         "RATIO": online.ratio,

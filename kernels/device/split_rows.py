@@ -157,7 +157,7 @@ def _finalize_normalizers(
         acc.maxima, acc.state, target.s, target.t, target.in_support, scales.inv_tau, mix, RATIO, DECOUPLED
     )
     extras = ()
-    if ROW_PARAMETERS is not None:  # of those that look at the online state alone
+    if ROW_PARAMETERS is not None:  # of those whose rows need not be whole
         extras, _ = ROW_PARAMETERS(None, None, None, acc.state, norms.log_norms, None, theta, 0, 0)
     return SharedRow(norms, acc, cross, target, extras)
 
@@ -174,7 +174,7 @@ def _store_sums(x, cols, label, inv_tau, mix, norms, theta, at, TERM):
 @jit
 def _finish(
     sums_ptr, row, num_splits, scales, loss_ptr, stats_ptr, shared, theta, weights,
-    TERM, SUMS, DECOUPLED: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    TERM, OUTER, SUMS, DECOUPLED: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Store loss and statistics, each where it has a pointer. Returns RowScalars."""
     acc, target = shared.acc, shared.target
@@ -191,7 +191,7 @@ def _finish(
         total, mass = SUMS(acc.state, norms.l_s, norms.l_t, norms.r, theta)
     totals = Totals(total, mass, shared.cross, tl.where(target.s <= -1e30, float("-inf"), target.s))
     return finish_row(
-        row, scales, loss_ptr, stats_ptr, acc, totals, target, shared.norms, -1, theta, weights, TERM, DECOUPLED
+        row, scales, loss_ptr, stats_ptr, acc, totals, target, shared.norms, -1, theta, weights, TERM, OUTER, DECOUPLED
     )  # fmt: skip
 
 
@@ -263,8 +263,8 @@ def _sums(
 @jit
 def _finalize(
     label_ptr, loss_ptr, saved_ptr, stats_ptr, workspace, scales, numbers,
-    TERM: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr, ROW_PARAMETERS: tl.constexpr,
-    DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    TERM: tl.constexpr, OUTER: tl.constexpr, ADVANCE: tl.constexpr, RATIO: tl.constexpr, SUMS: tl.constexpr,
+    ROW_PARAMETERS: tl.constexpr, DECOUPLED: tl.constexpr, COUNT: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label, counted = label_of(label_ptr, row)
@@ -277,7 +277,7 @@ def _finalize(
         weights = WeightsArg(*row_values(numbers.weights, row))
         scalars = _finish(
             workspace.sums_ptr, row, workspace.num_splits, scales, loss_ptr, stats_ptr, shared, theta + shared.extras,
-            weights, TERM, SUMS, DECOUPLED, NUM_SPLITS,
+            weights, TERM, OUTER, SUMS, DECOUPLED, NUM_SPLITS,
         )  # fmt: skip
         store_saved(saved_ptr, row, scalars, label, shared.extras)
     else:
@@ -350,7 +350,7 @@ def _tile(problem: Problem, student: Logits, teacher: Logits, rows: int) -> Tile
 
 def serves(problem: Problem) -> bool:
     """Whether a row of this problem can be shared: not where it is searched or swept again as a whole."""
-    return problem.definition.separable and not problem.argmax
+    return not (problem.definition.whole_rows or problem.argmax)
 
 
 def _check(problem: Problem) -> None:
@@ -401,7 +401,7 @@ def value(
             saved_ptr=kept,
             stats_ptr=stats,
             **shared,
-            SUMS=plan.sweep["SUMS"],
+            **plan.constants("OUTER", "SUMS"),
             num_warps=1,
             **FUSION,
         )

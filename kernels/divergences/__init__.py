@@ -8,11 +8,13 @@ from .amid import AMID
 from .decoupled import DECOUPLED
 from .dkd import DKD
 from .drkl import DRKL
+from .eopd import EOPD
 from .fkl import FKL
 from .frkl import FRKL
 from .hellinger import HELLINGER
 from .jeffreys import JEFFREYS
 from .jsd import JSD
+from .renyi import RENYI
 from .rkl import RKL
 from .skl import SKL
 from .srkl import SRKL
@@ -30,6 +32,7 @@ ALL: tuple[Definition | Derived, ...] = (
     DECOUPLED,
     ALPHA,
     TSALLIS,
+    RENYI,
     FRKL,
     JEFFREYS,
     JSD,
@@ -43,6 +46,7 @@ ALL: tuple[Definition | Derived, ...] = (
     TAID,
     AMID,
     AKL,
+    EOPD,
 )
 
 REGISTRY: dict[str, Definition | Derived] = {member.name: member for member in ALL}

@@ -310,14 +310,14 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, alpha: float, beta: float)
     return -terms.sum(-1) / (alpha * beta)
 
 
-_EXPONENT = functools.partial(Parameter, low=-16.0, high=16.0, one_sweep_from=_MARGIN)
+EXPONENT = functools.partial(Parameter, low=-16.0, high=16.0, one_sweep_from=_MARGIN)
 AB = Definition(
     "ab",
     term,
     reference,
     parameters=(
-        _EXPONENT("alpha", 0.2, "exponent of p; float32 overflows beyond"),
-        _EXPONENT("beta", 0.7, "exponent of q; float32 overflows beyond"),
+        EXPONENT("alpha", 0.2, "exponent of p; float32 overflows beyond"),
+        EXPONENT("beta", 0.7, "exponent of q; float32 overflows beyond"),
     ),
     online=OnlineForm(init, advance, ratio, sums, tile="heavy", term=plain_term, half_term=half_plain_term),
 )

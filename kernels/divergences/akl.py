@@ -2,17 +2,23 @@
 
     AKL = s₁/(s₁+s₂)·KL(p‖q) + s₂/(s₁+s₂)·KL(q‖p),  s₁ = Σ_head |p−q|, s₂ = Σ_tail |p−q|
 
-The head is what the teacher holds likeliest: its argmax, always, and every token k whose inclusive cumulative
-probability F(u_k) = Σ_{u_j ≥ u_k} p_j is at most μ. Equal logits have equal F: they are in the head together or not at
-all (the author's sort splits them by chance); of several that are largest the first is in.
+The head is what the teacher holds likeliest: its argmax, always, and, with F(u) = Σ_{u_j ≥ u} p_j,
+
+    head="exclusive"    every token with F(u_k) ≤ μ, the author's code: the token that crosses μ is in the tail
+    head="inclusive"    every token whose likelier tokens hold less than μ: the one that crosses it is in the head, as
+                        in the copies of DSKD, KDFlow and ToDi, which sum p upwards to α = 1 − μ
+
+Equal logits have equal F: they are in the head together or not at all (a sort splits them by chance); of several that
+are largest the first is in, if no rule has more of them.
 Gradient: that of frkl.py at w = s₂/(s₁+s₂); the weights are constants, as the author detaches them.
 The cut is found without sorting: F falls as the logit rises, so bisection on the logit's order-preserving integer image
-finds it exactly, two bits a sweep: 16 sweeps over the teacher's row alone, which stays in cache. One sweep of both then
-adds s₁ and s₂; F and Φ come from frkl's one-sweep form.
+finds it exactly, two bits a sweep: 16 sweeps over the teacher's row alone, which stays in cache. The image below the
+cut is that of the token that crosses it. One sweep of both then adds s₁ and s₂; F and Φ come from frkl's one-sweep
+form.
 Edge cases: p = q has no disagreement to weigh: w = ½. μ = 0 leaves the argmax in the head, μ = 1 is forward KL.
 A sum over tokens only at given weights, so no target/non-target weights of its own; the statistics split frkl(w).
 Source: Wu et al., Rethinking KL divergence in knowledge distillation for LLMs, COLING 2025 (arXiv 2404.02657), eq. 11
-to 13, and the author's code (μ = 0.5).
+to 13, and the author's code (μ = 0.5); the other head: songmzhang/DSKD and KDFlow.
 """
 
 from typing import Any
@@ -32,8 +38,8 @@ from .rkl import term as reverse_term
 
 @formula
 def term(q, p, logq, logp, delta, theta):
-    """Both KLs at the row's own weights; two of them, because 1 − w would lose a small one."""
-    mu, of_forward, of_reverse = theta
+    """Both KLs at the row's own weights, the last of theta; two of them, because 1 − w would lose a small one."""
+    of_forward, of_reverse = theta[len(theta) - 2], theta[len(theta) - 1]
     forward, forward_phi = forward_term(q, p, logq, logp, delta, ())
     reverse, reverse_phi = reverse_term(q, p, logq, logp, delta, ())
     return of_forward * forward + of_reverse * reverse, of_forward * forward_phi + of_reverse * reverse_phi
@@ -42,7 +48,7 @@ def term(q, p, logq, logp, delta, theta):
 @formula
 def sums(state, l_s, l_t, r, theta):
     """F and Φ from frkl's moments; a part without weight leaves its infinity behind."""
-    mu, of_forward, of_reverse = theta
+    of_forward, of_reverse = theta[len(theta) - 2], theta[len(theta) - 1]
     z_s, z_t, first, second, teacher_first, teacher_second = state
     forward, forward_mass = forward_sums((z_s, z_t, teacher_first, teacher_second), l_s, l_t, r, ())
     reverse, reverse_mass = reverse_sums((z_s, z_t, first, second), l_s, l_t, r, ())
@@ -57,12 +63,18 @@ def _image(x):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
+@formula
+def _beyond(mass, mu, inclusive):
+    """Whether what has this mass, with all that is likelier, is beyond the cut."""
+    return (mass > mu) | ((mass == mu) & (inclusive > 0))
+
+
 @jit
 def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """The weights of both KLs."""
-    mu = theta[0]
-    low = tl.full((), -2147483648, tl.int64)  # F > μ here, unless everything is in the head
-    high = tl.full((), 2147483648, tl.int64)  # F ≤ μ here
+    mu, inclusive = theta
+    low = tl.full((), -2147483648, tl.int64)  # F is beyond the cut here, unless everything is in the head
+    high = tl.full((), 2147483648, tl.int64)  # and is not here
     for _ in range(0, 16):
         part = (high - low + 3) // 4
         first, second, third = 0.0, 0.0, 0.0
@@ -75,11 +87,13 @@ def row_parameters(student, teacher, ctx, state, log_norms, label, theta, BLOCK:
             first += tl.sum(tl.where(image >= low + part, p, 0.0))
             second += tl.sum(tl.where(image >= low + 2 * part, p, 0.0))
             third += tl.sum(tl.where(image >= low + 3 * part, p, 0.0))
-        new_high = low + tl.where(first <= mu, part, tl.where(second <= mu, 2 * part, 3 * part))
-        beyond = tl.where(third <= mu, 2 * part, 3 * part)
-        new_low = low + tl.where(first <= mu, 0, tl.where(second <= mu, part, beyond))
-        high = tl.where(third <= mu, tl.minimum(new_high, high), high)
+        beyond1, beyond2 = _beyond(first, mu, inclusive), _beyond(second, mu, inclusive)
+        beyond3 = _beyond(third, mu, inclusive)
+        new_high = low + tl.where(beyond1, tl.where(beyond2, 3 * part, 2 * part), part)
+        new_low = low + tl.where(beyond1, tl.where(beyond2, tl.where(beyond3, 3 * part, 2 * part), part), 0)
+        high = tl.where(beyond3, high, tl.minimum(new_high, high))
         low = new_low
+    high = tl.where(inclusive > 0, high - 1, high)
     high = tl.where(mu >= 1, -2147483648, high)
 
     gap_y = tl.abs(expm1_product(tl.exp(label.logq), tl.exp(label.logp), label.delta))
@@ -111,10 +125,12 @@ _DIGIT = 8  # bits of the image that a sweep settles: as many sums as this has v
 def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]:
     """The weights on whole rows: the same cut, some bits of the image at a time.
 
-    Of the numbers that share the bits settled so far, those with larger next bits are in the head while F is at most μ.
+    Of the numbers that share the bits settled so far, those with larger next bits are in the head up to the cut; those
+    that are left in the end are what crosses it.
     """
     q, p, _, _, delta = whole.columns()
-    mu, teacher = theta[0] + torch.zeros_like(p[:, :1]), whole.teacher()
+    mu, inclusive = (x + torch.zeros_like(p[:, :1]) for x in theta)
+    teacher = whole.teacher()
     integer = torch.int64 if teacher.dtype == torch.float64 else torch.int32
     bits = (teacher + 0.0).contiguous().view(integer)
     image = torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
@@ -130,11 +146,11 @@ def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]
         masses = whole.reach.total(masses.scatter_add_(1, digit, torch.where(undecided, p, 0.0).double()))
         larger = masses.flip(-1).cumsum(-1).flip(-1)
         larger = above + torch.cat((larger[:, 1:], torch.zeros_like(above)), -1)  # F above each value of the digit
-        cut = (larger > mu).sum(-1, keepdim=True).clamp(max=values - 1)
+        cut = _beyond.torch(larger, mu, inclusive).sum(-1, keepdim=True).clamp(max=values - 1)
         above = larger.gather(1, cut)
         head |= undecided & (digit > cut)
         undecided &= digit == cut
-    head |= mu >= 1
+    head |= undecided & (inclusive > 0) | (mu >= 1)
     argmax = whole.reach.largest(teacher)
     here = head.gather(1, argmax.at) | (True if argmax.here is None else argmax.here)
     head.scatter_(1, argmax.at, here)
@@ -146,11 +162,14 @@ def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]
     return tuple(torch.where(both > 0, part / sure, 0.5) for part in parts)
 
 
-def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float) -> torch.Tensor:
-    """The author's rule by sorting, weights detached."""
+def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float, inclusive: float) -> torch.Tensor:
+    """The author's rule, or that of the copies, by sorting; weights detached."""
     p, q = logp.exp(), logq.detach().exp()
     order = torch.sort(p, dim=-1, descending=True, stable=True).indices
-    in_head = (p.gather(-1, order).cumsum(-1) <= mu) | (mu >= 1)  # a sum of all may round above 1
+    sorted_p = p.gather(-1, order)
+    reached = sorted_p.cumsum(-1)
+    inside = reached - sorted_p < mu if inclusive else reached <= mu
+    in_head = inside | (mu >= 1)  # a sum of all may round above 1
     in_head[..., 0] = True
     gap = (p - q).abs().gather(-1, order)
     head, tail = torch.where(in_head, gap, 0.0).sum(-1), torch.where(in_head, 0.0, gap).sum(-1)
@@ -160,12 +179,15 @@ def reference(logp: torch.Tensor, logq: torch.Tensor, mu: float) -> torch.Tensor
     return torch.lerp(forward, reverse, w)
 
 
-HEAD = Parameter("mu", 0.5, "probability mass of the head", low=0.0, high=1.0)
+MASS = Parameter("mu", 0.5, "probability mass of the head", low=0.0, high=1.0)
+HEAD = Parameter(
+    "head", "exclusive", "whether the token that crosses mu is in the head", words=("exclusive", "inclusive")
+)
 ADAPTIVE = Definition(
     "akl_rows",
     term,
     reference,
-    parameters=(HEAD,),
+    parameters=(MASS, Parameter("inclusive", 0.0, "1: the token that crosses mu is in the head", low=0.0, high=1.0)),
     online=FRKL.online._replace(sums=sums),
     reads_logs=False,
     row_parameters=RowParameters(row_parameters, _row_parameters_torch, 2, reads=(16, 1)),
@@ -173,9 +195,9 @@ ADAPTIVE = Definition(
 )
 
 
-def form(mu: Any) -> Form:
+def form(mu: Any, head: str) -> Form:
     """Every token's own mean of both KLs."""
-    return Form(ADAPTIVE, (mu,))
+    return Form(ADAPTIVE, (mu, float(head == "inclusive")))
 
 
-AKL = Derived("akl", form, (HEAD,), definitions=(ADAPTIVE,))
+AKL = Derived("akl", form, (MASS, HEAD), definitions=(ADAPTIVE,))

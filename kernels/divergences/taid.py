@@ -19,7 +19,9 @@ from ..maths.definition import Derived, Form, Parameter
 def form(t: Any, base: Form) -> Form:
     """The base with a mixed teacher."""
     if base.mix is not None or not base.definition.separable:
-        raise ValueError("base of 'taid' must be a divergence other than taid, amid and akl (such as fkl, rkl, drkl)")
+        raise ValueError(
+            "base of 'taid' must be a divergence other than taid, amid, akl and eopd (such as fkl, rkl, drkl)"
+        )
     return base._replace(mix=t)
 
 
@@ -28,6 +30,6 @@ TAID = Derived(
     form,
     (
         Parameter("t", 0.4, "0: the student itself, 1: the teacher", low=0.0, high=1.0),
-        Parameter("base", "fkl", "any divergence but taid, amid and akl"),
+        Parameter("base", "fkl", "any divergence but taid, amid, akl and eopd"),
     ),
 )

@@ -13,6 +13,9 @@ decoupled   L = w_T L_T + w_N D(p̂, q̂): the non-target rows are renormalised,
               dL/dz_y = T = w_T [Q phi_y − q_y phi(P,Q)]
               dL/dz_k = w_N phi(p̂_k, q̂_k) − (w_N Φ̂ + T) q̂_k                 (k ≠ y)
 
+Where D is a function g of its sum (definition.outer), L_T = g(f(p_y, q_y) + f(P, Q)), L_N = D − L_T, or g(F) of the
+renormalised rows, and every phi counts with the slope g′ of the sum that it stands in.
+
 Either way the gradient sweep is dL/dz_k = a·phi_k + b·q_k with phi and q taken at the row's own offsets, and T at y.
 The forms above subtract nothing that cancels when q_y → 1; h_y − q_y H would.
 
@@ -76,6 +79,12 @@ def finalize_normalizers(maxima, state, s_y, t_y, in_support, inv_tau, mix, RATI
 
 
 @formula
+def _or_unknown(x, loss):
+    """x, NaN where the loss is."""
+    return tl.where(loss == loss, x, loss)
+
+
+@formula
 def combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED: tl.constexpr):
     """Decomposition: loss, L_T, L_N, dL_T/dz_y, dL_N/dz_y, and the gradient's a, b, T, from F = total and Φ = mass.
 
@@ -99,22 +108,58 @@ def combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, targe
         grad_y = target * target_grad + nontarget * nontarget_grad
         per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
         slope = skew * per_q * q_y - (target * phi_y + nontarget * mass)  # phi_PQ/Q − phi_PQ = phi_PQ q_y/Q
-    known = loss == loss
-    slope = tl.where(known, slope, loss)
-    grad_y = tl.where(known, grad_y, loss)
+    slope = _or_unknown(slope, loss)
+    grad_y = _or_unknown(grad_y, loss)
     a = nontarget + 0.0 * q_y
     return Decomposition(loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, slope, grad_y)
 
 
 @formula
-def decompose(total, mass, pair, in_support, theta, target, nontarget, TERM, DECOUPLED: tl.constexpr):
+def combine_outer(
+    total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, theta, target, nontarget, OUTER,
+    DECOUPLED: tl.constexpr,
+):  # fmt: skip
+    """`combine` where D is a function of its sum: OUTER(Σ f, Σ phi, theta) is its value and its slope."""
+    q_y = tl.exp(logq_y)
+    rest = tl.exp(log_rest_q)
+    target_loss, of_pair = OUTER(f_y + f_rest, phi_y + phi_rest, theta)
+    target_grad = of_pair * (rest * phi_y - q_y * phi_rest)
+    if DECOUPLED:
+        nontarget_loss, of_sum = OUTER(total, mass, theta)
+        nontarget_grad = 0.0 * q_y
+        loss = target * target_loss + nontarget * nontarget_loss
+        grad_y = target * target_grad
+        slope = -nontarget * of_sum * mass - grad_y
+    else:
+        whole, of_sum = OUTER(f_y + total, phi_y + mass, theta)
+        nontarget_loss = tl.where(tl.abs(whole) == float("inf"), whole, whole - target_loss)
+        skew = target - nontarget
+        loss = nontarget * whole + tl.where(skew == 0, 0.0, skew * target_loss)
+        whole_grad = of_sum * (rest * phi_y - q_y * mass)
+        nontarget_grad = whole_grad - target_grad
+        grad_y = nontarget * whole_grad + skew * target_grad
+        per_q = tl.where(rest > 0, phi_rest / tl.where(rest > 0, rest, 1.0), 0.0)
+        slope = skew * of_pair * (per_q * q_y - phi_y) - nontarget * of_sum * (phi_y + mass)
+    slope = _or_unknown(slope, loss)
+    grad_y = _or_unknown(grad_y, loss)
+    a = nontarget * of_sum
+    return Decomposition(loss, target_loss, nontarget_loss, target_grad, nontarget_grad, a, slope, grad_y)
+
+
+@formula
+def decompose(total, mass, pair, in_support, theta, target, nontarget, TERM, OUTER, DECOUPLED: tl.constexpr):
     """Decomposition from F, Φ and Binary: `combine` with the terms of the target and of the rest evaluated."""
     logq_y, logp_y, delta_y, log_rest_q, log_rest_p, delta_rest = pair
     f_y, phi_y = TERM(tl.exp(logq_y), tl.exp(logp_y), logq_y, logp_y, delta_y, theta)
     f_y = tl.where(in_support, tl.where(f_y > 1e25, float("inf"), f_y), 0.0)
     phi_y = tl.where(in_support, phi_y, 0.0)
     f_rest, phi_rest = TERM(tl.exp(log_rest_q), tl.exp(log_rest_p), log_rest_q, log_rest_p, delta_rest, theta)
-    return combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
+    if OUTER is None:
+        return combine(total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, target, nontarget, DECOUPLED)
+    else:
+        return combine_outer(
+            total, mass, f_y, phi_y, f_rest, phi_rest, logq_y, log_rest_q, theta, target, nontarget, OUTER, DECOUPLED
+        )
 
 
 @formula

@@ -31,11 +31,12 @@ class RowParameters(NamedTuple):
     """How the last `extras` parameters of a definition are found on each row, on both backends.
 
     kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK, THREADS) -> (extras, sums): from the online
-        state or further sweeps (device/column_sweep.py); sums is (F, Φ) without the label's column if these sweeps
-        found them, else ().
-    torch(whole, theta) -> extras: the same from whole rows (backends/torch_rows.py, `Whole`).
+        state and log_norms, or by further sweeps (device/column_sweep.py); sums is (F, Φ) without the label's column if
+        these sweeps found them, else ().
+    torch(whole, theta) -> extras: the same (backends/torch_rows.py, `Whole`).
     reads: how often a tile in the middle of a row goes through each loop of `kernel`, in their order: a sweep has one
-        for inner tiles, and one for masked ones that it misses.
+        for inner tiles, and one for masked ones that it misses. Without further sweeps rows need not be whole, and
+        `kernel` is given None for all but the state, log_norms and theta.
     """
 
     kernel: Any
@@ -74,7 +75,7 @@ class Parameter:
         if isinstance(self.default, bool):
             return "True or False"
         if self.high < math.inf:
-            return f"in [{self.low:g}, {self.high:g}]"
+            return f"in (0, {self.high:g}]" if self.low == POSITIVE else f"in [{self.low:g}, {self.high:g}]"
         if self.low == -math.inf:
             return "any finite number"
         return "> 0" if self.low == POSITIVE else f">= {self.low:g}"
@@ -86,7 +87,7 @@ NONTARGET = Parameter("nontarget", 1.0, "weight of the term of all other tokens"
 
 @dataclass(frozen=True)
 class Definition:
-    """One divergence D(p, q) = Σ f, p teacher, q student, in nats.
+    """One divergence D(p, q) = Σ f, or a function of that sum, p teacher, q student, in nats.
 
     Registered under its name it also takes `target` and `nontarget`, the weights of the two terms of its decomposition.
 
@@ -102,7 +103,10 @@ class Definition:
         are None).
     row_parameters: those that each row finds for itself (amid.py, akl.py), and how; they follow the others in theta.
     half_term: `term` with phi to 1e-4 or better, for gradients that are rounded to half precision; its f is not used.
-    separable: whether D is a sum over tokens with nothing but p and q in it, so that it has a decoupled form.
+    outer(total, mass, theta) -> (D, slope): D = g(Σ f) and g′(Σ f), from Σ f and Σ phi over all tokens, where D is an
+        increasing function g of its sum with g(0) = 0 (renyi.py); a `formula`. None: D is the sum.
+    separable: whether D is a sum over tokens with nothing but p and q in it, or a function of one, so that it has a
+        decoupled form.
     splits: whether L = L_T + L_N means anything, at least at the parameters that the row found.
     online: the one-sweep form where there is one, accurate where every parameter is at least its `one_sweep_from`. Its
         `advance` sums with `thread_sum`; one that reduces with `tl.sum`, itself or in what it calls, raises ValueError.
@@ -115,6 +119,7 @@ class Definition:
     online: OnlineForm = TWO_SWEEPS
     reads_logs: bool = True
     half_term: Any = None
+    outer: Any = None
     row_parameters: "RowParameters | None" = None
     separable: bool = True
     splits: bool = True
@@ -135,6 +140,11 @@ class Definition:
     def extras(self) -> int:
         """How many numbers each row adds to theta."""
         return 0 if self.row_parameters is None else self.row_parameters.extras
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row finds parameters by sweeps of its own, for which all of its columns have to be there."""
+        return self.row_parameters is not None and bool(self.row_parameters.reads)
 
     def variant(self, online: OnlineForm, decoupled: bool = False) -> str:
         """What kernels compiled for a sweep and a structure are called."""

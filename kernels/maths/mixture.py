@@ -141,13 +141,18 @@ def log_mixture(weight, delta, far):
     return above, beyond, excess
 
 
+@formula
+def _far(state):
+    return tl.where(state[3] < 0.5 * state[0], 0.0, 1.0)
+
+
 @jit
 def _far_kernel(student, teacher, ctx, state, log_norms, label, theta, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    return (tl.where(state[3] < 0.5 * state[0], 0.0, 1.0),), ()
+    return (_far(state),), ()
 
 
 def _far_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    return (torch.where(whole.near, 0.0, 1.0).to(whole.dtype),)
+    return (_far.torch(whole.state).to(whole.state[0].dtype),)
 
 
 SATURATING = RowParameters(_far_kernel, _far_torch, 1)

@@ -606,7 +606,7 @@ def _shape(call: LossCall, checked: _Checked) -> Shape:
         needs_hidden=call.needs_student,
         needs_weight=call.needs_weight or call.needs_bias,
         outcomes=_most_outcomes(teacher),
-        parameters=checked.ranks > 1 and not checked.form.definition.separable,
+        parameters=checked.ranks > 1 and checked.form.definition.whole_rows,
         ranks=checked.ranks,
     )
 

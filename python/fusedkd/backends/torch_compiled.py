@@ -55,7 +55,7 @@ def check_rows(definition: Definition, dtype: torch.dtype) -> None:
     """
     if dtype == torch.float64:
         raise ValueError('float64 inputs need backend="torch", got backend="compiled"')
-    if not definition.separable:
+    if definition.whole_rows:
         name = definition.name.split("_")[0]
         raise ValueError(f'divergence {name!r} searches its rows and needs backend="torch", got backend="compiled"')
 

@@ -615,8 +615,8 @@ HERE = Reach(_same, _largest)
 class Whole(NamedTuple):
     """Some rows as `RowParameters.torch` sees them; what it asks for is made then."""
 
-    near: Tensor  # (n, 1) whether the rest of p and q is close
-    dtype: torch.dtype
+    state: tuple[Tensor, ...]  # the online state, (n, 1) each
+    log_norms: LogNorms
     teacher: Callable[[], Tensor]  # (n, V) logits
     columns: Callable[[], tuple[Tensor, ...]]  # q, p, log q, log p, δ, (n, V) each
     reach: Reach = HERE
@@ -638,9 +638,8 @@ def row_parameters(
         own = (logq.exp(), logp.exp(), logq, logp, delta)
         return tuple(at_column(x, y, x_y) for x, x_y in zip(tile, own, strict=True))
 
-    near = state[3] < 0.5 * state[0]
     assert kind.definition.row_parameters is not None
-    whole = Whole(near, kind.dtype, lambda: _columns(inputs, kind).t, columns, reach)
+    whole = Whole(state, norms.log_norms, lambda: _columns(inputs, kind).t, columns, reach)
     return kind.definition.row_parameters.torch(whole, numbers.theta)
 
 
@@ -695,7 +694,7 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
         if kind.dtype == torch.float64:
             total = torch.where(first.hole & (total > 1e10), torch.inf, total)
     terms = decompose.torch(
-        total, mass, norms.binary, target.in_support, theta, *numbers.weights, kind.definition.term.torch,
+        total, mass, norms.binary, target.in_support, theta, *numbers.weights, *_formulas(kind.definition),
         kind.decoupled,
     )  # fmt: skip
     only_target = (state[1] == 0) & ~(target.s + target.t).isnan()  # nothing to compare but the target: all is 0
@@ -712,6 +711,11 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     rest = (0.0,) * (MOST_EXTRAS - len(extras))
     saved = torch.cat([x + torch.zeros_like(loss) for x in (*scalars, target.y, *extras, *rest)], -1)
     return RowResult(loss, stats, saved)
+
+
+def _formulas(definition: Definition) -> tuple[Any, Any]:
+    """What `decompose` makes a row's value of."""
+    return definition.term.torch, None if definition.outer is None else definition.outer.torch
 
 
 def _stats(first: Statistics, norms: RowNorms, terms: Decomposition, only_target: Tensor, inv_tau: Any) -> Tensor:
@@ -841,8 +845,8 @@ def finish_rows(
     Loss, a, b and T are 0 where a row is empty.
     """
     weights = values_at(problem.weights, rows, total)
-    term = problem.definition.term.torch
-    terms = decompose.torch(total, mass, pair, in_support, theta, *weights, term, problem.decoupled)
+    formulas = _formulas(problem.definition)
+    terms = decompose.torch(total, mass, pair, in_support, theta, *weights, *formulas, problem.decoupled)
     result, a, b, grad_y = (torch.where(no_columns, 0.0, x) for x in (terms.loss, terms.a, terms.b, terms.grad_y))
     return result, list(terms[1:5]), (a, b, grad_y)
 

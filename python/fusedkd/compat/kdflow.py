@@ -20,10 +20,13 @@ Differences:
   −50 (support="floor"), of which no digit of theirs shows anything;
 - `chunked_loss` reads where its label is −100 beside a teacher, and takes it as ignored beside none;
 - akl of a token with p = q is 0, there 0/0; an empty batch is 0 with a graph, there NaN or an error;
+- akl has tokens of equal probability in the head together or not at all; there a sort, which need not be stable, may
+  part them. It needs whole rows: no schedule="streaming", no backend="compiled";
 - a parameter outside its domain raises ValueError, there an AssertionError or, in akl, nothing.
 
-`akl` is not `fusedkd.divergence("akl")`: KDFlow adds the teacher's probabilities up from the least and takes as tail
-what stays within alpha, so that the token which crosses it belongs to the head (docs/mathematics.md#akl).
+`akl` is `fusedkd.divergence("akl", mu=1 - alpha, head="inclusive")`: KDFlow adds the teacher's probabilities up from
+the least and takes as tail what stays within alpha, so that the token which crosses it belongs to the head
+(docs/mathematics.md#akl).
 
 Source: the losses of commit 3a7a21a, `chunked_loss` and the metrics' interface of 7f82825. Of KDFlow's other losses,
 top1_ce, hrl and masked_rkl are not here: hrl ranks tokens, and is no sum over columns.
@@ -39,10 +42,8 @@ from torch.nn import functional
 
 from .. import checks
 from ..divergence import Divergence, divergence
-from ..dtypes import accumulation_dtype
-from ..head import Head, Side, both_autocast
+from ..head import Head, Side
 from ..loss import kd_loss
-from ..schedules.operands import Operand, flattened
 from ..token_logprobs import token_logprobs
 from . import _shared
 
@@ -63,8 +64,6 @@ Metric = Callable[..., dict[str, Any]]
 
 _PARAMETERS = ("adaptive_kl_alpha", "jsd_beta", "skew_lambda")  # each loss is given its own, and may be given all
 _REDUCTIONS = ("none", "mean", "sum")
-_SORTED = 2**24  # logits of each side that akl ranks at a time
-_BYTES = 40  # that it takes for each of them, at most
 
 
 def compute_kl_div(
@@ -162,19 +161,13 @@ def compute_adaptive_kl_div(
     """a·KL(p‖q) + (1 − a)·KL(q‖p), `akl`; a is the head's share of Σ|p − q|, a constant for the gradient.
 
     The tail are the tokens whose probability, summed from the teacher's least likely up to and including them, is at
-    most `adaptive_kl_alpha`, in [0, 1]; the head are the others. Of tokens with equal probability those with smaller
-    ids come first, as a stable sort has them (there it need not be stable). At 1 everything is tail.
-
-    Cost: beside that of the loss a sort of each row, and of a Head the logits once more: one product a side. As many
-    rows at a time as have 2²⁴ logits, 40 bytes for each; with a memory_budget as many as it holds, but one at least.
+    most `adaptive_kl_alpha`, in [0, 1]; the head are the others. At 1 everything is tail.
     """
     checks.within("adaptive_kl_alpha", adaptive_kl_alpha, 0, 1)
     options = _options("akl", kwargs)
-    student, teacher = _sides(student_logits, teacher_logits)
-    checks.positive("temperature", temperature)
-    checks.budget(options.get("memory_budget"))
-    tail = _tail_share(student, teacher, temperature, adaptive_kl_alpha, options)
-    return _loss(student, teacher, divergence("frkl", w=tail), temperature, reduction, labels, options)
+    chosen = divergence("akl", mu=1 - adaptive_kl_alpha, head="inclusive")
+    chosen = chosen if adaptive_kl_alpha < 1 else divergence("rkl")
+    return _loss(student_logits, teacher_logits, chosen, temperature, reduction, labels, options)
 
 
 def compute_tvd(
@@ -317,14 +310,13 @@ def _inside(name: str, value: Any) -> None:
         raise ValueError(f"{name} must lie in (0, 1), got {value}")
 
 
-def _sides(student: Side, teacher: Side) -> tuple[Side, Side]:
-    """Both sides, of the same tokens."""
+def _check_sides(student: Side, teacher: Side) -> None:
+    """Refuse sides of different tokens."""
     checks.side("student_logits", student)
     checks.side("teacher_logits", teacher)
     if checks.leading(student) != checks.leading(teacher):
         ours, theirs = tuple(checks.leading(student)), tuple(checks.leading(teacher))
         raise ValueError(f"teacher_logits must have the leading shape of student_logits, {ours}, got {theirs}")
-    return student, teacher
 
 
 def _loss(
@@ -337,7 +329,7 @@ def _loss(
     options: dict[str, Any],
 ) -> Tensor:
     checks.one_of("reduction", reduction, _REDUCTIONS)
-    _sides(student, teacher)
+    _check_sides(student, teacher)
     if labels is not None:
         # Which tokens they name plays no part: a label beyond a smaller teacher's vocabulary is none here.
         checks.labels(labels, checks.leading(student), checks.device(student), _shared.IGNORED, 2**62)
@@ -351,48 +343,6 @@ def _reduced(loss: Tensor, reduction: str, labels: Tensor | None, tokens: int = 
         return loss
     count = tokens if labels is None else (labels != _shared.IGNORED).sum()
     return loss.sum() if reduction == "sum" else _shared.over(loss.sum(), count)
-
-
-@torch.no_grad()
-def _tail_share(student: Side, teacher: Side, temperature: float, alpha: float, options: dict[str, Any]) -> Tensor:
-    """(...) the share of Σ|p − q| that lies in the tail, ½ where there is nothing to share."""
-    shape, columns = checks.leading(student), checks.vocab_size(options.get("vocab_size"), student, teacher)
-    ours, theirs = (_rows(side) for side in both_autocast(student, teacher))
-    wide = accumulation_dtype(ours.tensors[0], theirs.tensors[0])
-    share = ours.tensors[0].new_empty(shape.numel(), dtype=wide)
-    budget = options.get("memory_budget")
-    step = max(1, (_SORTED if budget is None else budget // _BYTES) // columns)
-    for start in range(0, len(share), step):
-        at = slice(start, min(start + step, len(share)))
-        u, z = (_logits(side, at, columns).to(wide) / temperature for side in (theirs, ours))
-        if options["support"] == "teacher":
-            z = z.masked_fill_(u == -torch.inf, -torch.inf)
-        p, order = u.softmax(-1).sort(dim=-1, stable=True)
-        del u
-        gap = (p - z.softmax(-1).gather(-1, order)).abs_()
-        del z, order
-        # In float64 the order of additions decides nothing but ties; a sum of all may round to above 1.
-        tail = p.cumsum(-1, dtype=torch.float64) <= alpha if alpha < 1 else torch.ones_like(p, dtype=torch.bool)
-        both = gap.sum(-1)
-        share[at] = torch.where(both > 0, gap.masked_fill_(~tail, 0).sum(-1) / both, 0.5).clamp_(max=1)
-    return share.view(shape)
-
-
-def _rows(side: Side) -> Operand:
-    """A side of which `logits` are made or copied some rows at a time."""
-    operand = flattened(side)
-    return operand.at(torch.arange(operand.rows, device=operand.tensors[0].device)) if operand.stored else operand
-
-
-def _logits(side: Operand, at: slice, columns: int) -> Tensor:
-    """(rows, columns) in a buffer of their own."""
-    made = side.logits(at, slice(0, columns), side.buffer(at.stop - at.start, columns, None))
-    z = made.x[0]
-    if made.bias is not None:
-        z = z + made.bias
-    if made.scale is not None:
-        z = z * made.scale
-    return z if made.softcap is None else made.softcap * torch.tanh(z / made.softcap)
 
 
 def _known(loss_fn: Any) -> tuple[Callable[..., Tensor], dict[str, Any]]:

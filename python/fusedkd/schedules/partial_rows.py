@@ -34,7 +34,7 @@ from ..kernels.device.rows import Logits, Problem
 from ..kernels.device.vocab_chunks import online_of
 from ..kernels.maths.decomposition import ABSENT, finalize_normalizers, or_infinite, side_stats
 from ..kernels.maths.moments import log_sum
-from ..kernels.maths.quantities import Binary, RowNorms, SideStats
+from ..kernels.maths.quantities import Binary, LogNorms, RowNorms, SideStats
 from .ranks import Ranks
 
 GATHERED = 8192  # rows of which every rank's numbers are held at once
@@ -43,8 +43,8 @@ GATHERED = 8192  # rows of which every rank's numbers are held at once
 class _Row(NamedTuple):
     """What `RowParameters.torch` may ask of rows that were never whole."""
 
-    near: Tensor
-    dtype: torch.dtype
+    state: tuple[Tensor, ...]
+    log_norms: LogNorms
 
 
 class _RowNorms(NamedTuple):
@@ -87,7 +87,7 @@ class PartialRows(NamedTuple):
     shares: list[slice]  # the rows of each thread
     parts: Callable[[slice], Iterable[Part]]  # those of some rows, one after the other
     ranks: Ranks | None = None  # those that have other columns
-    # (online state, RowNorms) -> the parameters that rows find from all their columns, for what is not separable
+    # (online state, RowNorms) -> the parameters that rows find from all their columns, where they have to be whole
     extras: Callable[[tuple[Tensor, ...], RowNorms], tuple[Tensor, ...]] | None = None
 
     def value(self, n: int, with_stats: bool) -> Rows:
@@ -162,7 +162,7 @@ def _row_norms(rows: PartialRows, memory: Tensor, with_stats: bool) -> _RowNorms
         extras = rows.extras(state, norms)
     elif row_parameters is not None:
         theta = values_at(problem.parameters, slice(None), memory)
-        extras = row_parameters.torch(_Row(state[3] < 0.5 * state[0], memory.dtype), theta)
+        extras = row_parameters.torch(_Row(state, norms.log_norms), theta)
     ce_lse = carry.ce_top + log_sum.torch(carry.ce_total)
     later = torch.zeros_like(ce_lse)
     scalars = RowScalars(*c, *norms.log_norms, a=later, b=later, grad_y=later, ce_lse=ce_lse, top_col=later - 1)

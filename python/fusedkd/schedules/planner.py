@@ -325,7 +325,7 @@ def plan(
         best = best._replace(part=None)  # which no kernel of ours takes
     shape = _two_heads(N, V, D_student, teacher, dtype, logit_dtype(dtype, logits_dtype), on_cpu)
     shape = replace(shape, needs_hidden="hidden" not in parts, needs_weight="weight" not in parts)
-    shape = replace(shape, ranks=ranks, parameters=ranks > 1 and not form.definition.separable)
+    shape = replace(shape, ranks=ranks, parameters=ranks > 1 and form.definition.whole_rows)
     chosen = choose_schedule(shape, memory_budget, schedule, reduction, whole_rows(form, False, False), sweeps_of(form))
     return _costs(shape, chosen, form, reduction == "none", best)
 
@@ -367,7 +367,7 @@ def sweeps_of(form: Form) -> int:
 
 def whole_rows(form: Form, argmax: bool, floor: bool) -> str | None:
     """What about a call needs whole rows, which the streaming schedule never has; None if nothing does."""
-    if not form.definition.separable:
+    if form.definition.whole_rows:
         return f"divergence {form.definition.name.split('_')[0]!r}"
     if argmax:
         return 'target_token="teacher_argmax"'

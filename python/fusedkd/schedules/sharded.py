@@ -58,7 +58,7 @@ class ShardedRows:
             [slice(0, len(loss))],
             here,
             self.ranks,
-            None if problem.definition.separable else extras,
+            extras if problem.definition.whole_rows else None,
         ).value(len(loss), stats is not None)
         loss.copy_(found.loss)
         if stats is not None:
