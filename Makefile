@@ -1,6 +1,8 @@
 # One virtual environment, made on first use. Another torch (a CUDA build): make test TORCH=torch
 VENV ?= .venv
 COMPAT ?= .venv-compat
+RIVALS ?= .venv-rivals
+RIVALS_SECONDS ?= 1080
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # What make test-triton compiles with, beside the Triton that the test extra pins, in an environment of its own.
@@ -18,7 +20,7 @@ CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
+.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs bench bench-rivals gpu compile-all clean
 
 help:
 	@echo "make demo         set up, distil a small model on real text, draw what the loss saves: build/demo.png (CPU: under five minutes)"
@@ -32,6 +34,7 @@ help:
 	@echo "make wheel        a wheel and an sdist in build/dist"
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
+	@echo "make bench-rivals  the loss head beside Liger, TRL, Unsloth, ORDA and torch's own, in an environment of their own"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
 	@echo "make compile-all  compile every kernel for every dtype and architecture, and count what each takes (long)"
 
@@ -124,6 +127,22 @@ bench: install
 	$(BIN)/python -m fusedkd bench --out bench/results
 	$(BIN)/python -m fusedkd bench --out bench/results --readme README.md
 
+# The programs that fusedkd is measured beside, bench/rivals.txt alone and last: what they depend on wants a GPU, or
+# another TRL. The constraint keeps the torch that was asked for.
+$(RIVALS)/installed: pyproject.toml bench/rivals.txt
+	$(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(RIVALS)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(RIVALS)/torch.txt
+	$(RIVALS)/bin/python -m pip install --quiet --constraint $(RIVALS)/torch.txt --editable ".[bench,compat]"
+	$(RIVALS)/bin/python -m pip install --quiet --no-deps --requirement bench/rivals.txt
+	touch $@
+
+# Section heads again, beside all of them. Twenty minutes: a case that has begun may end after the time that is set here,
+# and those that there is no time for say so. All ten, peaked rows too: make bench-rivals RIVALS_SECONDS=3600.
+bench-rivals: $(RIVALS)/installed
+	$(RIVALS)/bin/python -m fusedkd bench --device cpu --only heads --seconds $(RIVALS_SECONDS) --out bench/results
+	$(RIVALS)/bin/python -m fusedkd bench --out bench/results --readme README.md
+
 # With the Python that has torch, from the sources where they are: nothing is fetched.
 gpu:
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/gpu $(WHEELS)/*.whl)
@@ -133,4 +152,4 @@ compile-all: install
 	FUSEDKD_TESTS=all $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/test_compile.py tests/test_figures.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) .venv-triton-* build
+	rm -rf $(VENV) $(COMPAT) $(RIVALS) .venv-triton-* build

@@ -28,6 +28,9 @@ STYLES = {
     "Liger JSD": ("#c8553d", "<", "--"),
     "Liger KLDIVLoss": ("#e08b6d", ">", "--"),
     "TRL ChunkedDivergence": ("#6a4c93", "P", "--"),
+    "Unsloth fused_linear_jsd": ("#a23b72", "p", "--"),
+    "ORDA DistillationLoss": ("#2a9d8f", "h", "--"),
+    "torch linear_cross_entropy": ("#c9a227", "d", "--"),
     "FLA FusedKLDiv, fp32 sums": ("#3a7d44", "X", "--"),
     "FLA FusedKLDiv": ("#86bb8d", "X", "--"),
 }

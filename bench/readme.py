@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import instructions, targets
 from .results import cases, committed, is_gpu, machine, mark, median
+from .rivals import KLS_AND_JSD
 from .tables import Table, about, duration, floors, grouped, markdown, size, where
 
 BEGIN = "<!-- measured: made by `python -m fusedkd bench --out bench/results --readme README.md` -->"
 END = "<!-- /measured -->"
 GOALS = "goals.md"  # beside the result files; docs/measured.md includes it
 WORDS = (
-    "One training step of the loss head, `make bench`: hidden states in, loss and the gradients of hidden states and\n"
-    "weight out; time, and peak memory above inputs and gradients."
+    "One training step of the loss head (`make bench`; `make bench-rivals` with all rivals): hidden states in, loss\n"
+    "and the gradients of hidden states and weight out. Time; peak memory above inputs and gradients; the largest\n"
+    "relative error, of the loss or of a gradient, against float64."
 )
 MORE = (
     '"eager torch" is the loss as one writes it. Everything is checked against float64 before it is timed;\n'
-    "*imprecise* means wrong by more than the benchmark allows. Spreads, roofline, other sections and goals:\n"
+    "*imprecise* means wrong by more than the benchmark allows. On a CPU rivals run their own torch code in place of\n"
+    "their kernels. Spreads, roofline, rows with one likely token, other sections and goals:\n"
     "[docs/measured.md](docs/measured.md)."
 )
-PEAKED = "In peaked rows a token has most of the probability, as with trained models; in the others none stands out."
 NO_GPU = "On a GPU: not measured."
 GOALS_WORDS = "Goals on a CPU, in units of the products or of eager torch:"
 GPU_WORDS = "On a GPU (`make gpu`; the goals are for an H200, N = 8192, bfloat16, loss and gradients):"
@@ -32,28 +35,49 @@ def block(folder: Path) -> str:
     """Return the README's measured part for the result files in a folder."""
     results = committed(folder)
     found = [markdown(table).strip() for result in results if "heads" in result["sections"] for table in _heads(result)]
-    peaked = [PEAKED] if any(mark(case) for result in results for case in cases(result, "heads")) else []
     unmeasured = [] if any(map(is_gpu, results)) else [NO_GPU]
-    return "\n\n".join([BEGIN, *([WORDS, *found, *peaked, MORE] if found else []), *unmeasured, END])
+    return "\n\n".join([BEGIN, *([WORDS, *found, MORE] if found else []), *unmeasured, END])
 
 
-def _heads(result: dict[str, Any]) -> list[Table]:
-    """One table for each shape: a line per divergence, a column per implementation that was measured."""
-    made = []
-    members = [case for case in cases(result, "heads") if case["cells"]]
-    for (sizes,), group in grouped(members, lambda case: (about(case).removesuffix(mark(case)),)):
-        measured = [(case, cell) for case in group for cell in case["cells"] if cell["seconds"]]
-        columns = list(dict.fromkeys(cell["implementation"] for _, cell in measured))
-        rows: dict[str, dict[str, str]] = {}
-        for case, cell in measured:
-            memory = "memory not measured" if cell["extra_bytes"] is None else size(cell["extra_bytes"])
-            status = "" if cell["status"] == "measured" else f", *{cell['status']}*"
-            text = f"{duration(median(cell['seconds']))}, {memory}{status}"
-            rows.setdefault(case["case"]["divergence"] + mark(case), {})[cell["implementation"]] = text
-        table = [[name, *(found.get(column, "") for column in columns)] for name, found in rows.items()]
+def _heads(result: dict[str, Any]) -> Iterator[Table]:
+    """Two tables for each shape, of what the others have and of the rest; peaked rows are left to the documentation."""
+    members = [case for case in cases(result, "heads") if not mark(case)]
+    for (sizes,), group in grouped(members, lambda case: (about(case),)):
         line = f"{sizes}. {floors(group)}. {where(result['sections']['heads'])}."
-        made.append(Table("", line, ("divergence", *columns), table, []))
-    return made
+        for common in (True, False):
+            part = [case for case in group if (case["case"]["divergence"] in KLS_AND_JSD) == common]
+            if part:
+                yield Table("", line, ("", *(case["case"]["divergence"] for case in part)), _lines(part), _absent(part))
+                line = ""
+
+
+def _lines(part: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each implementation that was measured, a column for each case: narrow enough for a phone."""
+    found: dict[str, dict[str, str]] = {}
+    for case in part:
+        for cell in filter(lambda cell: cell["status"] != "absent", case["cells"]):
+            found.setdefault(cell["implementation"], {})[case["case"]["divergence"]] = _text(cell)
+    return [[name, *(texts.get(case["case"]["divergence"], "") for case in part)] for name, texts in found.items()]
+
+
+def _text(cell: dict[str, Any]) -> str:
+    """What is to be said of an implementation in a case."""
+    if not cell["seconds"]:
+        return f"*{cell['status']}*"
+    memory = "memory not measured" if cell["extra_bytes"] is None else size(cell["extra_bytes"])
+    error = "not finite" if None in cell["errors"].values() else f"{max(cell['errors'].values()):.0e}"
+    status = "" if cell["status"] == "measured" else f", *{cell['status']}*"
+    return f"{duration(median(cell['seconds']))}, {memory}, {error}{status}"
+
+
+def _absent(part: list[dict[str, Any]]) -> list[str]:
+    """The implementations that could not run, by what they lack."""
+    found: dict[str, list[str]] = {}
+    for case in part:
+        for cell in filter(lambda cell: cell["status"] == "absent", case["cells"]):
+            names = found.setdefault(cell["reason"], [])
+            names += [cell["implementation"]] * (cell["implementation"] not in names)
+    return [f"{', '.join(names)}: {why}" for why, names in found.items()]
 
 
 def goals(folder: Path) -> str:

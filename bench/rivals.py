@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from typing import Any
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +24,39 @@ from ..cli.eager import EAGER
 from ..kernels.language import interpreted
 from .cases import Case, HeadInputs, ListedInputs, Loss, RowInputs, eager_loss
 
-KLS_AND_JSD = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # GKD's β, which Liger and TRL share
-FAMILIES = ("eager", "compile", "liger", "trl", "fla")
+KLS_AND_JSD = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}  # GKD's β, which Liger, TRL and Unsloth share
+# ORDA's name of a divergence, and the parameters that it wants beside it: those of fusedkd's default. Its α-β has the
+# exponent of the student first.
+ORDA: dict[str, dict[str, Any]] = {
+    "fkl": {"kl_divergence": "forward"},
+    "rkl": {"kl_divergence": "reverse"},
+    "jsd": {"kl_divergence": "skew_js", "kl_beta": 0.5},
+    "ab": {"kl_divergence": "abkd", "kl_alpha": 0.7, "kl_beta": 0.2},
+}
 OURS = "fusedkd"
-PACKAGES = {"liger": ("liger_kernel", "liger-kernel"), "trl": ("trl", "trl"), "fla": ("fla", "flash-linear-attention")}
+
+
+class Package(NamedTuple):
+    """The module that a package is imported as, and what installs it."""
+
+    module: str
+    name: str
+    alone: bool = False  # without what it depends on, which wants a GPU
+
+    @property
+    def install(self) -> str:
+        """The command."""
+        return f"pip install {'--no-deps ' * self.alone}{self.name}"
+
+
+PACKAGES = {
+    "liger": Package("liger_kernel", "liger-kernel"),
+    "trl": Package("trl", "trl"),
+    "unsloth": Package("unsloth_zoo", "unsloth_zoo", alone=True),
+    "orda": Package("orda_kernel", "orda-kernel"),
+    "fla": Package("fla", "flash-linear-attention"),
+}
+FAMILIES = ("eager", "compile", "torch", *PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -33,7 +64,8 @@ class Rival:
     """An implementation and what it can do.
 
     triton: it has Triton kernels only. cpu: it is for CPUs only. compiles: it goes through torch.compile. softcap: it
-    caps logits. tails: those that it has for a teacher's likeliest tokens.
+    caps logits. tails: those that it has for a teacher's likeliest tokens. shifted: its loss is the divergence and a
+    number that is the teacher's alone, so that only gradients are compared.
     """
 
     name: str
@@ -47,6 +79,7 @@ class Rival:
     compiles: bool = False
     softcap: bool = False
     tails: tuple[str, ...] = ("bucket", "truncate")
+    shifted: bool = False
 
     def suits(self, case: Case) -> bool:
         """Whether this is something that the rival offers at all."""
@@ -56,9 +89,9 @@ class Rival:
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here, if it cannot."""
-        module, package = PACKAGES.get(self.family, ("torch", "torch"))
-        if find_spec(module) is None:
-            return f"not installed: pip install {package}"
+        package = PACKAGES.get(self.family)
+        if package and find_spec(package.module) is None:
+            return f"not installed: {package.install}, or make bench-rivals"
         if self.triton and device == "cpu" and not interpreted():
             return "needs a GPU"
         return "for CPUs only" if self.cpu and device != "cpu" else None
@@ -78,11 +111,11 @@ def named(path: str, name: str) -> Rival:
 def versions() -> dict[str, str | None]:
     """Return the version of each rival's package, None where it is not installed."""
     found: dict[str, str | None] = {}
-    for _, package in PACKAGES.values():
+    for package in PACKAGES.values():
         try:
-            found[package] = version(package)
+            found[package.name] = version(package.name)
         except PackageNotFoundError:
-            found[package] = None
+            found[package.name] = None
     return found
 
 
@@ -178,6 +211,47 @@ def _trl_chunked(divergence: str) -> Loss:
     return loss
 
 
+@cache
+def _unsloth() -> ModuleType:
+    """Unsloth's module of fused heads from its file: importing the package wants `unsloth` and a GPU, this does not."""
+    package = find_spec(PACKAGES["unsloth"].module)
+    assert package is not None and package.origin is not None
+    file = Path(package.origin).parent / "fused_losses" / "fused_linear.py"
+    spec = spec_from_file_location("unsloth_fused_linear", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _unsloth_jsd(divergence: str) -> Loss:
+    beta, loss = KLS_AND_JSD[divergence], _unsloth().fused_linear_jsd
+
+    def mean(x: HeadInputs) -> Tensor:
+        caps = {f"{side}_logit_softcapping": x.softcap or 0.0 for side in ("student", "teacher")}
+        return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, beta=beta, **caps)
+
+    return mean
+
+
+def _orda(divergence: str) -> Loss:
+    from orda_kernel import DistillationLoss, SeparateTeacher  # pyright: ignore[reportMissingImports]
+
+    # Left alone it is the cross-entropy of the labels.
+    loss = DistillationLoss(student_ce_weight=0.0, teacher_ce_weight=0.0, kl_weight=1.0, **ORDA[divergence])
+    return lambda x: loss(x.hidden, x.weight, x.labels, SeparateTeacher(x.teacher_hidden, x.teacher_weight)).loss
+
+
+def _linear_cross_entropy(divergence: str) -> Loss:
+    """The cross-entropy of the teacher's probabilities, all in memory: forward KL and the teacher's entropy."""
+    from torch.nn.functional import linear_cross_entropy  # torch >= 2.13
+
+    def loss(x: HeadInputs) -> Tensor:
+        return linear_cross_entropy(x.hidden, x.weight, (x.teacher_hidden @ x.teacher_weight.t()).softmax(-1))
+
+    return loss
+
+
 def _fla(divergence: str, fp32_sums: bool) -> Loss:
     from fla.modules.fused_kl_div import FusedKLDivLoss  # pyright: ignore[reportMissingImports]
 
@@ -244,6 +318,9 @@ RIVALS = (
     Rival("Liger FusedLinearJSD", "liger", "heads", _liger_fused_linear_jsd, BETAS, triton=True),
     Rival("Liger FusedLinearJSDLoss", "liger", "heads", _liger_chunked, BETAS, compiles=True),
     Rival("TRL ChunkedDivergence", "trl", "heads", _trl_chunked, BETAS, softcap=True),
+    Rival("Unsloth fused_linear_jsd", "unsloth", "heads", _unsloth_jsd, BETAS, softcap=True),
+    Rival("ORDA DistillationLoss", "orda", "heads", _orda, tuple(ORDA)),
+    Rival("torch linear_cross_entropy", "torch", "heads", _linear_cross_entropy, ("fkl",), shifted=True),
     Rival("FLA FusedKLDiv, fp32 sums", "fla", "heads", partial(_fla, fp32_sums=True), ("fkl",), triton=True),
     Rival("FLA FusedKLDiv", "fla", "heads", partial(_fla, fp32_sums=False), ("fkl",), triton=True),
     Rival(OURS, OURS, "heads", _fused_heads, softcap=True),

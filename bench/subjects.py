@@ -93,10 +93,10 @@ def _peak_of(case: Case, name: str) -> int:
     """The peak on a CPU, in a process that has run nothing large before."""
     rival = named(case.kind, name)
     loss = rival.loss(case.divergence)
-    answer(make_inputs(case.small(), "cpu"), loss)  # libraries load and threads start here, not in the measurement
     inputs = make_inputs(case, "cpu")
-    if rival.compiles:
-        answer(inputs, loss)  # the compiler's own memory is not the loss's
+    # Libraries load and threads start here, not in the measurement. The compiler's own memory is not the loss's either,
+    # and it compiles for sizes.
+    answer(inputs if rival.compiles else make_inputs(case.small(), "cpu"), loss)
     return peak_bytes(lambda: answer(inputs, loss).gradients, "cpu")
 
 

@@ -71,10 +71,12 @@ def listed(case: dict[str, Any]) -> str:
 
 
 def where(section: dict[str, Any]) -> str:
-    """Return the machine and the day of a section as a line."""
+    """Return the machine, the versions and the day of a section as a line."""
     found = section["machine"]
     how = f"{found['threads']} threads" if found["device"] == "cpu" else f"driver {found['driver']}"
-    return f"{found['name']}, {how}, torch {found['versions']['torch']}, {found['date'][:10]}, {commit(found)}"
+    beside = [f"{name} {version}" for name, version in found["rivals"].items() if version]
+    parts = [found["name"], how, f"torch {found['versions']['torch']}", *beside, found["date"][:10], commit(found)]
+    return ", ".join(parts)
 
 
 def commit(found: dict[str, Any]) -> str:

@@ -59,8 +59,9 @@ class QuickRun:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
     """All sections at tiny sizes; none of the rivals but eager torch is installed, or they are hidden."""
     folder = tmp_path_factory.mktemp("bench")
-    options = ["--quick", "--device", "cpu", "--rivals", "eager", "liger", "trl", "fla", "--out", folder]
-    hide = "import runpy, sys\nfor name in ('liger_kernel', 'trl', 'fla'): sys.modules[name] = None\n"
+    options = ["--quick", "--device", "cpu", "--rivals", "eager", *rivals.PACKAGES, "--out", folder]
+    modules = [package.module for package in rivals.PACKAGES.values()]
+    hide = f"import runpy, sys\nfor name in {modules}: sys.modules[name] = None\n"
     start = f"{hide}runpy.run_module('fusedkd', run_name='__main__')"
     command = [sys.executable, "-c", start, "bench", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -88,7 +89,7 @@ def test_the_result_file(quick: QuickRun) -> None:
         assert re.fullmatch(r"[0-9a-f]{16}", found["source"])
         assert found["commit"]
         assert {"fusedkd", "torch", "python", "triton"} <= found["versions"].keys()
-        assert set(found["rivals"]) == {"liger-kernel", "trl", "flash-linear-attention"}
+        assert set(found["rivals"]) == {package.name for package in rivals.PACKAGES.values()}
 
 
 @pytest.mark.parametrize("section", ["rows", "heads", "accuracy"])
@@ -107,11 +108,13 @@ def test_both_kinds_of_rows(quick: QuickRun, section: str) -> None:
     assert all(title in (quick.folder / "cpu-quick.html").read_text() for title in titles)
 
 
-def test_the_readme_has_both_kinds_of_rows(quick: QuickRun) -> None:
-    """One table for a shape, a line for each."""
+def test_the_readme_has_one_kind_of_rows(quick: QuickRun) -> None:
+    """One table for a shape, a line for each implementation; those that are absent stand below it."""
     (table,) = readme._heads(quick.result)
-    assert [row[0] for row in table.rows] == ["fkl", "fkl, peaked rows"]
+    assert table.columns == ("", "fkl")
+    assert {row[0] for row in table.rows} >= {"eager torch", "fusedkd", "fusedkd streaming"}
     assert "peaked" not in table.about
+    assert sum("not installed" in note for note in table.notes) == len(rivals.PACKAGES)
 
 
 def test_results_without_the_kind_of_rows_are_random(quick: QuickRun) -> None:
@@ -191,7 +194,7 @@ def test_absent_rivals_are_reported(quick: QuickRun) -> None:
     """By name and with what would help, in the file, in the tables and in the report."""
     absent = {cell["implementation"]: cell for cell in cells_of(quick.result, "heads") if cell["family"] != "fusedkd"}
     del absent["eager torch"]
-    assert len(absent) == 5
+    assert len(absent) == 7
     html = (quick.folder / "cpu-quick.html").read_text()
     for name, cell in absent.items():
         assert cell["status"] == "absent"
