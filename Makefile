@@ -13,12 +13,15 @@ JOBS ?= 2
 OUT ?= build/gpu/results
 WHEELS ?=
 
+# What make docs-look opens the site in.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
 # What make clib builds: everything takes long.
 CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs bench gpu compile-all clean
+.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs docs-look bench gpu compile-all clean
 
 help:
 	@echo "make demo         set up and distil a small model on real text (CPU: under five minutes)"
@@ -31,6 +34,7 @@ help:
 	@echo "make lint types   ruff and basedpyright"
 	@echo "make wheel        a wheel and an sdist in build/dist"
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
+	@echo "make docs-look    every page of it in Chromium, on a phone and on a desk: screenshots in build/look, and what is wrong"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
 	@echo "make compile-all  compile every kernel for every dtype and architecture, and count what each takes (long)"
@@ -114,10 +118,15 @@ types: install
 # Read from the sources: the site needs no torch and no GPU.
 docs: $(VENV)/documented
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
+	$(BIN)/python tests/check_site.py build/site
 
 $(VENV)/documented: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
+
+docs-look: docs
+	$(BIN)/python -m pip install --quiet "playwright>=1.55"
+	$(BIN)/python tests/look_at_site.py build/site build/look --chromium "$(CHROMIUM)"
 
 bench: install
 	$(BIN)/python -m fusedkd bench --out bench/results
