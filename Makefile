@@ -75,8 +75,10 @@ test-emulated: install
 	for capability in $(EMULATE); do \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATE_OPTIONS) $(EMULATED) || exit 1; done
 
-# Programs of which one file each is tested: what they depend on wants a GPU or a cluster, and is left out.
-ALONE = verl==0.9.1 veomni==0.1.12 nvidia-modelopt==0.47.0 axolotl==0.19.0 ms-swift==4.6.0
+# Programs of which a file or two each are tested: what they depend on wants a GPU or a cluster, or a newer Python, and is
+# left out.
+ALONE = verl==0.9.1 veomni==0.1.12 nvidia-modelopt==0.47.0 axolotl==0.21.0 ms-swift==4.6.0 torchtune==0.6.1 \
+	nemo-automodel==0.7.0 megatron-core==0.19.2
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
 $(COMPAT)/installed: pyproject.toml Makefile
@@ -84,7 +86,7 @@ $(COMPAT)/installed: pyproject.toml Makefile
 	$(COMPAT)/bin/python -m pip install --quiet "$(TORCH)"
 	$(COMPAT)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(COMPAT)/torch.txt
 	$(COMPAT)/bin/python -m pip install --quiet --constraint $(COMPAT)/torch.txt --editable ".[compat]"
-	$(COMPAT)/bin/python -m pip install --quiet --no-deps $(ALONE)
+	$(COMPAT)/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(ALONE)
 	touch $@
 
 test-compat: $(COMPAT)/installed

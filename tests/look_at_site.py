@@ -2,8 +2,9 @@
 
     python tests/look_at_site.py build/site build/look --chromium /usr/bin/chromium
 
-A fault is an error on the console, a request that fails or leaves the site, a page wider than its screen, and a search
-that does not find what it should. Screenshots of each page stay in the second folder.
+A fault is an error on the console, a request that fails or leaves the site, a page wider than its screen, a search that
+does not find what it should, and a copy button that takes something else. Screenshots of each page stay in the second
+folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from playwright.sync_api import Page, sync_playwright
 
 SCREENS = {"phone": (390, 844), "desk": (1280, 900)}
 TALLEST = 4000  # pixels of a screenshot
-SOUGHT = {"alpha-beta": "divergences/ab.html", "GKDTrainer": "drop-ins/trl.html"}  # and a page among those found
+SOUGHT = {
+    "alpha-beta": "mathematics.html#the-alpha-beta-family",
+    "GKDTrainer": "drop-ins/trl.html",
+}  # and a page among those found
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -75,6 +79,19 @@ def search(page: Page, address: str, words: str, wanted: str) -> list[str]:
     return []
 
 
+def copy(page: Page, address: str) -> list[str]:
+    """Whether the copy button would take the lines of the first block of code as they are."""
+    page.goto(address + "index.html", wait_until="load")
+    written, taken = page.evaluate(
+        """() => {
+            const code = document.querySelector("pre code");
+            code.setAttribute("data-md-copying", "");
+            return [code.textContent.trimEnd(), code.innerText.trimEnd()];
+        }"""
+    )
+    return [] if taken == written else [f"copy: {taken!r} instead of {written!r}"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("site", type=Path)
@@ -92,6 +109,7 @@ def main() -> int:
                 faults += look(page, address, name, args.out / screen / Path(name).with_suffix(".png"))
             for words, wanted in SOUGHT.items():
                 faults += search(page, address, words, wanted)
+            faults += copy(page, address)
             page.close()
         browser.close()
     print("\n".join(faults) or f"{len(names)} pages on {len(SCREENS)} screens: sound")
