@@ -68,12 +68,13 @@ def look(page: Page, address: str, name: str, shot: Path) -> list[str]:
 def search(page: Page, address: str, words: str, wanted: str) -> list[str]:
     """Type into the search field of the first page; whether the wanted page is among the results."""
     page.goto(address + "index.html", wait_until="networkidle")
-    if page.locator("label[for=__search].md-header__button").first.is_visible():
-        page.locator("label[for=__search].md-header__button").first.click()
-    page.locator("input.md-search__input").fill(words)
+    button = page.locator("label[for=__search].md-header__button")
+    field = page.locator("input.md-search__input")
+    (button if button.is_visible() else field).click()
+    field.press_sequentially(words, delay=30)  # as a hand types: the script listens to keys
     result = page.locator(f".md-search-result__item a[href*='{wanted}']").first
     try:
-        result.wait_for(state="attached", timeout=10_000)
+        result.wait_for(state="attached", timeout=20_000)
     except Exception:  # playwright's own TimeoutError
         return [f"search: {words!r} does not find {wanted}"]
     return []
