@@ -15,12 +15,15 @@ JOBS ?= 2
 OUT ?= build/gpu/results
 WHEELS ?=
 
+# What make docs-look opens the site in.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
 # What make clib builds: everything takes long.
 CLIB_ARCHS ?= 80;90;100
 CLIB_DTYPES ?= float32
 CLIB_DIVERGENCES ?= drkl;jsd;taid
 
-.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs bench bench-rivals gpu compile-all clean
+.PHONY: help install wheel demo test test-emulated mutants test-compat test-triton clib lint types docs docs-look bench bench-rivals gpu compile-all clean
 
 help:
 	@echo "make demo         set up, distil a small model on real text, draw what the loss saves: build/demo.png (CPU: under five minutes)"
@@ -33,6 +36,7 @@ help:
 	@echo "make lint types   ruff and basedpyright"
 	@echo "make wheel        a wheel and an sdist in build/dist"
 	@echo "make docs         the documentation as a site in build/site; a warning is an error"
+	@echo "make docs-look    every page of it in Chromium, on a phone and on a desk: screenshots in build/look, and what is wrong"
 	@echo "make bench        time, memory and accuracy on this machine, written to bench/results, and the README's tables"
 	@echo "make bench-rivals  the loss head beside Liger, TRL, Unsloth, ORDA and torch's own, in an environment of their own"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, summary, in nine minutes and without a network"
@@ -75,8 +79,10 @@ test-emulated: install
 	for capability in $(EMULATE); do \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --emulate $$capability $(EMULATE_OPTIONS) $(EMULATED) || exit 1; done
 
-# Programs of which one file each is tested: what they depend on wants a GPU or a cluster, and is left out.
-ALONE = verl==0.9.1 veomni==0.1.12 nvidia-modelopt==0.47.0 axolotl==0.19.0 ms-swift==4.6.0
+# Programs of which a file or two each are tested: what they depend on wants a GPU or a cluster, or a newer Python, and is
+# left out.
+ALONE = verl==0.9.1 veomni==0.1.12 nvidia-modelopt==0.47.0 axolotl==0.21.0 ms-swift==4.6.0 torchtune==0.6.1 \
+	nemo-automodel==0.7.0 megatron-core==0.19.2
 
 # The programs that fusedkd.compat replaces parts of. The constraint keeps the torch that was asked for.
 $(COMPAT)/installed: pyproject.toml Makefile
@@ -84,7 +90,7 @@ $(COMPAT)/installed: pyproject.toml Makefile
 	$(COMPAT)/bin/python -m pip install --quiet "$(TORCH)"
 	$(COMPAT)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(COMPAT)/torch.txt
 	$(COMPAT)/bin/python -m pip install --quiet --constraint $(COMPAT)/torch.txt --editable ".[compat]"
-	$(COMPAT)/bin/python -m pip install --quiet --no-deps $(ALONE)
+	$(COMPAT)/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(ALONE)
 	touch $@
 
 test-compat: $(COMPAT)/installed
@@ -118,10 +124,15 @@ types: install
 # Read from the sources: the site needs no torch and no GPU.
 docs: $(VENV)/documented
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
+	$(BIN)/python tests/check_site.py build/site
 
 $(VENV)/documented: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
+
+docs-look: docs
+	$(BIN)/python -m pip install --quiet "playwright>=1.55"
+	$(BIN)/python tests/look_at_site.py build/site build/look --chromium "$(CHROMIUM)"
 
 bench: install
 	$(BIN)/python -m fusedkd bench --out bench/results

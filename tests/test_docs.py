@@ -176,13 +176,50 @@ def test_the_reference_is_complete() -> None:
     assert sorted(named) == sorted({*fusedkd.__all__, "compat"} - {"__version__"})
 
 
-def test_the_table_of_drop_ins() -> None:
-    """Every module of compat has a row, and every name in a row exists."""
-    table = (DOCS / "drop-ins.md").read_text()
-    named = set(re.findall(r"fusedkd\.compat\.(\w+)\.(\w+)", table))
-    for module, names in re.findall(r"from fusedkd\.compat\.(\w+) import ([\w, ]+)", table):
-        named |= {(module, name) for name in re.findall(r"\w+", names)}
-    modules = {path.stem for path in (Path(fusedkd.__file__).parent / "compat").glob("[!_]*.py")}
-    assert modules == {module for module, _ in named}
-    for module, name in named:
-        assert callable(getattr(import_module(f"fusedkd.compat.{module}"), name)), f"{module}.{name}"
+MODULES = sorted(path.stem for path in (Path(fusedkd.__file__).parent / "compat").glob("[!_]*.py"))
+
+
+def test_every_drop_in_has_a_page() -> None:
+    """And the index links to each, once, and to nothing else of that folder."""
+    assert [path.stem for path in sorted((DOCS / "drop-ins").glob("*.md"))] == MODULES
+    assert sorted(re.findall(r"\]\(drop-ins/(\w+)\.md\)", (DOCS / "drop-ins.md").read_text())) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_page_of_a_drop_in(module: str) -> None:
+    """Its code is Python, every name of fusedkd in it exists, and it says what was checked and what raises."""
+    page = (DOCS / "drop-ins" / f"{module}.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S)
+    named = set(re.findall(r"fusedkd\.compat\.(\w+)\.(\w+)", page))
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusedkd"):
+            named |= {((node.module or "").removeprefix("fusedkd.compat."), alias.name) for alias in node.names}
+    shared = {name for name in named if name[0] == "fusedkd.compat"}  # from fusedkd.compat import MODULE
+    for of, name in named - shared:
+        assert callable(getattr(import_module(f"fusedkd.compat.{of}"), name)), f"{of}.{name}"
+    assert {name for _, name in shared} <= set(MODULES)
+    assert module in {of for of, _ in named}
+    for label in ("Checked", "The same", "Differs", "Raises"):
+        assert f"**{label}:**" in page
+
+
+def test_the_versions_of_drop_ins() -> None:
+    """The index and the pages name the releases that `make test-compat` installs."""
+    root = DOCS.parent
+    pinned = re.search(r"^ALONE = ((?:.*\\\n)*.*)$", (root / "Makefile").read_text(), re.M)
+    assert pinned is not None
+    extra = re.search(r"^compat = \[(.*?)^\]", (root / "pyproject.toml").read_text(), re.M | re.S)
+    assert extra is not None
+    releases = {*re.findall(r"[\w-]+==([\d.]+)", pinned[1]), *re.findall(r'"(?:trl|liger-kernel)==([\d.]+)"', extra[1])}
+    index = (DOCS / "drop-ins.md").read_text()
+    pages = {path.stem: path.read_text() for path in (DOCS / "drop-ins").glob("*.md")}
+    said: set[str] = set()
+    for module, checked in re.findall(r"\]\(drop-ins/(\w+)\.md\) \|[^|]*\| ([^|]*)\|", index):
+        if "run" in checked:
+            versions = re.findall(r"\d+\.\d+\.\d+", checked)
+            said |= set(versions)
+            assert all(version in pages[module] for version in versions), module
+        else:
+            assert all(commit in pages[module] for commit in re.findall(r"[0-9a-f]{7}", checked)), module
+            assert "not on PyPI and not run" in pages[module], module
+    assert said == releases

@@ -1,21 +1,19 @@
 """Top-k losses beside the functions that they replace, as released on PyPI, each file of which runs alone.
 
 The programs themselves want a GPU or a cluster; `make test-compat` installs them without what they depend on, and what
-a file imports of its own program beside the loss is a stand-in here. DistillKit is not on PyPI, and the release of
-Megatron-LM there has no cached logits: tests/test_compat_topk.py has their formulas.
+a file imports of its own program beside the loss is a stand-in here. DistillKit is not on PyPI: its formulas are in
+tests/test_compat_topk.py.
 """
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable
-from importlib import metadata, util
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from beside import FLOAT32, B, K, T, V, rows, same
 from compare import relative
 from torch import Tensor
 from trl.experimental.async_distillation import async_distillation_trainer
@@ -23,72 +21,10 @@ from trl.experimental.sdft import loss_utils as sdft
 from trl.experimental.sdpo import loss_utils as sdpo
 from trl.experimental.server_distillation.server_distillation_trainer import ServerDistillationTrainer
 
-from fusedkd.compat import axolotl, modelopt, swift, trl, veomni, verl
+from fusedkd.compat import axolotl, megatron, modelopt, swift, trl, veomni, verl
 
+pytest_plugins = ["alone"]
 pytestmark = pytest.mark.unpoisoned
-
-B, T, V, K = 2, 7, 301, 6
-FLOAT32 = 2e-5  # relative: the originals round a sum over the vocabulary and 1 minus a sum
-
-
-class Anything(types.ModuleType):
-    """A module that has every name, of a class of its own."""
-
-    __path__ = ()  # what makes it a package
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (torch.nn.Module,), {})
-
-
-@pytest.fixture
-def original(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A file of an installed distribution as a module, with stand-ins for what it imports."""
-
-    def load(distribution: str, name: str, stands: dict[str, dict[str, Any]] | None = None) -> Any:
-        packages = {**(stands or {}), name.rpartition(".")[0]: {}}
-        for module, contents in packages.items():
-            parts = module.split(".")
-            for i in range(1, len(parts) + 1):
-                package = ".".join(parts[:i])
-                if package not in sys.modules:
-                    monkeypatch.setitem(sys.modules, package, Anything(package))
-                if i > 1:
-                    vars(sys.modules[".".join(parts[: i - 1])])[parts[i - 1]] = sys.modules[package]
-            vars(sys.modules[module]).update(contents)
-        path = metadata.distribution(distribution).locate_file(name.replace(".", "/") + ".py")
-        spec = util.spec_from_file_location(name, str(path))
-        assert spec is not None and spec.loader is not None
-        module = util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits of the student and the teacher, the teacher's likeliest tokens and their log-probabilities."""
-    student, teacher = 3 * torch.randn(2, B, T, V)
-    logp, ids = teacher.log_softmax(-1).topk(K)
-    return student, teacher, ids, logp
-
-
-def same(functions: list[Callable[..., Any]], leaves: list[Tensor], scale: tuple[float, ...] = ()) -> None:
-    """Values, and gradients for one upstream gradient: theirs first. `scale` is what the gradients differ by."""
-    found, upstream = [], None
-    for function in functions:
-        given = [x.clone().requires_grad_() for x in leaves]
-        value = function(*given)
-        upstream = torch.randn(value.shape) if upstream is None else upstream
-        value.backward(upstream.to(value.dtype))
-        found.append((value.detach(), [x.grad for x in given]))
-    theirs, ours = found
-    assert ours[0].shape == theirs[0].shape
-    assert relative(ours[0], theirs[0].double()) < FLOAT32
-    for one, other in zip(ours[1], theirs[1], strict=True):
-        assert relative(one, (scale[0] if scale else 1.0) * other.double()) < FLOAT32
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -157,6 +93,22 @@ def test_modelopt(reverse: bool, original: Callable[..., Any]) -> None:
     student, teacher, _, _ = rows()
     assert losses[0](student, teacher)[1:] == losses[1](student, teacher)[1:]
     same([lambda s, loss=loss: loss(s, teacher)[0] for loss in losses], [student])
+
+
+@pytest.mark.parametrize("ghost", [False, True])
+def test_megatron(ghost: bool, original: Callable[..., Any]) -> None:
+    """Cached log-probabilities, with places that hold no token."""
+    room = "megatron.training"
+    names = ("megatron.core", "megatron.core.models.common.language_module.language_module", f"{room}.utils")
+    sentinel = {"CACHED_LOGITS_LOGPROB_SENTINEL": megatron.SENTINEL}
+    stands = {**{name: {} for name in names}, f"{room}.distillation.utils_logits": sentinel}
+    theirs = original("megatron-core", f"{room}.distillation.cached_logits_loss", stands)
+    student, _, ids, logp = rows()
+    places = torch.arange(K) >= torch.randint(1, K + 1, (B, T, 1))
+    ids, logp = ids.masked_fill(places, -1), logp.masked_fill(places, megatron.SENTINEL)
+    # Megatron's changes its logits in place, which no leaf may be.
+    functions = (theirs.topk_kl_div, megatron.topk_kl_div)
+    same([lambda s, f=f: f(1 * s, logp, ids, 1, 0, None, ghost) for f in functions], [student])
 
 
 @pytest.mark.parametrize("items", [-1, 9])

@@ -1,4 +1,4 @@
-"""The top-k losses of axolotl's distillation plugin (signatures of 0.19.0), axolotl.integrations.kd.
+"""The top-k losses of axolotl's distillation plugin (signatures of 0.21.0), axolotl.integrations.kd.
 
 `loss` is topk_logprob.forward_kl's, `LigerFusedLinearKLTopKLogprobLoss` is kernels.liger's, which its trainer calls:
 
@@ -43,7 +43,7 @@ def loss(
     token, where the original's value is NaN.
 
     Cost: that of `kd_loss` with a `fusedkd.TopK`.
-    Source: axolotl 0.19.0, integrations/kd/topk_logprob/forward_kl.py.
+    Source: axolotl 0.21.0, integrations/kd/topk_logprob/forward_kl.py.
     """
     checks.side("student_logits", student_logits)
     checks.positive("kd_temperature", kd_temperature)
@@ -74,7 +74,7 @@ class LigerFusedLinearKLTopKLogprobLoss(torch.nn.Module):
     tokens are left out of the renormalisation (there they take part in the student's); results are float32.
 
     Cost: three products of (N, D) by (V, D) for D, three for the cross-entropy.
-    Source: axolotl 0.19.0, integrations/kd/kernels/liger.py.
+    Source: axolotl 0.21.0, integrations/kd/kernels/liger.py.
     """
 
     def __init__(

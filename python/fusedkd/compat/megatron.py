@@ -1,7 +1,7 @@
 """Losses of Megatron-LM, and those of ModelOpt's Megatron plugin.
 
 `LogitsKLLoss` and `TopKLogitsKLLoss` are modelopt.torch.distill.plugins.megatron's of nvidia-modelopt 0.47.0,
-`topk_kl_div` is megatron.training.distillation.cached_logits_loss's (NVIDIA/Megatron-LM d98e8a6).
+`topk_kl_div` is megatron.training.distillation.cached_logits_loss's of megatron-core 0.19.2.
 
 Under tensor parallelism every rank has its V/tp of the vocabulary's columns, in the order of the ranks.
 """
