@@ -26,7 +26,6 @@ from ..topk import topk
 from .commands import Progress
 from .demo import (
     CPU,
-    IGNORED,
     Budget,
     Windows,
     build,
@@ -43,6 +42,7 @@ from .demo import (
 )
 from .demo import QUICK as QUICK_DEMO
 from .demo import Plan as Demo
+from .one_step import IGNORED
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
