@@ -103,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fidelity = parser.add_argument_group("fidelity only")
     count = partial(positive, int)
     fidelity.add_argument("--seeds", metavar="N", type=count, help=f"how many seeds (default: {study_fidelity.SEEDS})")
-    fidelity.add_argument("--steps", metavar="N", type=count, help="steps to train each student (default: 200)")
+    steps = study_fidelity.FULL.demo.student.budget.steps
+    fidelity.add_argument("--steps", metavar="N", type=count, help=f"steps to train each student (default: {steps})")
     fidelity.add_argument(
         "--divergences",
         metavar="NAME",
