@@ -1,7 +1,8 @@
 """Fidelity and diversity of students under several divergences, on the demo's text and models.
 
-One teacher. For each seed one untrained student, which every divergence trains on the same batches for as many steps.
-Each is then measured on held-out text and by samples from the same prompts with the same random numbers. While it
+One teacher. For each seed one student that has learnt the text itself for a while, as those of the paper have: from random
+weights the slowest divergence would leave the most entropy, whatever it seeks. Every divergence trains a copy of it on the
+same batches for as many steps. Each is then measured on held-out text and by samples from the same prompts with the same random numbers. While it
 learns, the gradient of its logits is split (`Split`). Each finished run is written at once; a second call continues.
 What the numbers say of the claims of Luong, Tran and Chen (arXiv 2604.00223) is in study_fidelity_report.py.
 """
@@ -15,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -44,7 +46,7 @@ from .demo import (
 )
 from .demo import QUICK as QUICK_DEMO
 from .demo import Plan as Demo
-from .study_fidelity_report import GAMMAS, NGRAMS, TEACHER, draw, drkl, markdown
+from .study_fidelity_report import GAMMAS, NGRAMS, START, TEACHER, draw, drkl, markdown
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
@@ -61,10 +63,12 @@ class Plan:
     """All that decides the numbers of a run, besides its seed and divergence.
 
     demo: text, models and steps; one thread, so that sums are added in one order.
+    own_steps: of next-token training, before a student is distilled.
     prompts, prompt, drawn: how many held-out windows are continued, from how many tokens, by how many.
     """
 
     demo: Demo
+    own_steps: int
     prompts: int
     prompt: int
     drawn: int
@@ -74,12 +78,13 @@ FULL = Plan(
     replace(
         CPU,
         tokenizer_vocab=2048,
-        teacher=Recipe(128, 4, 4e-3, Budget(steps=800)),
-        student=Recipe(64, 2, 6e-3, Budget(steps=200)),
+        teacher=Recipe(128, 4, 4e-3, Budget(steps=1000)),
+        student=Recipe(64, 2, 6e-3, Budget(steps=150)),
         length=64,
         batch=4,
         threads=1,
     ),
+    own_steps=300,
     prompts=64,
     prompt=16,
     drawn=48,
@@ -92,6 +97,7 @@ QUICK = Plan(
         batch=2,
         held_out=4,
     ),
+    own_steps=10,
     prompts=4,
     prompt=8,
     drawn=12,
@@ -157,7 +163,7 @@ def measure(plan: Plan, seeds: Sequence[int], names: Sequence[str], file: Path, 
     report = opened(file, settings(plan))
     asked = subjects(names)
     done = {(one["seed"], one["divergence"]) for one in report["runs"]}
-    missing = [(seed, name) for seed in seeds for name in (TEACHER, *asked) if (seed, name) not in done]
+    missing = [(seed, name) for seed in seeds for name in (TEACHER, START, *asked) if (seed, name) not in done]
     if not missing:
         return report
     world = prepare(plan, progress)
@@ -169,12 +175,17 @@ def measure(plan: Plan, seeds: Sequence[int], names: Sequence[str], file: Path, 
             "files?): name another file or delete it",
         )
     report["tokens"] = {"train": counted(world.text), "held_out": counted(world.held_out)}
+    starts: dict[int, Qwen3ForCausalLM] = {}
     for number, (seed, name) in enumerate(missing, 1):
         title = f"seed {seed}, {name} ({number} of {len(missing)})"
+        if name != TEACHER and seed not in starts:
+            starts = {seed: world.start(seed, progress)}
         if name == TEACHER:
             row = {"numbers": {**taught, **world.samples(world.teacher, seed)}}
+        elif name == START:
+            row = {"numbers": {**world.quality(title, starts[seed], progress), **world.samples(starts[seed], seed)}}
         else:
-            row = world.learnt(asked[name], seed, title, progress)
+            row = world.learnt(deepcopy(starts[seed]), asked[name], seed, title, progress)
         report["runs"].append({"seed": seed, "divergence": name, **row})
         save(report, file)
     return report
@@ -237,11 +248,21 @@ class World:
     text: Windows
     held_out: Windows
 
-    def learnt(self, loss: Divergence, seed: int, title: str, progress: Progress) -> dict[str, Any]:
-        """Train the seed's student under the divergence; return its numbers and curves."""
-        started, demo = time.perf_counter(), replace(self.plan.demo, seed=seed)
+    def start(self, seed: int, progress: Progress) -> Qwen3ForCausalLM:
+        """Return the seed's student before it is distilled: trained on the text alone."""
+        demo = replace(self.plan.demo, seed=seed)
         torch.manual_seed(seed)
         student = build(demo.student, self.vocab, demo)
+        recipe = replace(demo.student, budget=Budget(steps=self.plan.own_steps))
+        bar = progress.stage(f"train student: seed {seed}")
+        train(student, partial(next_token_loss, student), recipe, self.text, demo, bar)
+        return student
+
+    def learnt(
+        self, student: Qwen3ForCausalLM, loss: Divergence, seed: int, title: str, progress: Progress
+    ) -> dict[str, Any]:
+        """Train the student under the divergence; return its numbers and curves."""
+        started, demo = time.perf_counter(), replace(self.plan.demo, seed=seed)
         seen: list[Split] = []
         watched = partial(watched_loss, loss, student, self.teacher, seen)
         train(student, watched, demo.student, self.text, demo, progress.stage(f"distil: {title}"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GAMMAS = (0.25, 0.5, 1.0)
 NGRAMS = (1, 2, 3)
 TEACHER = "teacher"
+START = "start"  # the student before it is distilled
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 UNDECIDED = "undecided: difference smaller than 2 standard errors"
@@ -147,8 +148,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     seeds = len({run["seed"] for run in report["runs"]})
     yield (
         f"{seeds} seed{'s' * (seeds != 1)}, {demo['student']['budget']['steps']} steps of {demo['batch']} · "
-        f"{demo['length']} tokens for each student ({sizes.format(**demo['student'])}; teacher "
-        f"{sizes.format(**demo['teacher'])}, {demo['teacher']['budget']['steps']} steps of its own), V = "
+        f"{demo['length']} tokens for each student ({sizes.format(**demo['student'])}, after {plan['own_steps']} steps on "
+        f"the text itself; teacher {sizes.format(**demo['teacher'])}, {demo['teacher']['budget']['steps']} steps), V = "
         f"{demo['tokenizer_vocab']:,}, {report['tokens']['held_out']:,} held-out tokens of Python's library "
         f"{versions['python']}, {plan['prompts']} prompts continued by {plan['drawn']} tokens. "
         f"torch {versions['torch']}."
@@ -204,7 +205,7 @@ def draw(report: dict[str, Any], path: Path) -> Path:
 
     figure = Figure(figsize=(15, 8), layout="constrained")
     axes = figure.subplot_mosaic([["fidelity", "entropy", "distinct"], ["on_target", "push", "by_rest"]])
-    students = [name for name in names(report) if name != TEACHER]
+    students = [name for name in names(report) if name not in (TEACHER, START)]
     for i, name in enumerate(students):
         _draw_student(axes, report, name, f"C{i}")
     _draw_teacher(axes, report)
