@@ -32,7 +32,7 @@ def small() -> study.Plan:
     """The quick plan with the least text and few steps: seconds."""
     demo, two = study.QUICK.demo, Budget(steps=2)
     teacher, student = replace(demo.teacher, budget=Budget(steps=5)), replace(demo.student, budget=two)
-    return replace(study.QUICK, demo=replace(demo, text_bytes=60_000, teacher=teacher, student=student))
+    return replace(study.QUICK, own_steps=2, demo=replace(demo, text_bytes=60_000, teacher=teacher, student=student))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,13 +140,14 @@ def test_a_run_is_whole(finished: Path) -> None:
     """Teacher and students of every seed, all numbers finite, curves for the students, different losses differ."""
     report = json.loads(finished.read_text())
     runs = {(run["seed"], run["divergence"]): run for run in report["runs"]}
-    assert list(runs) == [(seed, name) for seed in SEEDS for name in ("teacher", *NAMES)]
+    assert list(runs) == [(seed, name) for seed in SEEDS for name in ("teacher", "start", *NAMES)]
     assert all(math.isfinite(number) for number in numbers(report))
     for (_, name), run in runs.items():
+        distilled = name in NAMES
         quantities = set(report_module.QUANTITIES)
-        assert set(run["numbers"]) == (quantities - set(study.Split._fields) if name == "teacher" else quantities)
+        assert set(run["numbers"]) == (quantities if distilled else quantities - set(study.Split._fields))
         assert 0 < run["numbers"]["distinct_1"] <= 1
-        if name != "teacher":
+        if distilled:
             assert {key: len(points) for key, points in run["curves"].items()} == dict.fromkeys(
                 ("step", *study.Split._fields), 2
             )
@@ -160,21 +161,21 @@ def test_what_was_killed_is_continued(finished: Path, tmp_path: Path, monkeypatc
     """Finished runs stay as they are, the others have the numbers that they would have had."""
     file, written, save = tmp_path / "killed.json", [], study.save
 
-    def die_after_the_second(report: dict[str, Any], file: Path) -> None:
+    def die_after_the_third(report: dict[str, Any], file: Path) -> None:
         save(report, file)
         written.append(file)
-        if len(written) == 2:
+        if len(written) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(study, "save", die_after_the_second)
+        patched.setattr(study, "save", die_after_the_third)
         study.measure(small(), SEEDS, NAMES, file, QUIET)
     first = json.loads(file.read_text())["runs"]
-    assert [run["divergence"] for run in first] == ["teacher", "fkl"]
+    assert [run["divergence"] for run in first] == ["teacher", "start", "fkl"]
 
     report = study.measure(small(), SEEDS, NAMES, file, QUIET)
     assert report == json.loads(file.read_text())
-    assert report["runs"][:2] == first
+    assert report["runs"][:3] == first
     whole = json.loads(finished.read_text())
     for run in (*report["runs"], *whole["runs"]):
         run.pop("seconds", None)

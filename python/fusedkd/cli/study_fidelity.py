@@ -1,10 +1,10 @@
 """Fidelity and diversity of students under several divergences, on the demo's text and models.
 
-One teacher. For each seed one student that has learnt the text itself for a while, as those of the paper have: from random
-weights the slowest divergence would leave the most entropy, whatever it seeks. Every divergence trains a copy of it on the
-same batches for as many steps. Each is then measured on held-out text and by samples from the same prompts with the same random numbers. While it
-learns, the gradient of its logits is split (`Split`). Each finished run is written at once; a second call continues.
-What the numbers say of the claims of Luong, Tran and Chen (arXiv 2604.00223) is in study_fidelity_report.py.
+One teacher. For each seed one student that has learnt the text itself for a while: from random weights the slowest
+divergence would leave the most entropy, whatever it seeks. Every divergence trains a copy of it on the same batches for
+as many steps. Each is then measured on held-out text and by samples from the same prompts with the same random numbers.
+While it learns, the gradient of its logits is split (`Split`). Each finished run is written at once; a second call
+continues. What the numbers say of the claims of Luong, Tran and Chen (arXiv 2604.00223) is in study_fidelity_report.py.
 """
 
 from __future__ import annotations

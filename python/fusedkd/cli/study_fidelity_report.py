@@ -148,9 +148,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     seeds = len({run["seed"] for run in report["runs"]})
     yield (
         f"{seeds} seed{'s' * (seeds != 1)}, {demo['student']['budget']['steps']} steps of {demo['batch']} · "
-        f"{demo['length']} tokens for each student ({sizes.format(**demo['student'])}, after {plan['own_steps']} steps on "
-        f"the text itself; teacher {sizes.format(**demo['teacher'])}, {demo['teacher']['budget']['steps']} steps), V = "
-        f"{demo['tokenizer_vocab']:,}, {report['tokens']['held_out']:,} held-out tokens of Python's library "
+        f"{demo['length']} tokens for each student ({sizes.format(**demo['student'])}, after {plan['own_steps']} steps "
+        f"on the text itself; teacher {sizes.format(**demo['teacher'])}, {demo['teacher']['budget']['steps']} steps), "
+        f"V = {demo['tokenizer_vocab']:,}, {report['tokens']['held_out']:,} held-out tokens of Python's library "
         f"{versions['python']}, {plan['prompts']} prompts continued by {plan['drawn']} tokens. "
         f"torch {versions['torch']}."
     )
@@ -195,7 +195,7 @@ def _mean(report: dict[str, Any], name: str, quantity: str) -> str:
         return ""
     digits = 1 if quantity == "perplexity" else 3
     error = standard_error(values)
-    shown = f"{statistics.fmean(values):.{digits}f}"
+    shown = f"{round(statistics.fmean(values), digits) + 0.0:.{digits}f}"  # + 0.0: no minus before zero
     return shown if math.isnan(error) else f"{shown} ± {error:.{digits}f}"
 
 
