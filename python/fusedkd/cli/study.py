@@ -1,7 +1,7 @@
 """Small experiments of the literature, repeated with the library's own losses.
 
-`cache` is in study_cache.py. `toy` has two, after Wu et al., Rethinking KL divergence in knowledge distillation for
-LLMs (arXiv 2404.02657).
+`cache` is in study_cache.py, `fidelity` in study_fidelity.py. `toy` has two, after Wu et al., Rethinking KL divergence
+in knowledge distillation for LLMs (arXiv 2404.02657).
 
 Free logits: one distribution is fitted, each token's logit a parameter, so that every divergence can reach the teacher.
 Teacher and start are those of the authors' notebook: half a Gaussian of width 16 at 0, 1.25, ..., 98.75 (without its
@@ -36,6 +36,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,8 +44,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__, kd_loss, kd_value_and_grad
-from . import study_cache
-from .commands import Progress, check_file, make_folder, require
+from . import study_cache, study_fidelity
+from .commands import Progress, check_file, make_folder, positive, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,26 +86,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of study."""
     parser.add_argument(
         "study",
-        choices=("toy", "cache"),
+        choices=("toy", "cache", "fidelity"),
         help="toy: head and tail, and one peak for two; cache: the KL that a cache of a teacher's K likeliest tokens "
-        "costs, for some K and every tail",
+        "costs, for some K and every tail; fidelity: students of several divergences beside the DRKL paper's claims",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path(), help="where the picture or the tables go (default: here)"
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="write all numbers to FILE (cache: by default beside the tables)"
+        "--json",
+        metavar="FILE",
+        type=Path,
+        help="write all numbers to FILE (cache, fidelity: by default beside the tables); fidelity continues it",
     )
     parser.add_argument("--quick", action="store_true", help="fewer starts and steps, to see that all runs")
+    fidelity = parser.add_argument_group("fidelity only")
+    count = partial(positive, int)
+    fidelity.add_argument("--seeds", metavar="N", type=count, help=f"how many seeds (default: {study_fidelity.SEEDS})")
+    steps = study_fidelity.FULL.demo.student.budget.steps
+    fidelity.add_argument("--steps", metavar="N", type=count, help=f"steps to train each student (default: {steps})")
+    fidelity.add_argument(
+        "--divergences",
+        metavar="NAME",
+        nargs="+",
+        choices=study_fidelity.DIVERGENCES,
+        help=f"of {' '.join(study_fidelity.DIVERGENCES)} (default: all); drkl is three values of gamma",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiments, print what they show, draw them and write their numbers."""
-    cache = args.study == "cache"
-    require("study", "demo" if cache else "plots", study_cache.EXTRAS if cache else EXTRAS)
+    toy_study = args.study == "toy"
+    require("study", "plots" if toy_study else "demo", EXTRAS if toy_study else study_cache.EXTRAS)
+    if args.study != "fidelity":
+        refuse_options_of_fidelity(args)
     check_file("--json", args.json)
     folder = make_folder("--out", args.out)
-    if cache:
+    if args.study == "fidelity":
+        study_fidelity.run(args, folder, Progress(quiet=False))
+        return 0
+    if args.study == "cache":
         report = study_cache.measure(study_cache.QUICK if args.quick else study_cache.FULL, Progress(quiet=False))
         print(study_cache.markdown(report))
         print(study_cache.write(report, folder, args.quick, args.json))
@@ -115,6 +136,17 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     print(draw(report, folder))
     return 0
+
+
+def refuse_options_of_fidelity(args: argparse.Namespace) -> None:
+    """Refuse what the other studies would ignore.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    for name in ("seeds", "steps", "divergences"):
+        if getattr(args, name) is not None:
+            raise argparse.ArgumentError(None, f"--{name} is for study fidelity, not study {args.study}")
 
 
 def toy(plan: Plan) -> dict[str, Any]:
