@@ -31,7 +31,6 @@ from .. import Divergence, KDStats, __version__, divergence, kd_loss
 from .commands import Progress
 from .demo import (
     CPU,
-    IGNORED,
     Budget,
     Recipe,
     Windows,
@@ -46,6 +45,7 @@ from .demo import (
 )
 from .demo import QUICK as QUICK_DEMO
 from .demo import Plan as Demo
+from .one_step import IGNORED
 from .study_fidelity_report import GAMMAS, NGRAMS, START, TEACHER, draw, drkl, markdown
 
 if TYPE_CHECKING:
