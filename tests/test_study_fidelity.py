@@ -245,3 +245,19 @@ def test_options_are_checked(options: list[str], message: str, capsys: pytest.Ca
         main(["study", *options])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_committed_result() -> None:
+    """The page has the tables of the result file: all seeds and divergences of a default run."""
+    folder = ROOT / "bench/results"
+    report = json.loads((folder / "study-fidelity.json").read_text())
+    assert (folder / "study-fidelity.md").read_text() == report_module.markdown(report)
+    assert (folder / "study-fidelity.png").read_bytes().startswith(b"\x89PNG\r\n")
+    names = ("teacher", "start", *study.subjects(study.DIVERGENCES))
+    expected = {(seed, name) for seed in range(study.SEEDS) for name in names}
+    now = dict(study.leaves(study.settings(study.FULL)["plan"]))
+    assert dict(study.leaves(report["settings"]["plan"])).items() <= now.items(), "the defaults are others now"
+    assert {(run["seed"], run["divergence"]) for run in report["runs"]} == expected
+    assert all(len(points) <= 100 for run in report["runs"] for points in run.get("curves", {}).values())
+    assert all(math.isfinite(number) for number in numbers(report))
+    assert "bench/results/study-fidelity.md" in (ROOT / "docs/fidelity.md").read_text()

@@ -194,7 +194,9 @@ def measure(plan: Plan, seeds: Sequence[int], names: Sequence[str], file: Path, 
 def settings(plan: Plan) -> dict[str, Any]:
     """Return what runs of one file have in common, as JSON has it."""
     versions = {"fusedkd": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return json.loads(json.dumps({"plan": asdict(plan), "versions": versions}))
+    decided = asdict(plan)
+    del decided["demo"]["against"]  # steps that nothing is trained by
+    return json.loads(json.dumps({"plan": decided, "versions": versions}))
 
 
 def opened(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def draw(report: dict[str, Any], path: Path) -> Path:
     }
     for key, title in titles.items():
         axes[key].set(xlabel="step", title=title)
-    axes["fidelity"].legend()
+    figure.legend(*axes["fidelity"].get_legend_handles_labels(), loc="outside lower center", ncols=9)
     figure.savefig(path, dpi=100)
     return path
 
