@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .. import divergences
+from .. import __version__, divergences
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -35,6 +36,11 @@ class Progress:
             print(f"{name} ...", file=sys.stderr, flush=True)
         shape = None if total else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         return tqdm(total=total or 1.0, desc=name, disable=not self.bars, bar_format=shape)
+
+
+def versions() -> dict[str, str]:
+    """Return what the numbers of a study depend on beside its plan."""
+    return {"fusedkd": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def require(command: str, extra: str, packages: Sequence[str]) -> None:

@@ -151,6 +151,18 @@ class Windows(NamedTuple):
         return Windows(*(x[::stride] for x in self))
 
 
+class Corpus(NamedTuple):
+    """Text as tokens.
+
+    text, held_out: windows to learn from and to evaluate on. vocab: the tokenizer's. unseen: documents held out.
+    """
+
+    text: Windows
+    held_out: Windows
+    vocab: int
+    unseen: int
+
+
 class Training(NamedTuple):
     """What one training took, and its last loss."""
 
@@ -303,6 +315,15 @@ def windows(documents: Sequence[str], tokenizer: Tokenizer, plan: Plan) -> Windo
             labels.append(window[1:] + [IGNORED] * (padding + 1))
     at = torch.arange(len(ids), device=plan.device)
     return Windows(torch.tensor(ids, device=plan.device), torch.tensor(labels, device=plan.device), at)
+
+
+def corpus_of(documents: Sequence[str], plan: Plan, progress: Progress) -> Corpus:
+    """Return the documents as tokens of a tokenizer that has seen none of those held out."""
+    unseen = max(1, len(documents) // 10)
+    tokenizer = train_tokenizer(documents[unseen:], plan.tokenizer_vocab, progress)
+    text = windows(documents[unseen:], tokenizer, plan)
+    held_out = windows(documents[:unseen], tokenizer, plan).spread(plan.held_out)
+    return Corpus(text, held_out, tokenizer.get_vocab_size(), unseen)
 
 
 def build(recipe: Recipe, vocab: int, plan: Plan) -> Qwen3ForCausalLM:
@@ -496,12 +517,9 @@ def compare_step(
 def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str, Any]:
     """Train the tokenizer, the teacher and one student per divergence; return all numbers."""
     torch.manual_seed(plan.seed)
-    unseen = max(1, len(documents) // 10)
-    tokenizer = train_tokenizer(documents[unseen:], plan.tokenizer_vocab, progress)
-    text = windows(documents[unseen:], tokenizer, plan)
-    held_out = windows(documents[:unseen], tokenizer, plan).spread(plan.held_out)
+    text, held_out, tokens, unseen = corpus_of(documents, plan, progress)
     batch = text.spread(ROWS // plan.length)
-    vocab = plan.head_vocab or tokenizer.get_vocab_size()
+    vocab = plan.head_vocab or tokens
     likeliest = min(plan.likeliest, vocab)
     teacher, untrained = build(plan.teacher, vocab, plan), build(plan.student, vocab, plan)
 
@@ -527,12 +545,12 @@ def distil(documents: Sequence[str], plan: Plan, progress: Progress) -> dict[str
         "plan": asdict(plan),
         "vocab": vocab,
         "documents": {"train": len(documents) - unseen, "held_out": unseen},
-        "tokens": {"train": _counted(text), "held_out": _counted(held_out)},
+        "tokens": {"train": counted(text), "held_out": counted(held_out)},
         "parameters": {"teacher": _size(teacher), "student": _size(untrained)},
         "teacher": {"training": taught._asdict(), "held_out": quality("teacher", teacher)},
         "student": {"held_out": quality("untrained student", untrained)},
         "divergences": {name: distilled(name) for name in plan.divergences},
-        "one_step": {"tokens": _counted(batch), "how": _how(plan)},
+        "one_step": {"tokens": counted(batch), "how": _how(plan)},
     }
     first = plan.divergences[0]
     steps, shown = report["divergences"][first]["training"]["steps"], f"top-{likeliest}"
@@ -577,7 +595,8 @@ def _how(plan: Plan) -> str:
     )
 
 
-def _counted(text: Windows) -> int:
+def counted(text: Windows) -> int:
+    """Return how many tokens have a label."""
     return int((text.labels != IGNORED).sum())
 
 

@@ -8,7 +8,6 @@ that stands what the loss says, on the held-out text, of the student that was tr
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,23 +20,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import TopK, __version__, kd_loss
+from .. import TopK, kd_loss
 from ..topk import topk
-from .commands import Progress
+from .commands import Progress, versions
 from .demo import (
     CPU,
     Budget,
     Windows,
     build,
     cached_loss,
+    corpus_of,
+    counted,
     distillation_loss,
     evaluate,
     head,
     next_token_loss,
     read_documents,
     train,
-    train_tokenizer,
-    windows,
     write_cache,
 )
 from .demo import QUICK as QUICK_DEMO
@@ -87,11 +86,7 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     started, demo = time.perf_counter(), plan.demo
     documents = read_documents(None, demo)
     torch.manual_seed(demo.seed)
-    unseen = max(1, len(documents) // 10)
-    tokenizer = train_tokenizer(documents[unseen:], demo.tokenizer_vocab, progress)
-    text = windows(documents[unseen:], tokenizer, demo)
-    held_out = windows(documents[:unseen], tokenizer, demo).spread(demo.held_out)
-    vocab = tokenizer.get_vocab_size()
+    text, held_out, vocab, _ = corpus_of(documents, demo, progress)
     teacher, untrained = build(demo.teacher, vocab, demo), build(demo.student, vocab, demo)
     bar = progress.stage("train teacher")
     train(teacher, partial(next_token_loss, teacher), demo.teacher, text, demo, bar)
@@ -118,10 +113,10 @@ def measure(plan: Plan, progress: Progress) -> dict[str, Any]:
     said = values(plan, dense, teacher, held_out)
     bar = progress.stage("evaluate: untrained", len(held_out.ids))
     return {
-        "versions": {"fusedkd": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "plan": asdict(plan),
         "vocab": vocab,
-        "tokens": {"train": int((text.labels != IGNORED).sum()), "held_out": int((held_out.labels != IGNORED).sum())},
+        "tokens": {"train": counted(text), "held_out": counted(held_out)},
         "untrained": {"held_out": evaluate(untrained, teacher, held_out, demo, bar)._asdict()},
         "dense": {**all_tokens, "value": said["dense"]},
         "mass": said["mass"],

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -27,21 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import Divergence, KDStats, __version__, divergence, kd_loss
-from .commands import Progress
+from .. import Divergence, KDStats, divergence, kd_loss
+from .commands import Progress, versions
 from .demo import (
     CPU,
     Budget,
     Recipe,
     Windows,
     build,
+    corpus_of,
+    counted,
     evaluate,
     head,
     next_token_loss,
     read_documents,
     train,
-    train_tokenizer,
-    windows,
 )
 from .demo import QUICK as QUICK_DEMO
 from .demo import Plan as Demo
@@ -193,10 +192,9 @@ def measure(plan: Plan, seeds: Sequence[int], names: Sequence[str], file: Path, 
 
 def settings(plan: Plan) -> dict[str, Any]:
     """Return what runs of one file have in common, as JSON has it."""
-    versions = {"fusedkd": __version__, "torch": torch.__version__, "python": platform.python_version()}
     decided = asdict(plan)
     del decided["demo"]["against"]  # steps that nothing is trained by
-    return json.loads(json.dumps({"plan": decided, "versions": versions}))
+    return json.loads(json.dumps({"plan": decided, "versions": versions()}))
 
 
 def opened(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -295,12 +293,7 @@ class World:
 def prepare(plan: Plan, progress: Progress) -> World:
     """Read the text, train tokenizer and teacher."""
     demo = plan.demo
-    documents = read_documents(None, demo)
-    unseen = max(1, len(documents) // 10)
-    tokenizer = train_tokenizer(documents[unseen:], demo.tokenizer_vocab, progress)
-    text = windows(documents[unseen:], tokenizer, demo)
-    held_out = windows(documents[:unseen], tokenizer, demo).spread(demo.held_out)
-    vocab = tokenizer.get_vocab_size()
+    text, held_out, vocab, _ = corpus_of(read_documents(None, demo), demo, progress)
     torch.manual_seed(demo.seed)
     teacher = build(demo.teacher, vocab, demo)
     train(teacher, partial(next_token_loss, teacher), demo.teacher, text, demo, progress.stage("train teacher"))
@@ -364,8 +357,3 @@ def distinct(texts: Iterable[Sequence[int]], n: int) -> float:
     """Return how many different n-grams the texts have together, by how many n-grams (Li et al., arXiv 1510.03055)."""
     grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams)
-
-
-def counted(text: Windows) -> int:
-    """Return how many tokens have a label."""
-    return int((text.labels != IGNORED).sum())
