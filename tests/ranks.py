@@ -30,18 +30,20 @@ GRACE = 2.0  # seconds that the other ranks have to report once one has failed: 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """What function(rank, *args) returns in each of `world` processes, which form the default process group.
 
-    `function` is importable (a function of a module), arguments can be pickled, and results can be saved by torch. Each
+    `function` is importable (a function of a module), and torch can save arguments and results. Each
     rank has one thread. After `timeout` seconds in all, and soon after a rank has failed, what is left is killed; an
     AssertionError has the traceback of every rank that raised, and where a rank was that hung.
     """
     deadline = time.monotonic() + timeout
+    call = io.BytesIO()
+    torch.save((function, args), call)  # by value: shared, each tensor would hold a descriptor, of which 251 can be sent
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="fusedkd-ranks-", ignore_cleanup_errors=True) as folder:
         processes, pipes = [], []
         for rank in range(world):
             pipe, remote = context.Pipe(duplex=False)
-            arguments = (remote, Path(folder), rank, world, deadline, function, args)
+            arguments = (remote, Path(folder), rank, world, deadline, call.getvalue())
             process = context.Process(target=_rank, args=arguments, daemon=True)
             process.start()
             remote.close()  # its end in this process: a rank that dies is an end of file here
@@ -98,8 +100,7 @@ def _rank(
     rank: int,
     world: int,
     deadline: float,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    call: bytes,
 ) -> None:
     """One process: its group, its function, its report."""
     with (folder / f"{rank}.txt").open("w") as file:
@@ -108,6 +109,7 @@ def _rank(
         try:
             meeting = f"file://{folder / 'rendezvous'}"
             dist.init_process_group("gloo", meeting, COLLECTIVE, world, rank)
+            function, args = torch.load(io.BytesIO(call), weights_only=False)
             saved = io.BytesIO()
             torch.save(function(rank, *args), saved)  # no shared memory, which would end with this process
             dist.barrier()  # gloo's threads may abort a process whose peer has closed its connections

@@ -185,7 +185,7 @@ def flops(event: Any) -> int:
         (n, k), (m, _) = event.input_shapes[:2]
     elif event.name == "aten::mm":
         (n, k), (_, m) = event.input_shapes[:2]
-    elif event.name == "aten::addmm_":
+    elif event.name in ("aten::addmm", "aten::addmm_"):
         (n, k), (_, m) = event.input_shapes[1:3]
     else:
         return 0
