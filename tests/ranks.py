@@ -36,7 +36,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
     """
     deadline = time.monotonic() + timeout
     call = io.BytesIO()
-    torch.save((function, args), call)  # by value: shared, each tensor would hold a descriptor, of which 251 can be sent
+    torch.save((function, args), call)  # by value: shared, each tensor holds a descriptor, of which 251 can be sent
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="fusedkd-ranks-", ignore_cleanup_errors=True) as folder:
