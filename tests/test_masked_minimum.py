@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from cases import DEFAULTS, FEW, VALUE, Case, Rows, check_logits, each, expected, unrelated
+from cases import ARGMAX, DEFAULTS, FEW, VALUE, Case, Rows, check_logits, each, expected, unrelated
 from compare import assert_close
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def test_without_masks_beside_them(case: Case, side: str) -> None:
 
 
 @pytest.mark.xdist_group("compiled")
-@each("case", [("rkl", {}), ("hellinger", {})])
+@each("case", [("rkl", {}), ("hellinger", ARGMAX)])  # whose graphs test_compiled.py makes too
 @each("side", SIDES)
 def test_compiled(case: Case, side: str) -> None:
     """Compiled rows."""

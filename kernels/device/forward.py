@@ -303,7 +303,7 @@ def row_value(
     elif SUMS is None:
         none = TermSums(*as_numbers((0.0, 0.0, 0.0)))
         swept = term_sweep(student, teacher, ctx, norms.log_norms, theta, none, TERM, BLOCK, THREADS)
-        total, mass = or_infinite(swept.total, swept.widest, scales.inv_tau), swept.mass
+        total, mass = or_infinite(swept.total, swept.widest), swept.mass
     else:
         total, mass = SUMS(acc.state, norms.log_norms.l_s, norms.log_norms.l_t, norms.log_norms.r, theta)
     label_s = 0.0

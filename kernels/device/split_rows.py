@@ -184,7 +184,7 @@ def _finish(
         swept = TermSums(
             *_load_splits(sums_at(sums_ptr, row * num_splits + index), index < num_splits, len(none), 0.0)
         )  # (NUM_SPLITS,)
-        total = or_infinite(tl.sum(swept.total), tl.max(swept.widest), scales.inv_tau)
+        total = or_infinite(tl.sum(swept.total), tl.max(swept.widest))
         mass = tl.sum(swept.mass)
     else:
         norms = shared.norms.log_norms

@@ -138,7 +138,7 @@ def _row_parameters(student, teacher, ctx, log_norms, label, theta, PARTS, BLOCK
     )
     mass = tl.sum(mass)
     past = tl.sum(shared) - mass * tl.sum(weight) + tl.sum(direct)
-    return (log_r_sum, mass), (or_infinite(tl.sum(total), tl.max(widest), ctx.inv_tau), past)
+    return (log_r_sum, mass), (or_infinite(tl.sum(total), tl.max(widest)), past)
 
 
 @jit

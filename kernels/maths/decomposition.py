@@ -163,10 +163,9 @@ def decompose(total, mass, pair, in_support, theta, target, nontarget, TERM, OUT
 
 
 @formula
-def or_infinite(total, widest, inv_tau):
-    """F, infinite where a column with q = 0 < p, whose d is 1e30/τ, made it huge; float64's logits may go further."""
-    excluded = (widest > 1e20 * inv_tau) & (widest < 2e30 * inv_tau)
-    return tl.where(excluded & (total > 1e10), float("inf"), total)
+def or_infinite(total, widest):
+    """F, infinite where a column with q = 0 < p, whose d is 1e30/τ, made it huge."""
+    return tl.where((widest > 1e20) & (total > 1e10), float("inf"), total)
 
 
 @formula

@@ -687,8 +687,8 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     theta = (*numbers.theta, *extras)
     if online.sums is None:
         sums = sweep(term_sums, target.y, norms.centre, norms.log_norms, extras)
-        widest = sums.widest if kind.dtype == torch.float32 else torch.where(first.hole, 1e30 * numbers.inv_tau, 0.0)
-        total, mass = or_infinite.torch(sums.total, widest, numbers.inv_tau), sums.mass
+        widest = sums.widest if kind.dtype == torch.float32 else torch.where(first.hole, 1e30, 0.0)
+        total, mass = or_infinite.torch(sums.total, widest), sums.mass
     else:
         total, mass = online.sums.torch(state, *norms.log_norms, theta)
         if kind.dtype == torch.float64:

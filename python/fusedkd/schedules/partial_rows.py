@@ -137,7 +137,7 @@ class PartialRows(NamedTuple):
         if self.ranks is not None:
             every = TermSums(*self.ranks.gathered(memory).unbind(-1))  # (R, n) each
             sums = TermSums(every.total.sum(0), every.mass.sum(0), every.widest.amax(0))
-        return or_infinite.torch(sums.total, sums.widest, 1.0 / problem.temperature), sums.mass
+        return or_infinite.torch(sums.total, sums.widest), sums.mass
 
     def _labels(self, rows: slice) -> Tensor | None:
         return None if self.labels is None else self.labels[rows]
