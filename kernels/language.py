@@ -84,6 +84,13 @@ class _Rowwise:
         return math.exp(x) if x < 709.0 else x * math.inf
 
     @staticmethod
+    def exp2(x: Any) -> Any:
+        """2^x."""
+        if isinstance(x, torch.Tensor):
+            return torch.exp2(x)
+        return 2.0**x if x < 1024.0 else x * math.inf
+
+    @staticmethod
     def where(condition: Any, x: Any, y: Any) -> Any:
         """One of two."""
         if isinstance(condition, torch.Tensor):

@@ -160,7 +160,7 @@ def test_the_same_numbers(teacher: str, way: tuple[str, str], options: str, back
     A kernel sums in another order where rows begin elsewhere: those that `at` copies, and their places in a buffer.
     """
     if backend == "triton" and options in ("rows", "all rows", "decoupled"):
-        pytest.skip("what no kernel sees of a teacher's kind")
+        pytest.skip("these options and the kind of a teacher meet in no kernel, but outside, as torch tests them")
     (kind, schedule), given = way, {"divergence": "rkl", "backend": backend, **OPTIONS[options]}
     if kind == "logits" and given.pop("drop_ignored", None) is not None:
         pytest.skip("an option of heads")

@@ -300,7 +300,8 @@ def columns_of(kind: type[_Numbers], memory: torch.Tensor, keepdim: bool = False
 
     (N,) each; with keepdim (N, 1), which stands beside columns.
     """
-    return kind._make(_column(memory, i, keepdim) for i in range(len(kind._fields)))
+    columns = memory[:, : len(kind._fields)]
+    return kind._make(columns.split(1, -1) if keepdim else columns.unbind(-1))
 
 
 def extras_of(saved: torch.Tensor, count: int, keepdim: bool = False) -> tuple[torch.Tensor, ...]:

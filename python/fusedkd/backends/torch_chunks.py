@@ -39,7 +39,6 @@ from .torch_rows import (
     or_unknown,
     row_gradients,
     statistics,
-    sweep_of,
     term_sums,
     tree,
     uncounted_zeroed,
@@ -77,7 +76,7 @@ def absorb(
     found = torch.empty_like(carry)
 
     def work(part: Rows) -> None:
-        found[part] = sweep_of(call, kind, part)(_gathered)
+        found[part] = _gathered(call.inputs(part), kind)
 
     each(work, call, rows)
     carry[rows] = merged(call.problem, rows, (carry[rows], found[rows]), with_stats)
@@ -100,7 +99,7 @@ def add_sums(
         extras = extras_of(saved[part], kind.definition.extras, keepdim=True)
         norms = Centre(*scalars[:4]), LogNorms(*scalars[4:7])
         before = columns_of(TermSums, sums[part], keepdim=True)
-        found = sweep_of(call, kind, part)(term_sums, None, *norms, extras)
+        found = term_sums(call.inputs(part), kind, None, *norms, extras)
         widest = torch.maximum(before.widest, found.widest)
         sums[part] = torch.cat((before.total + found.total, before.mass + found.mass, widest), -1)
 
@@ -123,17 +122,16 @@ def gradient(
     kind = kind_of(call.problem, saved.dtype)
 
     def work(part: Rows) -> None:
-        for piece in call.parts(part, PIECE):
-            to = out[piece]  # a view where the rows are neighbours
-            found = row_gradients(call.inputs(piece), kind, saved[piece], upstream[piece].unsqueeze(-1), to)
-            has = found.token >= 0
-            at_column(to, Held(found.token.clamp(min=0), has), 0.0)
-            if not isinstance(piece, slice):
-                out[piece] = to
-            before = columns_of(Dominant, dominant[piece], keepdim=True)
-            rest = before.rest + found.rest
-            here = found._replace(token=found.token + float(first), rest=rest)
-            dominant[piece] = torch.where(has, torch.cat(here, -1), torch.cat(before._replace(rest=rest), -1))
+        to = out[part]  # a view where the rows are neighbours
+        found = row_gradients(call.inputs(part), kind, saved[part], upstream[part].unsqueeze(-1), to)
+        has = found.token >= 0
+        at_column(to, Held(found.token.clamp(min=0), has), 0.0)
+        if not isinstance(part, slice):
+            out[part] = to
+        before = columns_of(Dominant, dominant[part], keepdim=True)
+        rest = before.rest + found.rest
+        here = found._replace(token=found.token + float(first), rest=rest)
+        dominant[part] = torch.where(has, torch.cat(here, -1), torch.cat(before._replace(rest=rest), -1))
 
     each(work, call, uncounted_zeroed(labels, upstream, out))
 

@@ -21,7 +21,7 @@ from ..kernels.device.args import SAVED
 from ..kernels.device.rows import Logits, Problem
 from ..kernels.maths.definition import Definition
 from . import torch_rows
-from .torch_rows import Call, Inputs, Kind, RowResult, Rows, floor_rows, kind_of, row_gradients, row_values
+from .torch_rows import Call, Inputs, Kind, Rows, floor_rows, kind_of, row_gradients, row_values
 
 __all__ = ["check", "check_rows", "floor_rows", "gradient", "value", "value_and_gradient"]
 
@@ -58,14 +58,6 @@ def check_rows(definition: Definition, dtype: torch.dtype) -> None:
     if definition.whole_rows:
         name = definition.name.split("_")[0]
         raise ValueError(f'divergence {name!r} searches its rows and needs backend="torch", got backend="compiled"')
-
-
-def _value(inputs: Inputs, kind: Kind) -> RowResult:
-
-    def sweep(function: Callable[..., Any], *row_numbers: Any) -> Any:
-        return function(inputs, kind, *row_numbers)
-
-    return row_values(inputs.numbers, kind, sweep)
 
 
 def _gradient(inputs: Inputs, saved: Tensor, upstream: Tensor | None, out: Tensor | None, kind: Kind) -> Any:
@@ -110,7 +102,7 @@ def value(
     call, kind = Call(problem, student, teacher, labels, loss.dtype), kind_of(problem, loss.dtype, stats is not None)
     with torch.no_grad():
         for rows, inputs in _blocks(call, torch_rows.counted(labels, None, len(loss))):
-            torch_rows.keep(_graph(_value, inputs, kind)(inputs), rows, loss, saved, stats)
+            torch_rows.keep(_graph(row_values, inputs, kind)(inputs), rows, loss, saved, stats)
 
 
 def _sweep(inputs: Inputs, kind: Kind, saved: Tensor, upstream: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:

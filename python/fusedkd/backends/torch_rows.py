@@ -2,16 +2,16 @@
 
 A transcription of the kernels, from the same formulas: a statistics sweep, normalisers, sums of terms where there is
 no one-sweep form, the target's terms, a gradient sweep. A sweep is a function of some rows that reads the logits;
-what lies between is calculated for many rows at once. torch_compiled.py runs the same functions through
+what lies between is calculated per row. torch_compiled.py runs the same functions through
 torch.compile.
 
-Run eagerly, a sweep takes a piece of about PIECE logits per side at a time, so that its temporaries stay in a cache.
-Groups of rows are shared out among a few threads: a call is one parallel region, instead of one for each operation, of
-which every one would wait for its slowest thread where cores are busy. Computed in float32 (float64 for float64
+Run eagerly, rows are taken a piece of about PIECE logits per side at a time, so that temporaries stay in a cache. What
+the first sweep makes of a piece's logits is kept for the next ones, which shift it and exponentiate nothing again.
+Pieces are shared out among a few threads: a call is one parallel region, instead of one for each operation, of which
+every one would wait for its slowest thread where cores are busy. Computed in float32 (float64 for float64
 logits). Rows that do not count are not read.
 """
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeGuard
@@ -40,10 +40,9 @@ from ..kernels.maths.quantities import Centre, Decomposition, EntropySums, LogNo
 from ..kernels.maths.reductions import thread_max, thread_sum
 
 BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py take at a time
-PIECE = 5 << 16  # logits per side of which a cache holds the temporaries
-# Logits per side between which the numbers of rows are calculated, and which a second sweep reads again.
-GROUP = 3 << 19
-WORKERS = 8  # threads that take groups: each needs memory of its own
+PIECE = 3 << 18  # logits per side that the sweeps of a thread take at a time: a cache holds what they make of them
+_SHARE = 1 << 18  # of which a thread of its own makes more than it costs
+WORKERS = 8  # threads that take pieces: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
 _LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
@@ -89,14 +88,14 @@ class Held(NamedTuple):
     here: Tensor | None = None  # rows that hold one out; None: all
 
 
-class Inputs(NamedTuple):
-    """Some rows of a call."""
+class Tile(NamedTuple):
+    """A tile (n, V) each; no logarithms where a definition reads none."""
 
-    student: Stored
-    teacher: Stored
-    floor: Tensor | None  # (n, 1) logits to which the teacher's are raised
-    label: Held | None
-    numbers: Numbers
+    q: Tensor
+    p: Tensor
+    logq: Tensor | None
+    logp: Tensor | None
+    delta: Tensor
 
 
 class Columns(NamedTuple):
@@ -108,6 +107,25 @@ class Columns(NamedTuple):
     full: Tensor  # (n, width)
     slope: Tensor | float  # derivative of `full` by the stored numbers
     holes: bool  # whether s may be −1e30 somewhere
+
+
+class Kept:
+    """What one sweep of a piece leaves to the next, which works in its memory."""
+
+    columns: Columns
+    tile: Tile | None = None
+    is_normalized = False  # else e^z, e^u, z, u and d
+
+
+class Inputs(NamedTuple):
+    """Some rows of a call."""
+
+    student: Stored
+    teacher: Stored
+    floor: Tensor | None  # (n, 1) logits to which the teacher's are raised
+    label: Held | None
+    numbers: Numbers
+    kept: Kept | None = None  # None: every sweep reads the logits
 
 
 class Target(NamedTuple):
@@ -139,7 +157,7 @@ class RowResult(NamedTuple):
     saved: Tensor
 
 
-Sweep = Callable[..., Any]  # (function of Inputs, Kind and row numbers, *row numbers) -> what it makes of all rows
+Sweep = Callable[..., Any]  # (inputs, kind, saved, upstream, out) -> Dominant, as row_gradients
 
 
 def value(
@@ -156,7 +174,8 @@ def value(
     call, kind = Call(problem, student, teacher, labels, loss.dtype), kind_of(problem, loss.dtype, stats is not None)
 
     def work(rows: Rows) -> None:
-        keep(_value(call, kind, rows), rows, loss, saved, stats)
+        inputs = call.inputs(rows)._replace(kept=Kept() if keeps_tiles(kind) and kind.online.sums is None else None)
+        keep(row_values(inputs, kind), rows, loss, saved, stats)
 
     each(work, call, counted(labels, None, len(loss)))
 
@@ -174,7 +193,7 @@ def gradient(
     call, kind = Call(problem, student, teacher, labels, saved.dtype), kind_of(problem, saved.dtype)
 
     def work(rows: Rows) -> None:
-        _gradient(call, kind, rows, saved, upstream, out)
+        write_gradient(call.inputs(rows), kind, rows, saved, upstream, out, row_gradients)
 
     each(work, call, uncounted_zeroed(labels, upstream, out))
 
@@ -195,8 +214,9 @@ def value_and_gradient(
     saved = loss.new_empty((len(loss), SAVED))
 
     def work(rows: Rows) -> None:
-        keep(_value(call, kind, rows), rows, loss, saved, stats)
-        _gradient(call, kind, rows, saved, upstream, out)
+        inputs = call.inputs(rows)._replace(kept=Kept() if keeps_tiles(kind) else None)
+        keep(row_values(inputs, kind), rows, loss, saved, stats)
+        write_gradient(inputs, kind, rows, saved, upstream, out, row_gradients)
 
     each(work, call, counted(labels, None, len(loss)))
     uncounted_zeroed(labels, upstream, out)
@@ -344,37 +364,16 @@ def tree(fn: Callable[..., Any], *trees: Any) -> Any:
     return fn(*trees) if isinstance(first, Tensor) else first
 
 
-def sweep_of(call: Call, kind: Kind, rows: Rows) -> Sweep:
-    """A sweep of some rows, a piece at a time."""
-    pieces = call.parts(rows, PIECE)
-
-    def sweep(function: Callable[..., Any], *row_numbers: Any) -> Any:
-        step = count_of(pieces[0])
-        found = [
-            function(call.inputs(piece), kind, *tree(operator.itemgetter(slice(i, i + step)), row_numbers))
-            for i, piece in zip(range(0, count_of(rows), step), pieces, strict=True)
-        ]
-        return tree(lambda *x: torch.cat(x), *found) if len(found) > 1 else found[0]
-
-    return sweep
-
-
-def _value(call: Call, kind: Kind, rows: Rows) -> RowResult:
-    """`row_values`, whose sweeps take a piece of rows at a time."""
-    return row_values(call.numbers(rows), kind, sweep_of(call, kind, rows))
-
-
-def _gradient(call: Call, kind: Kind, rows: Rows, saved: Tensor, upstream: Tensor | None, out: Tensor) -> None:
-    """`row_gradients`, a piece of rows at a time."""
-    for piece in call.parts(rows, PIECE):
-        write_gradient(call.inputs(piece), kind, piece, saved, upstream, out, row_gradients)
+def keeps_tiles(kind: Kind) -> bool:
+    """Whether sweeps may share tiles: parameters that rows search for are found in tiles of their own."""
+    return kind.definition.row_parameters is None
 
 
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
-    """Does the work of some rows, a group at a time, by several threads on a CPU."""
+    """Does the work of some rows, a piece at a time, by several threads on a CPU."""
     workers = min(torch.get_num_threads(), WORKERS) if call.student.x.is_cpu else 1
-    share = -(-count_of(rows) * call.width // workers)
-    in_threads(work, call.parts(rows, max(PIECE, min(GROUP, share))), workers)
+    share = -(-count_of(rows) // workers) * call.width
+    in_threads(work, call.parts(rows, max(_SHARE, min(PIECE, share))), workers)
 
 
 def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
@@ -584,6 +583,8 @@ def statistics(inputs: Inputs, kind: Kind) -> Statistics:
     # What does not count has e^z = e^u = 0, and may be called live.
     z_s, z_t, *state = kind.online.advance.torch(kind.online.init.torch(), still, *logs, d, *exps, True, numbers.theta)
     state = (z_s + unknown[0], z_t + unknown[1], *(x + unknown[0] + unknown[1] for x in state))
+    if inputs.kept is not None:
+        inputs.kept.columns, inputs.kept.tile = columns, Tile(*exps, *logs, d)
     ce_lse = label_s = torch.zeros_like(target.s)
     if numbers.ce is not None and inputs.label is not None:
         ce_lse = or_unknown(columns.full.logsumexp(-1, keepdim=True))
@@ -630,10 +631,10 @@ def row_parameters(
     y = _held_of(inputs, kind, target)
 
     def columns() -> tuple[Tensor, ...]:
-        found = _columns(inputs, kind)
-        tile = _normalized(found, norms.centre, norms.log_norms, numbers, True)
+        found = _normalized(inputs, kind, y, norms.centre, norms.log_norms, with_logs=True)[1]
+        tile = [x for x in found if x is not None]  # every one
         if y is None:
-            return tile
+            return tuple(tile)
         logq, logp, delta, *_ = norms.binary
         own = (logq.exp(), logp.exp(), logq, logp, delta)
         return tuple(at_column(x, y, x_y) for x, x_y in zip(tile, own, strict=True))
@@ -647,10 +648,10 @@ def term_sums(
     inputs: Inputs, kind: Kind, target: Tensor | None, centre: Centre, log_norms: LogNorms, extras: tuple[Tensor, ...]
 ) -> TermSums:
     """The sweep of what has no one-sweep form: Σ f, Σ phi and the largest d, (n, 1) each."""
-    numbers, columns = inputs.numbers, _columns(inputs, kind)
+    numbers = inputs.numbers
     y = _held_of(inputs, kind, target)
-    tile = _normalized(columns, centre, log_norms, numbers, kind.definition.reads_logs)
-    widest = _counted(tile[4].clone(), columns, y)
+    columns, tile = _normalized(inputs, kind, y, centre, log_norms)
+    widest = _counted(tile.delta.clone(), columns, y)
     f, phi = (_counted(x, columns, y) for x in kind.definition.term.torch(*tile, (*numbers.theta, *extras)))
     # δ of a column with q = 0 < p is as large as its d.
     return TermSums(thread_sum.torch(f), thread_sum.torch(phi), thread_max.torch(widest).clamp(min=0.0))
@@ -662,12 +663,32 @@ def _counted(x: Tensor, columns: Columns, y: Held | None) -> Tensor:
     return x if y is None else at_column(x, y, 0.0)
 
 
-def _normalized(columns: Columns, centre: Centre, log_norms: LogNorms, numbers: Numbers, with_logs: bool) -> Any:
-    """q, p, log q, log p, δ as centering.at_offsets has them, in memory of their own; without logs None for these."""
-    z, u, d = centred.torch(columns.s, columns.t, centre, numbers.inv_tau, numbers.mix)
-    logq, logp, delta = (x.sub_(offset) for x, offset in zip((z, u, d), log_norms, strict=True))
-    logs, exps = _exps(logq, logp, with_logs)
-    return *exps, *logs, delta
+def _normalized(
+    inputs: Inputs, kind: Kind, y: Held | None, centre: Centre, log_norms: LogNorms, with_logs: bool | None = None
+) -> tuple[Columns, Tile]:
+    """The columns, and their tile as centering.at_offsets has it without the columns y, in memory to work in.
+
+    Logarithms that the definition does not read are left out, unless asked for. q is e^z·e^−l_s and not e^(z−l_s),
+    whether or not e^z was kept from the first sweep: the gradient is the same number. So is p.
+    """
+    kept = inputs.kept
+    if kept is not None and kept.tile is not None:
+        columns, tile = kept.columns, kept.tile
+        if kept.is_normalized:
+            return columns, tile
+        kept.is_normalized = True
+    else:
+        columns = _columns(inputs, kind)
+        z, u, d = centred.torch(columns.s, columns.t, centre, inputs.numbers.inv_tau, inputs.numbers.mix)
+        z, u = _held_out(z, y), _held_out(u, y)
+        logs, exps = _exps(z, u, kind.definition.reads_logs if with_logs is None else with_logs)
+        tile = Tile(*exps, *logs, d)
+    for x, offset in zip(tile[2:], log_norms, strict=True):
+        if x is not None:
+            x.sub_(offset)
+    tile.q.mul_((-log_norms.l_s).exp())
+    tile.p.mul_((-log_norms.l_t).exp())
+    return columns, tile
 
 
 def _exps(x: Tensor, y: Tensor, with_logs: bool) -> tuple[tuple[Any, Any], tuple[Tensor, Tensor]]:
@@ -675,18 +696,19 @@ def _exps(x: Tensor, y: Tensor, with_logs: bool) -> tuple[tuple[Any, Any], tuple
     return ((x, y), (exp.torch(x), exp.torch(y))) if with_logs else ((None, None), (x.exp_(), y.exp_()))
 
 
-def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
+def row_values(inputs: Inputs, kind: Kind) -> RowResult:
     """All sweeps of the value, as `row_value` of device/forward.py."""
-    first: Statistics = sweep(statistics)
+    first, numbers = statistics(inputs, kind), inputs.numbers
     state, target, online = first.state, first.target, kind.online
     norms = finalize_normalizers.torch(
         first.maxima, state, target.s, target.t, target.in_support, numbers.inv_tau, numbers.mix, online.ratio.torch,
         kind.decoupled,
     )  # fmt: skip
-    extras = sweep(row_parameters, state, norms, target.y) if kind.definition.row_parameters is not None else ()
+    searches = kind.definition.row_parameters is not None
+    extras = row_parameters(inputs, kind, state, norms, target.y) if searches else ()
     theta = (*numbers.theta, *extras)
     if online.sums is None:
-        sums = sweep(term_sums, target.y, norms.centre, norms.log_norms, extras)
+        sums = term_sums(inputs, kind, target.y, norms.centre, norms.log_norms, extras)
         widest = sums.widest if kind.dtype == torch.float32 else torch.where(first.hole, 1e30, 0.0)
         total, mass = or_infinite.torch(sums.total, widest), sums.mass
     else:
@@ -702,14 +724,17 @@ def row_values(numbers: Numbers, kind: Kind, sweep: Sweep) -> RowResult:
     def unless_only_target(x: Tensor) -> Tensor:
         return torch.where(only_target, 0.0, x)
 
-    terms = tree(unless_only_target, terms)
+    if not _at_hand(only_target) or bool(only_target.any()):
+        terms = tree(unless_only_target, terms)
     loss = terms.loss * numbers.factor
     if numbers.ce is not None:
         loss = loss + numbers.ce * (first.ce_lse - first.label_s)
     stats = _stats(first, norms, terms, only_target, numbers.inv_tau) if kind.with_stats else None
     scalars = RowScalars._make((*norms.centre, *norms.log_norms, terms.a, terms.b, terms.grad_y, first.ce_lse, -1.0))
     rest = (0.0,) * (MOST_EXTRAS - len(extras))
-    saved = torch.cat([x + torch.zeros_like(loss) for x in (*scalars, target.y, *extras, *rest)], -1)
+    numbers_of_row = (*scalars, target.y, *extras, *rest)
+    each_row = [x if isinstance(x, Tensor) and x.dim() else torch.zeros_like(loss) + x for x in numbers_of_row]
+    saved = torch.cat(each_row, -1)
     return RowResult(loss, stats, saved)
 
 
@@ -739,17 +764,16 @@ def row_gradients(inputs: Inputs, kind: Kind, saved: Tensor, upstream: Tensor | 
 
     Returns that token and what `dominant_entry` takes, (n, 1) each.
     """
-    numbers, columns = inputs.numbers, _columns(inputs, kind)
-    scalars = columns_of(RowScalars, saved, keepdim=True)
-    extras = extras_of(saved, kind.definition.extras, keepdim=True)
+    numbers, scalars = inputs.numbers, columns_of(RowScalars, saved, keepdim=True)
     y = _held_of(inputs, kind, target_of(saved))
+    columns, tile = _normalized(inputs, kind, y, Centre(*scalars[:4]), LogNorms(*scalars[4:7]))
+    extras = extras_of(saved, kind.definition.extras, keepdim=True)
     to, V, slope = inputs.student.x if out is None else out, columns.s.shape[1], columns.slope
     direct = numbers.ce is None and not isinstance(slope, Tensor)
     up = torch.ones_like(scalars.a) if upstream is None else upstream
     scale = up * (numbers.factor * numbers.inv_tau) * (slope if direct else 1.0)
-    tile = _normalized(columns, Centre(*scalars[:4]), LogNorms(*scalars[4:7]), numbers, kind.definition.reads_logs)
     _, phi = kind.definition.term.slope(*tile, (*numbers.theta, *extras))
-    q = tile[0]
+    q = tile.q
     workspace = to[:, :V] if direct and _at_hand(to) and to.dtype == phi.dtype else None
     g = torch.addcmul(phi * (scalars.a * scale), q, scalars.b * scale, out=workspace)
     if y is not None:
