@@ -164,8 +164,8 @@ def decompose(total, mass, pair, in_support, theta, target, nontarget, TERM, OUT
 
 @formula
 def or_infinite(total, widest):
-    """F, infinite where a column with q = 0 < p, whose d is 1e30/τ, made it huge."""
-    return tl.where((widest > 1e20) & (total > 1e10), float("inf"), total)
+    """F, infinite where a column with q = 0 < p, whose d is 1e30/τ, made it huge; float64's logits may go further."""
+    return tl.where((widest > 1e20) & (widest < 3e38) & (total > 1e10), float("inf"), total)
 
 
 @formula
