@@ -30,9 +30,9 @@ GRACE = 2.0  # seconds that the other ranks have to report once one has failed: 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """What function(rank, *args) returns in each of `world` processes, which form the default process group.
 
-    `function` is importable (a function of a module), and torch can save arguments and results. Each
-    rank has one thread. After `timeout` seconds in all, and soon after a rank has failed, what is left is killed; an
-    AssertionError has the traceback of every rank that raised, and where a rank was that hung.
+    `function` is importable (a function of a module), and torch can save arguments and results. Each rank has one
+    thread. After `timeout` seconds in all, and soon after a rank has failed, what is left is killed; an AssertionError
+    has the traceback of every rank that raised, and where a rank was that hung.
     """
     deadline = time.monotonic() + timeout
     call = io.BytesIO()

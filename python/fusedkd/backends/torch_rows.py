@@ -2,8 +2,7 @@
 
 A transcription of the kernels, from the same formulas: a statistics sweep, normalisers, sums of terms where there is
 no one-sweep form, the target's terms, a gradient sweep. A sweep is a function of some rows that reads the logits;
-what lies between is calculated per row. torch_compiled.py runs the same functions through
-torch.compile.
+what lies between is calculated per row. torch_compiled.py runs the same functions through torch.compile.
 
 Run eagerly, rows are taken a piece of about PIECE logits per side at a time, so that temporaries stay in a cache. What
 the first sweep makes of a piece's logits is kept for the next ones, which shift it and exponentiate nothing again.
@@ -355,13 +354,12 @@ def _is_tuple(x: Any) -> TypeGuard[tuple[Any, ...]]:
     return isinstance(x, tuple)
 
 
-def tree(fn: Callable[..., Any], *trees: Any) -> Any:
-    """`fn` of the tensors that stand in the same place of nested tuples; anything else is the first's."""
-    first: Any = trees[0]
-    if _is_tuple(first):
-        members = [tree(fn, *members) for members in zip(*trees, strict=True)]
-        return type(first)(*members) if hasattr(first, "_fields") else tuple(members)
-    return fn(*trees) if isinstance(first, Tensor) else first
+def tree(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Nested tuples with `fn` of each tensor in them; anything else stays what it is."""
+    if _is_tuple(x):
+        members = [tree(fn, member) for member in x]
+        return type(x)(*members) if hasattr(x, "_fields") else tuple(members)
+    return fn(x) if isinstance(x, Tensor) else x
 
 
 def keeps_tiles(kind: Kind) -> bool:
