@@ -95,7 +95,7 @@ def test_log_probabilities() -> None:
 def test_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of rows that threads share come out as those of one thread, bit for bit, ignored rows between them."""
     monkeypatch.setattr(torch_rows, "PIECE", 900)  # 3 rows
-    monkeypatch.setattr(torch_rows, "_SHARE", 0)
+    monkeypatch.setattr(torch_rows, "_FEW", 0)
     student, teacher, labels = confident(FEW, 300)
     labels[::5] = -100
     found = []
@@ -114,7 +114,7 @@ def test_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is raised by the call."""
     monkeypatch.setattr(torch_rows, "PIECE", 900)
-    monkeypatch.setattr(torch_rows, "_SHARE", 0)
+    monkeypatch.setattr(torch_rows, "_FEW", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     student, teacher, labels = confident(FEW, 300)
     sides = (problem(("rkl", {}), 300), Logits(student[None]), Logits(teacher[None]), labels + 300)

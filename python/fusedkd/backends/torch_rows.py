@@ -6,9 +6,10 @@ what lies between is calculated per row. torch_compiled.py runs the same functio
 
 Run eagerly, rows are taken a piece of about PIECE logits per side at a time, so that temporaries stay in a cache. What
 the first sweep makes of a piece's logits is kept for the next ones, which shift it and exponentiate nothing again.
-Pieces are shared out among a few threads: a call is one parallel region, instead of one for each operation, of which
-every one would wait for its slowest thread where cores are busy. Computed in float32 (float64 for float64
-logits). Rows that do not count are not read.
+Pieces of more than _FEW logits are shared out among a few threads: a call is one parallel region, instead of one for
+each operation, of which every one would wait for its slowest thread where cores are busy. In a smaller call torch
+shares out each operation: the hundreds of operations on a number per row would hand the interpreter's lock to and fro.
+Computed in float32 (float64 for float64 logits). Rows that do not count are not read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,8 +40,8 @@ from ..kernels.maths.quantities import Centre, Decomposition, EntropySums, LogNo
 from ..kernels.maths.reductions import thread_max, thread_sum
 
 BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py take at a time
-PIECE = 3 << 18  # logits per side that the sweeps of a thread take at a time: a cache holds what they make of them
-_SHARE = 1 << 18  # of which a thread of its own makes more than it costs
+PIECE = 1 << 19  # logits per side that the sweeps of a thread take at a time: a cache holds what they make of them
+_FEW = 1 << 21  # logits per side of a call that are not worth threads of their own, which wait for the interpreter
 WORKERS = 8  # threads that take pieces: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
@@ -369,9 +370,9 @@ def keeps_tiles(kind: Kind) -> bool:
 
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a piece at a time, by several threads on a CPU."""
-    workers = min(torch.get_num_threads(), WORKERS) if call.student.x.is_cpu else 1
-    share = -(-count_of(rows) // workers) * call.width
-    in_threads(work, call.parts(rows, max(_SHARE, min(PIECE, share))), workers)
+    size = count_of(rows) * call.width
+    workers = min(torch.get_num_threads(), WORKERS) if call.student.x.is_cpu and size > _FEW else 1
+    in_threads(work, call.parts(rows, min(PIECE, -(-size // workers))), workers)
 
 
 def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
