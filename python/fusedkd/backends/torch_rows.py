@@ -364,8 +364,8 @@ def tree(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def keeps_tiles(kind: Kind) -> bool:
-    """Whether sweeps may share tiles: parameters that rows search for are found in tiles of their own."""
-    return kind.definition.row_parameters is None
+    """Whether sweeps may share tiles: a search for parameters has tiles of its own, and works in them."""
+    return not kind.definition.whole_rows
 
 
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
