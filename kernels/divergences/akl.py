@@ -128,12 +128,13 @@ def _row_parameters_torch(whole: Any, theta: tuple[Any, ...]) -> tuple[Any, ...]
     Of the numbers that share the bits settled so far, those with larger next bits are in the head up to the cut; those
     that are left in the end are what crosses it.
     """
-    q, p, _, _, delta = whole.columns()
+    q, p, logq, logp, delta = whole.columns()
+    del logq, logp  # whose memory the search takes
     mu, inclusive = (x + torch.zeros_like(p[:, :1]) for x in theta)
     teacher = whole.teacher()
     integer = torch.int64 if teacher.dtype == torch.float64 else torch.int32
-    bits = (teacher + 0.0).contiguous().view(integer)
-    image = torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
+    image = (teacher + 0.0).contiguous().view(integer)
+    image = torch.where(image < 0, image ^ torch.iinfo(integer).max, image)
     size, values = torch.iinfo(integer).bits, 1 << _DIGIT
     head, above = torch.zeros_like(p, dtype=torch.bool), torch.zeros_like(mu, dtype=torch.float64)
     undecided = ~head

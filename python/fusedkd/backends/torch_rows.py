@@ -40,7 +40,7 @@ from ..kernels.maths.quantities import Centre, Decomposition, EntropySums, LogNo
 from ..kernels.maths.reductions import thread_max, thread_sum
 
 BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py take at a time
-PIECE = 1 << 19  # logits per side that the sweeps of a thread take at a time: a cache holds what they make of them
+PIECE = 3 << 18  # logits per side that the sweeps of a thread take at a time: a cache holds what they make of them
 _FEW = 1 << 21  # logits per side of a call that are not worth threads of their own, which wait for the interpreter
 WORKERS = 8  # threads that take pieces: each needs memory of its own
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
