@@ -111,6 +111,46 @@ def test_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(ours.nan_to_num(7.0), alone.nan_to_num(7.0))
 
 
+@each("case", [case for case in DEFAULTS if case[0] not in ("akl", "amid")])
+def test_logits_are_read_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient at once: what the first sweep makes of the logits is what later sweeps take."""
+    readings, read = [], torch_rows._columns
+    monkeypatch.setattr(torch_rows, "_columns", lambda *args: readings.append(1) or read(*args))
+    student, teacher, labels = confident(FEW, 300)
+    sides = (problem(case, 300), Logits(student[None]), Logits(teacher[None]), labels)
+    torch_rows.value_and_gradient(*sides, torch.ones(FEW), torch.zeros(FEW, 300), torch.zeros(FEW), None)
+    assert len(readings) == 1
+
+
+def test_few_logits_take_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's threads are for calls that are worth them."""
+
+    class Pool(Exception):
+        pass
+
+    def pool(*args: Any, **kwargs: Any) -> Any:
+        raise Pool
+
+    monkeypatch.setattr(torch_rows, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(torch_rows, "PIECE", 900)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    student, teacher, labels = confident(FEW, 300)
+    call = (
+        problem(("rkl", {}), 300),
+        Logits(student[None]),
+        Logits(teacher[None]),
+        labels,
+        torch.zeros(FEW),
+        None,
+        None,
+    )
+    monkeypatch.setattr(torch_rows, "_FEW", FEW * 300)
+    torch_rows.value(*call)
+    monkeypatch.setattr(torch_rows, "_FEW", FEW * 300 - 1)
+    with pytest.raises(Pool):
+        torch_rows.value(*call)
+
+
 def test_an_error_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is raised by the call."""
     monkeypatch.setattr(torch_rows, "PIECE", 900)
