@@ -6,10 +6,12 @@ what lies between is calculated per row. torch_compiled.py runs the same functio
 
 Run eagerly, rows are taken a piece of about PIECE logits per side at a time, so that temporaries stay in a cache. What
 the first sweep makes of a piece's logits is kept for the next ones, which shift it and exponentiate nothing again.
-Pieces of more than _FEW logits are shared out among a few threads: a call is one parallel region, instead of one for
-each operation, of which every one would wait for its slowest thread where cores are busy. In a smaller call torch
-shares out each operation: the hundreds of operations on a number per row would hand the interpreter's lock to and fro.
-Computed in float32 (float64 for float64 logits). Rows that do not count are not read.
+
+A call of more than _FEW logits shares its pieces out among a few threads, one parallel region instead of one for each
+operation, of which every one would wait for its slowest thread where cores are busy. A smaller call leaves each
+operation to the threads of torch: between the hundreds of operations on a number per row, threads of Python would
+hand the interpreter's lock to and fro. Computed in float32 (float64 for float64 logits). Rows that do not count are
+not read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
