@@ -372,9 +372,10 @@ def keeps_tiles(kind: Kind) -> bool:
 
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a piece at a time, by several threads on a CPU."""
-    size = count_of(rows) * call.width
-    workers = min(torch.get_num_threads(), WORKERS) if call.student.x.is_cpu and size > _FEW else 1
-    in_threads(work, call.parts(rows, min(PIECE, -(-size // workers))), workers)
+    count = count_of(rows)
+    few = not call.student.x.is_cpu or count * call.width <= _FEW
+    workers = 1 if few else min(torch.get_num_threads(), WORKERS)
+    in_threads(work, call.parts(rows, min(PIECE, -(-count // workers) * call.width)), workers)
 
 
 def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
