@@ -147,7 +147,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @each("labels", [None, [0, -1, 3, 4, -1, -1, 2, 5, 6, 7]])
 def test_blocks(labels: list[int] | None) -> None:
     """Every row that has a label, in order, in blocks of no more than fit; the others of the output are zeroed."""
-    n, width = 10, torch_rows.BLOCK // 3
+    n, width = 10, torch_rows.PIECE // 3
     given, out = None if labels is None else torch.tensor(labels), torch.ones(n, 2)
     blocks = list(torch_rows.row_blocks(width, given, n, torch.device("cpu"), out))
     rows = [int(row) for block in blocks for row in torch.arange(n)[block]]

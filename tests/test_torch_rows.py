@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +98,7 @@ def test_log_probabilities() -> None:
 def test_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of rows that threads share come out as those of one thread, bit for bit, ignored rows between them."""
     monkeypatch.setattr(torch_rows, "PIECE", 900)  # 3 rows
-    monkeypatch.setattr(torch_rows, "_FEW", 0)
+    monkeypatch.setattr(torch_rows, "FEW", 0)
     student, teacher, labels = confident(FEW, 300)
     labels[::5] = -100
     found = []
@@ -136,17 +139,38 @@ def test_few_logits_take_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     student, teacher, labels = confident(FEW, 300)
     sides = (problem(("rkl", {}), 300), Logits(student[None]), Logits(teacher[None]), labels)
-    monkeypatch.setattr(torch_rows, "_FEW", FEW * 300)
+    monkeypatch.setattr(torch_rows, "FEW", FEW * 300)
     torch_rows.value(*sides, torch.zeros(FEW), None, None)
-    monkeypatch.setattr(torch_rows, "_FEW", FEW * 300 - 1)
+    monkeypatch.setattr(torch_rows, "FEW", FEW * 300 - 1)
     with pytest.raises(Pool):
         torch_rows.value(*sides, torch.zeros(FEW), None, None)
+
+
+FAULTS = """
+import resource, torch, fusedkd
+torch.set_num_threads(2)
+s, t = torch.randn(2, 12, 1 << 17)
+faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+for _ in range(6):
+    fusedkd.kd_loss(s, t, divergence="jsd")
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(min(after - before for before, after in zip(faults[2:], faults[3:])), s[:6].nbytes // resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other rules")
+def test_memory_is_kept_between_pieces() -> None:
+    """Temporaries of a call reuse what an earlier one has touched: fewer page faults than one of them has pages."""
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    faults, pages = map(int, run.stdout.split())
+    assert faults < pages
 
 
 def test_an_error_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is raised by the call."""
     monkeypatch.setattr(torch_rows, "PIECE", 900)
-    monkeypatch.setattr(torch_rows, "_FEW", 0)
+    monkeypatch.setattr(torch_rows, "FEW", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     student, teacher, labels = confident(FEW, 300)
     sides = (problem(("rkl", {}), 300), Logits(student[None]), Logits(teacher[None]), labels + 300)

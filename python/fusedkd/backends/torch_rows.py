@@ -7,13 +7,14 @@ what lies between is calculated per row. torch_compiled.py runs the same functio
 Run eagerly, rows are taken a piece of about PIECE logits per side at a time, so that temporaries stay in a cache. What
 the first sweep makes of a piece's logits is kept for the next ones, which shift it and exponentiate nothing again.
 
-A call of more than _FEW logits shares its pieces out among a few threads, one parallel region instead of one for each
+A call of more than FEW logits shares its pieces out among a few threads, one parallel region instead of one for each
 operation, of which every one would wait for its slowest thread where cores are busy. A smaller call leaves each
 operation to the threads of torch: between the hundreds of operations on a number per row, threads of Python would
 hand the interpreter's lock to and fro. Computed in float32 (float64 for float64 logits). Rows that do not count are
 not read.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeGuard
@@ -41,10 +42,10 @@ from ..kernels.maths.moments import entropies_advance, log_sum
 from ..kernels.maths.quantities import Centre, Decomposition, EntropySums, LogNorms, Maxima, RowNorms
 from ..kernels.maths.reductions import thread_max, thread_sum
 
-BLOCK = 3 << 18  # logits per side that torch_chunks.py and torch_logprobs.py take at a time
-PIECE = 3 << 18  # logits per side that the sweeps of a thread take at a time: a cache holds what they make of them
-_FEW = 1 << 21  # logits per side of a call that are not worth threads of their own, which wait for the interpreter
+PIECE = 3 << 18  # logits per side that a thread takes at a time, about: a cache holds what a sweep makes of them
+FEW = 1 << 21  # logits per side of a call that are not worth threads of their own, which wait for the interpreter
 WORKERS = 8  # threads that take pieces: each needs memory of its own
+_LARGEST_COUNTED = (1 << 25) - (1 << 16)  # bytes; what the allocator adds for itself included
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
 _LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
@@ -373,13 +374,15 @@ def keeps_tiles(kind: Kind) -> bool:
 def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     """Does the work of some rows, a piece at a time, by several threads on a CPU."""
     count = count_of(rows)
-    few = not call.student.x.is_cpu or count * call.width <= _FEW
+    few = not call.student.x.is_cpu or count * call.width <= FEW
     workers = 1 if few else min(torch.get_num_threads(), WORKERS)
-    in_threads(work, call.parts(rows, min(PIECE, -(-count // workers) * call.width)), workers)
+    pieces = max(workers, count * call.width // PIECE)
+    in_threads(work, call.parts(rows, -(-count // pieces) * call.width), workers)
 
 
 def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
     """Does the work of every part, in as many threads, each with its share of torch's."""
+    _keep_freed_memory()
     if min(workers, len(parts)) <= 1:
         for part in parts:
             work(part)
@@ -398,6 +401,18 @@ def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) 
         torch.set_num_threads(threads)  # what threads that are yet to come take for theirs
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what the temporaries of one piece occupied for those of the next, in every thread.
+
+    It returns freed memory to the kernel beyond twice the largest block that has been freed before (mallopt(3),
+    M_MMAP_THRESHOLD: 128 KiB at first, 32 MiB at most), and a page fault for each page of the next temporary takes ten
+    times its arithmetic. So one such block is freed, untouched. Where a limit is set (MALLOC_TRIM_THRESHOLD_) that one
+    holds; other allocators have no such rule.
+    """
+    torch.UntypedStorage(_LARGEST_COUNTED)
+
+
 def row_blocks(
     width: int,
     labels: Tensor | None,
@@ -405,9 +420,9 @@ def row_blocks(
     device: torch.device,
     out: Tensor | None = None,
 ) -> Iterator[Rows]:
-    """The rows with a label, some of about BLOCK columns at a time; other rows of `out` are zeroed."""
+    """The rows with a label, some of about PIECE columns at a time; other rows of `out` are zeroed."""
     rows = counted(labels, None, n) if out is None else uncounted_zeroed(labels, None, out)
-    step = max(2, BLOCK // max(width, 1))
+    step = max(2, PIECE // max(width, 1))
     yield from (part_of(rows, i, i + step) for i in range(0, count_of(rows), step))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import checks
 from ..backends.torch_chunks import WHOLE, most_threads
-from ..backends.torch_rows import BLOCK
+from ..backends.torch_rows import FEW, PIECE
 from ..divergence import Divergence, as_divergence
 from ..dtypes import logit_dtype
 from ..kernels.maths.definition import Form
@@ -27,7 +27,6 @@ _BLOCK_COPIES = 20  # block-sized tensors alive at once in torch_rows.py and tor
 _ROW_BYTES = 256  # loss, statistics, labels and weights of one row
 _CPU_INNER, _GPU_INNER = 192, 512  # with fewer tokens a product waits for the weight, with more a CPU for new memory
 _CPU_LEAST = 128  # from here on a CPU halves the rows: few rows are not worth all their logits at once
-_CPU_LOGITS = 1 << 21  # up to so many logits a chunk is cheap in memory, and costs more in calls than in logits
 _GPU_TILES = 132 * 128 * 256  # C·D that fills the SMs of an H100-class GPU with one wave of 128×256 tiles
 _STREAM_ROW = 64  # carry, saved scalars, sums and statistics of a row, and their temporaries
 _STREAM_LEAST = 512  # columns of a chunk: fewer, and a product re-reads all hidden states too often
@@ -103,7 +102,7 @@ def workspace(shape: Shape, outer: int, inner: int) -> int:
         total += _BLOCK_COPIES * max(WHOLE, of_student) * shape.accumulator_bytes
     if shape.on_cpu:
         width = max(shape.student_width, shape.teacher_width, 1)
-        total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
+        total += _BLOCK_COPIES * max(PIECE, 2 * width) * max(4, shape.accumulator_bytes)
         total += _products_of_a_cpu(inner, width, shape.student_dim, 1)
         if shape.hidden_bytes < shape.accumulator_bytes:  # blocks of upcast weight, and upcast hidden states
             dim = max(shape.student_dim, shape.teacher_dim)
@@ -142,7 +141,7 @@ def streaming_workspace(shape: Shape, width: int) -> int:
     if shape.gather:
         total += shape.rows * (shape.student_dim + shape.teacher_dim) * shape.hidden_bytes
     if shape.on_cpu:
-        total += _BLOCK_COPIES * max(BLOCK, 2 * width) * max(4, shape.accumulator_bytes)
+        total += _BLOCK_COPIES * max(PIECE, 2 * width) * max(4, shape.accumulator_bytes)
         workers = most_threads(shape.rows)
         total += _products_of_a_cpu(shape.rows, width, shape.student_dim, workers)
         if shape.hidden_bytes < shape.accumulator_bytes:
@@ -198,7 +197,7 @@ def _candidates(outer: int, inner: int) -> Iterator[tuple[int, int]]:
 def _default(shape: Shape) -> tuple[int, int]:
     rows = max(1, shape.rows)
     if shape.on_cpu:  # the cache holds enough of dW that a second level would save nothing
-        cheap = _CPU_LOGITS // max(shape.student_width, shape.teacher_width, 1)
+        cheap = FEW // max(shape.student_width, shape.teacher_width, 1)  # rows that take no threads: one chunk
         pieces = max(-(-rows // max(_CPU_INNER, cheap)), 1 if rows <= max(_CPU_LEAST, cheap) else 2)
         inner = -(-rows // pieces)
         return inner, inner
