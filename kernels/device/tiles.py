@@ -69,6 +69,7 @@ TABLE: dict[TileKey, Tile] = {
     TileKey(ANY, "two", 4): Tile(1024, 4, 168),
     TileKey(ANY, "many", 2): Tile(2048, 8, 128),
     TileKey(ANY, "many", 4): Tile(2048, 8, 128),
+    TileKey("sm_100", "many", 4): Tile(1024, 4, 168),  # where eight warps leave too few registers for Triton 3.9
 }
 
 SMALLEST = 128  # a vocabulary below one tile gets the next power of two, not less than this

@@ -1,10 +1,11 @@
 """The sweeps of torch_rows.py through torch.compile, with its interface: backend="compiled".
 
 torch.compile makes loops over the columns of them, which keep nothing of a row's size and look at no value: rows that
-are close, where eager torch calculates with care, take as long as others. There are two graphs, value and gradient,
-compiled when a kind of call is first seen, which takes seconds and a C++ compiler. `check_rows` refuses what is not
-compiled: float64, since the kernels' series are those of float32, and what searches its rows first (amid.py, akl.py),
-of which a graph would take minutes.
+are close, where eager torch calculates with care, take as long as others. There is a graph for each sweep, compiled
+when a kind of call is first seen, which needs a C++ compiler and takes half a minute (fkl) to two (jsd); numbers per
+row stay eager, since inductor, which is to store no column, would write their formulas out at each use. `check_rows`
+refuses what is not compiled: float64, since the kernels' series are those of float32, and what searches its rows first
+(amid.py, akl.py).
 """
 
 import os
@@ -17,11 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.device.args import SAVED
+from ..kernels.device.args import SAVED, TermSums
 from ..kernels.device.rows import Logits, Problem
 from ..kernels.maths.definition import Definition
 from . import torch_rows
-from .torch_rows import Call, Inputs, Kind, Rows, floor_rows, kind_of, row_gradients, row_values
+from .torch_rows import (
+    Call,
+    Inputs,
+    Kind,
+    Rows,
+    Statistics,
+    Sweeps,
+    floor_rows,
+    kind_of,
+    row_gradients,
+    row_values,
+    statistics,
+    term_sums,
+)
 
 __all__ = ["check", "check_rows", "floor_rows", "gradient", "value", "value_and_gradient"]
 
@@ -58,6 +72,25 @@ def check_rows(definition: Definition, dtype: torch.dtype) -> None:
     if definition.whole_rows:
         name = definition.name.split("_")[0]
         raise ValueError(f'divergence {name!r} searches its rows and needs backend="torch", got backend="compiled"')
+
+
+def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
+    return _graph(_statistics_sweep, inputs, kind)(inputs)
+
+
+def _statistics_sweep(inputs: Inputs, kind: Kind) -> Statistics:
+    return statistics(inputs, kind)
+
+
+def _term_sums(inputs: Inputs, kind: Kind, *rest: Any) -> TermSums:
+    return _graph(_term_sums_sweep, inputs, kind)(inputs, *rest)
+
+
+def _term_sums_sweep(inputs: Inputs, target: Any, centre: Any, log_norms: Any, extras: Any, kind: Kind) -> TermSums:
+    return term_sums(inputs, kind, target, centre, log_norms, extras)
+
+
+_SWEEPS = Sweeps(_statistics, _term_sums)
 
 
 def _gradient(inputs: Inputs, saved: Tensor, upstream: Tensor | None, out: Tensor | None, kind: Kind) -> Any:
@@ -102,7 +135,7 @@ def value(
     call, kind = Call(problem, student, teacher, labels, loss.dtype), kind_of(problem, loss.dtype, stats is not None)
     with torch.no_grad():
         for rows, inputs in _blocks(call, torch_rows.counted(labels, None, len(loss))):
-            torch_rows.keep(_graph(row_values, inputs, kind)(inputs), rows, loss, saved, stats)
+            torch_rows.keep(row_values(inputs, kind, _SWEEPS), rows, loss, saved, stats)
 
 
 def _sweep(inputs: Inputs, kind: Kind, saved: Tensor, upstream: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -713,9 +713,19 @@ def _exps(x: Tensor, y: Tensor, with_logs: bool) -> tuple[tuple[Any, Any], tuple
     return ((x, y), (exp.torch(x), exp.torch(y))) if with_logs else ((None, None), (x.exp_(), y.exp_()))
 
 
-def row_values(inputs: Inputs, kind: Kind) -> RowResult:
+class Sweeps(NamedTuple):
+    """What goes over the columns of some rows to find their values; between the two are numbers per row."""
+
+    statistics: Callable[[Inputs, Kind], Statistics]
+    term_sums: Callable[..., TermSums]
+
+
+_EAGER = Sweeps(statistics, term_sums)
+
+
+def row_values(inputs: Inputs, kind: Kind, sweeps: Sweeps = _EAGER) -> RowResult:
     """All sweeps of the value, as `row_value` of device/forward.py."""
-    first, numbers = statistics(inputs, kind), inputs.numbers
+    first, numbers = sweeps.statistics(inputs, kind), inputs.numbers
     state, target, online = first.state, first.target, kind.online
     norms = finalize_normalizers.torch(
         first.maxima, state, target.s, target.t, target.in_support, numbers.inv_tau, numbers.mix, online.ratio.torch,
@@ -725,7 +735,7 @@ def row_values(inputs: Inputs, kind: Kind) -> RowResult:
     extras = row_parameters(inputs, kind, state, norms, target.y) if searches else ()
     theta = (*numbers.theta, *extras)
     if online.sums is None:
-        sums = term_sums(inputs, kind, target.y, norms.centre, norms.log_norms, extras)
+        sums = sweeps.term_sums(inputs, kind, target.y, norms.centre, norms.log_norms, extras)
         widest = sums.widest if kind.dtype == torch.float32 else torch.where(first.hole, 1e30, 0.0)
         total, mass = or_infinite.torch(sums.total, widest), sums.mass
     else:
