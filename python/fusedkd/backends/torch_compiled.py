@@ -75,18 +75,14 @@ def check_rows(definition: Definition, dtype: torch.dtype) -> None:
 
 
 def _statistics(inputs: Inputs, kind: Kind) -> Statistics:
-    return _graph(_statistics_sweep, inputs, kind)(inputs)
-
-
-def _statistics_sweep(inputs: Inputs, kind: Kind) -> Statistics:
-    return statistics(inputs, kind)
+    return _graph(statistics, inputs, kind)(inputs)
 
 
 def _term_sums(inputs: Inputs, kind: Kind, *rest: Any) -> TermSums:
-    return _graph(_term_sums_sweep, inputs, kind)(inputs, *rest)
+    return _graph(_terms, inputs, kind)(inputs, *rest)
 
 
-def _term_sums_sweep(inputs: Inputs, target: Any, centre: Any, log_norms: Any, extras: Any, kind: Kind) -> TermSums:
+def _terms(inputs: Inputs, target: Any, centre: Any, log_norms: Any, extras: Any, kind: Kind) -> TermSums:
     return term_sums(inputs, kind, target, centre, log_norms, extras)
 
 
