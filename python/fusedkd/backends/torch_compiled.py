@@ -2,10 +2,9 @@
 
 torch.compile makes loops over the columns of them, which keep nothing of a row's size and look at no value: rows that
 are close, where eager torch calculates with care, take as long as others. There is a graph for each sweep, compiled
-when a kind of call is first seen, which needs a C++ compiler and takes half a minute (fkl) to two (jsd); numbers per
-row stay eager, since inductor, which is to store no column, would write their formulas out at each use. `check_rows`
-refuses what is not compiled: float64, since the kernels' series are those of float32, and what searches its rows first
-(amid.py, akl.py).
+when a kind of call is first seen, which takes a while and a C++ compiler; numbers per row stay eager, since inductor,
+which is to store no column, would write their formulas out at each use. `check_rows` refuses what is not compiled:
+float64, since the kernels' series are those of float32, and what searches its rows first (amid.py, akl.py).
 """
 
 import os

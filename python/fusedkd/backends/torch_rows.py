@@ -42,10 +42,10 @@ from ..kernels.maths.moments import entropies_advance, log_sum
 from ..kernels.maths.quantities import Centre, Decomposition, EntropySums, LogNorms, Maxima, RowNorms
 from ..kernels.maths.reductions import thread_max, thread_sum
 
-PIECE = 3 << 18  # logits per side that a thread takes at a time, about: a cache holds what a sweep makes of them
+PIECE = 3 << 18  # logits per side that a thread takes at a time: a cache holds what a sweep makes of them
 FEW = 1 << 21  # logits per side of a call that are not worth threads of their own, which wait for the interpreter
 WORKERS = 8  # threads that take pieces: each needs memory of its own
-_LARGEST_COUNTED = (1 << 25) - (1 << 16)  # bytes; what the allocator adds for itself included
+_LARGEST_COUNTED = (1 << 25) - (1 << 16)  # bytes of the largest block that glibc's rule for freed memory counts
 _RUN = 128  # columns of which torch finds the largest in less time than where it is
 # A row with a logit from here down is looked through for masks; those of float64 are far beyond float32's.
 _LEAST = {torch.float32: ABSENT, torch.float64: -1e300}
@@ -376,8 +376,7 @@ def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
     count = count_of(rows)
     few = not call.student.x.is_cpu or count * call.width <= FEW
     workers = 1 if few else min(torch.get_num_threads(), WORKERS)
-    pieces = max(workers, count * call.width // PIECE)
-    in_threads(work, call.parts(rows, -(-count // pieces) * call.width), workers)
+    in_threads(work, call.parts(rows, min(PIECE, -(-count // workers) * call.width)), workers)
 
 
 def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
@@ -406,9 +405,9 @@ def _keep_freed_memory() -> None:
     """Lets glibc keep what the temporaries of one piece occupied for those of the next, in every thread.
 
     It returns freed memory to the kernel beyond twice the largest block that has been freed before (mallopt(3),
-    M_MMAP_THRESHOLD: 128 KiB at first, 32 MiB at most), and a page fault for each page of the next temporary takes ten
-    times its arithmetic. So one such block is freed, untouched. Where a limit is set (MALLOC_TRIM_THRESHOLD_) that one
-    holds; other allocators have no such rule.
+    M_MMAP_THRESHOLD: 128 KiB at first, 32 MiB at most), and the page faults of the next temporary take longer than its
+    arithmetic. So one such block is freed, untouched. Where a limit is set (MALLOC_TRIM_THRESHOLD_) that one holds;
+    other allocators have no such rule.
     """
     torch.UntypedStorage(_LARGEST_COUNTED)
 
