@@ -419,6 +419,12 @@ def weighted() -> tuple[Tensor, Tensor, Tensor]:
     return w, v, x
 
 
+def weighted_fall() -> tuple[Tensor, Tensor, Tensor]:
+    """w, v = w·e^−x, x."""
+    w, v, x = weighted()
+    return w, v, -x
+
+
 def remainder(x: Tensor) -> Tensor:
     """e^x − 1 − x with its digits."""
     series = sum(x**n / torch.arange(1, n + 1).double().prod() for n in range(2, 16))
@@ -447,6 +453,7 @@ EXACT = {"torch": 1e-6, "triton": 1e-6}
 # exp rounds x·log2(e) once, and the constant: half a unit of 115 and of 1.44, at x = 80. Compiled, so does tl.exp, from
 # which expm1 and softplus are made; the interpreter's is exact.
 EXP = 4e-6
+REM2 = {"torch": 1.5e-5, "triton": 2e-6}
 HALF = 1e-4  # what gradients in half precision are calculated to; bfloat16 rounds by 4e-3, float16 by 5e-4
 FORMULAS: dict[str, Formula] = {
     "exp": (lambda: (torch.cat((X, FAR)),), torch.exp, {"torch": EXP, "triton": EXP}),
@@ -461,9 +468,11 @@ FORMULAS: dict[str, Formula] = {
     "expm1_ratio": (lambda: (X[X.abs() < 0.5],), exact_expm1_ratio, EXACT),
     "expm1_product": (weighted, exact_expm1_product, EXACT),
     "close_expm1_product": (weighted, exact_expm1_product, EXACT | {"triton": 2e-6}),
+    "fall_product": (weighted_fall, lambda w, v, x: exact_expm1_product(w, v, -x), EXACT),
     "negative": (lambda: (torch.cat((X, FAR)),), torch.neg, EXACT),
     "rem2_ratio": (lambda: (X[(X.abs() < 0.5) & (X != 0)],), lambda x: remainder(x) / x**2, EXACT),
-    "rem2_product": (weighted, exact_rem2_product, {"torch": 1.5e-5, "triton": 2e-6}),
+    "rem2_product": (weighted, exact_rem2_product, REM2),
+    "fall_rem2_product": (weighted_fall, lambda w, v, x: exact_rem2_product(w, v, -x), REM2),
     "log1p_exp2": (
         lambda: (torch.cat((X, FAR)),),
         lambda x: torch.log1p(torch.exp2(-x.abs())),

@@ -14,15 +14,14 @@ import torch
 
 from ..language import formula, tl
 from ..maths.definition import Definition, OnlineForm
-from ..maths.elementary import expm1_product, half_expm1_product, negative, rem2_product
+from ..maths.elementary import fall_product, fall_rem2_product, half_expm1_product, negative
 from ..maths.moments import moments_init, remainder_sums, teacher_moments_advance, teacher_moments_ratio
 
 
 @formula
 def term(q, p, logq, logp, delta, theta):
     """f = p·rem2(−δ), phi = q − p."""
-    x = negative(delta)
-    return rem2_product(p, q, x), expm1_product(p, q, x)
+    return fall_rem2_product(p, q, delta), fall_product(p, q, delta)
 
 
 @formula(torch=term)

@@ -140,6 +140,23 @@ def rem2_product(w, v, x):
     return tl.where(tl.abs(x) < 0.5, w * (x * x) * rem2_ratio(x), v - w - w * x)
 
 
+def _fall_product(w, v, x):
+    plain = clear_difference(w, v)
+    return expm1_product.torch(w, v, -x) if plain is None else plain
+
+
+@formula(torch=_fall_product)
+def fall_product(w, v, x):
+    """w·(e^−x − 1), given v = w·e^−x."""
+    return expm1_product(w, v, negative(x))
+
+
+@formula(summand=True)
+def fall_rem2_product(w, v, x):
+    """w·(e^−x − 1 + x) ≥ 0, given v = w·e^−x."""
+    return rem2_product(w, v, negative(x))
+
+
 @formula(torch=torch.expm1)
 def expm1(x):
     """e^x − 1."""

@@ -73,35 +73,62 @@ def _shift(zeroth, first, second, to_s, to_t, x):
     return to_s * zeroth, to_s * (first - x * zeroth), second
 
 
-def _remainders(ez, eu, d, live, zeroth, other, first):
+@formula
+def same(x):
+    """x, the sign of what is not `negative`."""
+    return x
+
+
+def _unsigned(d, sign):
+    return d  # what is made of it takes the sign, of numbers per row where it can
+
+
+@formula(torch=_unsigned)
+def _signed(d, SIGN):
+    return SIGN(d)
+
+
+def _first_moment(ez, d, live, sign):
+    return sign((ez * d).sum(-1, keepdim=True))
+
+
+@formula(torch=_first_moment)
+def _first_moment_of(ez, d, live, SIGN):
+    return thread_sum(tl.where(live, ez * d, 0.0))
+
+
+def _remainders(ez, eu, d, live, zeroth, other, first, sign):
     plain = other - zeroth - first  # the same sum, of which little may be left
-    return plain if loses_nothing(plain, zeroth) else remainders.traced(ez, eu, d, live, zeroth, other, first)
+    if loses_nothing(plain, zeroth):
+        return plain
+    return remainders.traced(ez, eu, sign(d), live, zeroth, other, first, sign)
 
 
 @formula(torch=_remainders)
-def remainders(ez, eu, d, live, zeroth, other, first):
+def remainders(ez, eu, d, live, zeroth, other, first, SIGN):
     """Σ e^z (e^d − 1 − d) of a tile, given Σ e^z, Σ e^u and Σ e^z d."""
     return thread_sum(tl.where(live, rem2_product(ez, eu, d), 0.0))
 
 
 @formula
-def differences(ez, eu, d, live, zeroth, other, first):
+def differences(ez, eu, d, live, zeroth, other, first, SIGN):
     """The same where A + B is all that is asked for: only the sum of both has its digits."""
     return thread_sum(tl.where(live, close_expm1_product(ez, eu, d), 0.0)) - first
 
 
 @formula
-def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, REMAINDERS):
+def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, SIGN, REMAINDERS):
     z_s, z_t, first, second = state
+    d = _signed(d, SIGN)
     to_t = exp(log_t)
     z_s, first, second = _shift(z_s, first, second, exp(log_s), to_t, x)
     more_s = thread_sum(tl.where(live, ez, 0.0))
     z_s += more_s
     more_t = thread_sum(tl.where(live, eu, 0.0))
     z_t = to_t * z_t + more_t
-    more = thread_sum(tl.where(live, ez * d, 0.0))
+    more = _first_moment_of(ez, d, live, SIGN)
     first += more
-    second += REMAINDERS(ez, eu, d, live, more_s, more_t, more)
+    second += REMAINDERS(ez, eu, d, live, more_s, more_t, more, SIGN)
     return z_s, z_t, first, second
 
 
@@ -109,7 +136,7 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, REMAINDERS):
 def moments_advance(state, move, z, u, d, ez, eu, live, theta):
     """Student-weighted moments: what RKL needs, and what every r comes from."""
     log_s, log_t, x = move
-    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, remainders)
+    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, same, remainders)
 
 
 @formula
@@ -118,7 +145,7 @@ def teacher_moments_advance(state, move, z, u, d, ez, eu, live, theta):
     log_s, log_t, x = move
     z_s, z_t, first, second = state
     z_t, z_s, first, second = _weighted_moments(
-        (z_t, z_s, first, second), log_t, log_s, -x, negative(d), eu, ez, live, remainders
+        (z_t, z_s, first, second), log_t, log_s, -x, d, eu, ez, live, negative, remainders
     )
     return z_s, z_t, first, second
 
@@ -127,7 +154,7 @@ def teacher_moments_advance(state, move, z, u, d, ez, eu, live, theta):
 def ratio_advance(state, move, z, u, d, ez, eu, live, theta):
     """What r comes from, and a B that tells rows which are close from others, but is no sum of a value."""
     log_s, log_t, x = move
-    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, differences)
+    return _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, same, differences)
 
 
 @formula

@@ -78,7 +78,7 @@ def absorb(
     def work(part: Rows) -> None:
         found[part] = _gathered(call.inputs(part), kind)
 
-    each(work, call, rows)
+    each(work, call, kind, rows)
     carry[rows] = merged(call.problem, rows, (carry[rows], found[rows]), with_stats)
 
 
@@ -103,7 +103,7 @@ def add_sums(
         widest = torch.maximum(before.widest, found.widest)
         sums[part] = torch.cat((before.total + found.total, before.mass + found.mass, widest), -1)
 
-    each(work, call, counted(labels, None, len(saved)))
+    each(work, call, kind, counted(labels, None, len(saved)))
 
 
 def gradient(
@@ -133,7 +133,7 @@ def gradient(
         here = found._replace(token=found.token + float(first), rest=rest)
         dominant[part] = torch.where(has, torch.cat(here, -1), torch.cat(before._replace(rest=rest), -1))
 
-    each(work, call, uncounted_zeroed(labels, upstream, out))
+    each(work, call, kind, uncounted_zeroed(labels, upstream, out))
 
 
 def row_parameters(

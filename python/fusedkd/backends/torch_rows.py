@@ -4,8 +4,9 @@ A transcription of the kernels, from the same formulas: a statistics sweep, norm
 no one-sweep form, the target's terms, a gradient sweep. A sweep is a function of some rows that reads the logits;
 what lies between is calculated per row. torch_compiled.py runs the same functions through torch.compile.
 
-Run eagerly, rows are taken a piece of about PIECE logits per side at a time, so that temporaries stay in a cache. What
-the first sweep makes of a piece's logits is kept for the next ones, which shift it and exponentiate nothing again.
+Run eagerly, rows are taken a piece at a time (`Kind.piece`), so that temporaries stay in a cache and in memory that the
+allocator keeps. What the first sweep makes of a piece's logits is kept for the next ones, which shift it and
+exponentiate nothing again.
 
 A call of more than FEW logits shares its pieces out among a few threads, one parallel region instead of one for each
 operation, of which every one would wait for its slowest thread where cores are busy. A smaller call leaves each
@@ -62,6 +63,11 @@ class Kind(NamedTuple):
     argmax: bool
     dtype: torch.dtype  # float32 or float64: what is calculated in
     with_stats: bool = False
+
+    @property
+    def piece(self) -> int:
+        """Logits per side that a thread takes at a time: light sweeps have half as many temporaries as others."""
+        return 2 * PIECE if self.online.tile == "light" else PIECE
 
 
 class Stored(NamedTuple):
@@ -180,7 +186,7 @@ def value(
         inputs = call.inputs(rows)._replace(kept=Kept() if keeps_tiles(kind) and kind.online.sums is None else None)
         keep(row_values(inputs, kind), rows, loss, saved, stats)
 
-    each(work, call, counted(labels, None, len(loss)))
+    each(work, call, kind, counted(labels, None, len(loss)))
 
 
 def gradient(
@@ -198,7 +204,7 @@ def gradient(
     def work(rows: Rows) -> None:
         write_gradient(call.inputs(rows), kind, rows, saved, upstream, out, row_gradients)
 
-    each(work, call, uncounted_zeroed(labels, upstream, out))
+    each(work, call, kind, uncounted_zeroed(labels, upstream, out))
 
 
 def value_and_gradient(
@@ -221,7 +227,7 @@ def value_and_gradient(
         keep(row_values(inputs, kind), rows, loss, saved, stats)
         write_gradient(inputs, kind, rows, saved, upstream, out, row_gradients)
 
-    each(work, call, counted(labels, None, len(loss)))
+    each(work, call, kind, counted(labels, None, len(loss)))
     uncounted_zeroed(labels, upstream, out)
 
 
@@ -259,9 +265,10 @@ class Call(NamedTuple):
         return self.student.x.shape[2] if self.problem.ce_weight else self.problem.vocab_size
 
     def parts(self, rows: Rows, size: int) -> list[Rows]:
-        """Rows that have about `size` logits per side, at least one."""
-        step = max(1, size // max(self.width, 1))
-        return [part_of(rows, i, i + step) for i in range(0, count_of(rows), step)]
+        """As many rows each, of `size` logits per side at most but at least one row."""
+        count, most = count_of(rows), max(1, size // max(self.width, 1))
+        step = -(-count // max(1, -(-count // most)))
+        return [part_of(rows, i, i + step) for i in range(0, count, step)] if count else []
 
     def inputs(self, rows: Rows, number: Callable[[float], Any] = float) -> Inputs:
         """Some rows, views where they are neighbours; `number` makes a parameter that is not per row."""
@@ -371,12 +378,12 @@ def keeps_tiles(kind: Kind) -> bool:
     return not kind.definition.whole_rows
 
 
-def each(work: Callable[[Rows], None], call: Call, rows: Rows) -> None:
+def each(work: Callable[[Rows], None], call: Call, kind: Kind, rows: Rows) -> None:
     """Does the work of some rows, a piece at a time, by several threads on a CPU."""
     count = count_of(rows)
     few = not call.student.x.is_cpu or count * call.width <= FEW
     workers = 1 if few else min(torch.get_num_threads(), WORKERS)
-    in_threads(work, call.parts(rows, min(PIECE, -(-count // workers) * call.width)), workers)
+    in_threads(work, call.parts(rows, min(kind.piece, -(-count // workers) * call.width)), workers)
 
 
 def in_threads(work: Callable[[Any], None], parts: Sequence[Any], workers: int) -> None:
