@@ -46,12 +46,19 @@ def clear_difference(w: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
     return plain if loses_nothing(norm(plain, dim=-1), norm(w, dim=-1)) else None
 
 
-def _expm1_product(w, v, x):
-    plain = clear_difference(w, v)
-    if plain is not None:
-        return plain
+def _careful_expm1_product(w, v, x):
     # w·(e^x − 1) = v·(1 − e^−x): of these the one that cannot overflow.
     return (-x.abs()).expm1_().neg_().mul_(torch.maximum(w, v)).copysign_(x)
+
+
+def _expm1_product(w, v, x):
+    plain = clear_difference(w, v)
+    return _careful_expm1_product(w, v, x) if plain is None else plain
+
+
+def _fall_product(w, v, x):
+    plain = clear_difference(w, v)
+    return _careful_expm1_product(w, v, -x) if plain is None else plain
 
 
 def _rem2_product(w, v, x):
@@ -138,11 +145,6 @@ def rem2_ratio(x):
 def rem2_product(w, v, x):
     """w·(e^x − 1 − x) ≥ 0, given v = w·e^x."""
     return tl.where(tl.abs(x) < 0.5, w * (x * x) * rem2_ratio(x), v - w - w * x)
-
-
-def _fall_product(w, v, x):
-    plain = clear_difference(w, v)
-    return expm1_product.torch(w, v, -x) if plain is None else plain
 
 
 @formula(torch=_fall_product)

@@ -80,20 +80,24 @@ def same(x):
 
 
 def _unsigned(d, sign):
-    return d  # what is made of it takes the sign, of numbers per row where it can
+    """d as it is: in eager torch `_first_moment` and `_remainders` take the sign, and save a tile."""
+    return d
 
 
 @formula(torch=_unsigned)
 def _signed(d, SIGN):
+    """The tile that first moment and remainders are sums of."""
     return SIGN(d)
 
 
 def _first_moment(ez, d, live, sign):
+    """The sign of the sum, a number per row, in the place of the tile's."""
     return sign((ez * d).sum(-1, keepdim=True))
 
 
 @formula(torch=_first_moment)
-def _first_moment_of(ez, d, live, SIGN):
+def first_moment(ez, d, live, SIGN):
+    """Σ e^z d of a tile whose d is `_signed`."""
     return thread_sum(tl.where(live, ez * d, 0.0))
 
 
@@ -126,7 +130,7 @@ def _weighted_moments(state, log_s, log_t, x, d, ez, eu, live, SIGN, REMAINDERS)
     z_s += more_s
     more_t = thread_sum(tl.where(live, eu, 0.0))
     z_t = to_t * z_t + more_t
-    more = _first_moment_of(ez, d, live, SIGN)
+    more = first_moment(ez, d, live, SIGN)
     first += more
     second += REMAINDERS(ez, eu, d, live, more_s, more_t, more, SIGN)
     return z_s, z_t, first, second

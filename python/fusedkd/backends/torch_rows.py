@@ -265,10 +265,10 @@ class Call(NamedTuple):
         return self.student.x.shape[2] if self.problem.ce_weight else self.problem.vocab_size
 
     def parts(self, rows: Rows, size: int) -> list[Rows]:
-        """As many rows each, of `size` logits per side at most but at least one row."""
+        """Rows with `size` logits per side at most, but at least one row; all parts but the last have equally many."""
         count, most = count_of(rows), max(1, size // max(self.width, 1))
-        step = -(-count // max(1, -(-count // most)))
-        return [part_of(rows, i, i + step) for i in range(0, count, step)] if count else []
+        step = max(1, -(-count // max(1, -(-count // most))))
+        return [part_of(rows, i, i + step) for i in range(0, count, step)]
 
     def inputs(self, rows: Rows, number: Callable[[float], Any] = float) -> Inputs:
         """Some rows, views where they are neighbours; `number` makes a parameter that is not per row."""
